@@ -1,0 +1,40 @@
+# The two commands are `make lab` and `make test`; everything else serves them.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_WAIT_POLICY ?= passive
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lab test quick lint format clean
+
+help: ## Show this help
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.ready ## Make .venv with all that the notebooks and the tests need
+
+.venv/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "pwlib needs Python 3.10 or newer; $(PYTHON) is older. Name another: make PYTHON=python3.11 setup"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[notebooks,test]'
+	@$(BIN)/python -m pip install --quiet '.[bench]' || echo "pydensecrf2 was not installed (it wants a C++ compiler): the tests that compare with it will be skipped."
+	@touch $@
+
+lab: setup ## Open JupyterLab on the first notebook
+	$(BIN)/jupyter lab notebooks/00_why_structure.ipynb
+
+test: setup lint ## Run every test: library, command line, notebooks, browser
+	$(BIN)/python -m pytest
+
+quick: setup lint ## Run the tests that take under two minutes
+	$(BIN)/python -m pytest -m "not slow and not browser" -x -q
+
+lint: setup ## Check style with ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup ## Rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the environment, caches and runs (never data/)
+	rm -rf .venv build pwlib.egg-info .pytest_cache .ruff_cache runs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
