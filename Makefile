@@ -15,7 +15,7 @@ setup: .venv/.ready ## Make .venv with all that the notebooks and the tests need
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "pwlib needs Python 3.10 or newer; $(PYTHON) is older. Name another: make PYTHON=python3.11 setup"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[notebooks,test]'
-	@$(BIN)/python -m pip install --quiet '.[bench]' || echo "pydensecrf2 was not installed (it wants a C++ compiler): the tests that compare with it will be skipped."
+	@$(BIN)/python -m pip install --quiet --editable '.[bench]' || echo "pydensecrf2 was not installed (it wants a C++ compiler): the tests that compare with it will be skipped."
 	@touch $@
 
 lab: setup ## Open JupyterLab on the first notebook
