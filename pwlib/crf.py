@@ -2,15 +2,15 @@
 
     P(x | I) = exp(-E(x)) / Z,    E(x) = sum_i psi_i(x_i) + sum_{i<j} mu(x_i, x_j) sum_m w_m k_m(f_i, f_j)
 
-(Kraehenbuehl & Koltun, NIPS 2011, eqs. 1-3.) The unary psi is -log_softmax of a network's logits; the k_m are Gaussian in
-position (spatial, or smoothness, kernel) and in position and colour (bilateral, or appearance, kernel). The compatibility
-mu is a *penalty*: with Potts, mu(a, b) = [a != b], two alike pixels pay for disagreeing. Mean field looks for the product
-of independent marginals Q that is closest to P; all pixels update at once:
+(Kraehenbuehl & Koltun, NIPS 2011, eqs. 1-3.) The unary psi is -log_softmax of a network's logits; the k_m are Gaussian
+in position (the spatial, or smoothness, kernel) and in position and colour (the bilateral, or appearance, kernel). The
+compatibility mu is a *penalty*: with Potts, mu(a, b) = [a != b], two alike pixels pay for disagreeing. Mean field looks
+for the product of independent marginals Q that is closest to P; all pixels update at once:
 
     Q_i(l) <- softmax_l( -psi_i(l) - sum_l' mu(l, l') sum_m w_m sum_j k_m(f_i, f_j) Q_j(l') )
 
 Names beside pydensecrf's: theta_gamma is sxy of addPairwiseGaussian, theta_alpha is sxy of addPairwiseBilateral,
-theta_beta is srgb, and compat is the kernel's weight w. All are standard deviations, in pixels and grey levels, not window sizes.
+theta_beta is srgb, and compat is the kernel's weight w. Bandwidths are standard deviations, not window sizes.
 """
 
 from __future__ import annotations
@@ -96,14 +96,15 @@ class DenseCRF(nn.Module):
         w_bilateral, w_spatial: kernel weights, > 0.
         compatibility: "potts" or a [K, K] penalty; row: the pixel's own label, column: the sender's.
         normalization: "symmetric", "row" or "none"; see `pwlib.filters`.
-        self_message: whether a pixel votes for itself, as in the reference code. With its vote the kernel matrix is positive
-            semi-definite, which is what makes the parallel update of a Potts model descend.
+        self_message: whether a pixel votes for itself, as in the reference code. With its vote the kernel matrix is
+            positive semi-definite, which is what makes the parallel update of a Potts model descend.
         filtering: "auto" (exact where affordable, else lattices), "exact" or "lattice".
         extra_kernels: more `Kernel`s.
 
-    Learnable, all with gradients: `log_w` [M] in the order of `kernel_names`, `compatibility` [K, K], `log_theta_gamma`,
-    `log_theta_alpha`, `log_theta_beta`. Positive ones are kept as logarithms. An asymmetric compatibility can be learned
-    (as in Zheng et al., ICCV 2015) but is then a rule of update, not an energy: pairs i < j have no order.
+    Learnable, all with gradients: `log_w` [M] in the order of `kernel_names`, `compatibility` [K, K],
+    `log_theta_gamma`, `log_theta_alpha`, `log_theta_beta`. Positive ones are kept as logarithms. An asymmetric
+    compatibility can be learned (as in Zheng et al., ICCV 2015) but is then a rule of update, not an energy: the pairs
+    i < j have no order.
     """
 
     def __init__(
@@ -158,18 +159,16 @@ class DenseCRF(nn.Module):
         return ("spatial", "bilateral", *(k.name for k in self.extra_kernels))
 
     def extra_repr(self) -> str:
-        theta = [
-            f"{p.item():.3g}"
-            for p in (self.log_theta_alpha.exp(), self.log_theta_beta.exp(), self.log_theta_gamma.exp())
-        ]
+        logs = (self.log_theta_alpha, self.log_theta_beta, self.log_theta_gamma)
+        alpha, beta, gamma = (f"{p.exp().item():.3g}" for p in logs)
         weights = ", ".join(f"{n} {w:.3g}" for n, w in zip(self.kernel_names, self.log_w.exp().tolist(), strict=True))
         return (
-            f"{self.num_classes} labels, theta_alpha {theta[0]} px, theta_beta {theta[1]} grey levels, theta_gamma {theta[2]} px, "
-            f"w: {weights}, {self.normalization}, {self.iterations} iterations"
+            f"{self.num_classes} labels, theta_alpha {alpha} px, theta_beta {beta} grey levels, "
+            f"theta_gamma {gamma} px, w: {weights}, {self.normalization}, {self.iterations} iterations"
         )
 
     def features(self, image: Tensor) -> list[Tensor | GridPositions]:
-        """Each kernel's features of `image` [B, 3, H, W] in [0, 1], over their bandwidths, in the order of `kernel_names`."""
+        """Each kernel's features of `image` [B, 3, H, W] in [0, 1], over their bandwidths, in `kernel_names`' order."""
         batch, _, height, width = image.shape
         spatial = GridPositions(height, width, self.log_theta_gamma.exp())
         positions = GridPositions(height, width, self.log_theta_alpha.exp()).features().expand(batch, -1, -1)
@@ -197,16 +196,17 @@ class DenseCRF(nn.Module):
             unary, filters = -log_q, self.filters(image)
             for _ in range(self.iterations if iterations is None else iterations):
                 log_q = torch.log_softmax(-unary - self.pairwise(filters, log_q.exp()), dim=-1)
-        return log_q.transpose(1, 2).reshape(len(image), self.num_classes, height, width)
+        # Contiguous: nll_loss refuses to run backward through a transposed view.
+        return log_q.transpose(1, 2).contiguous().reshape(len(image), self.num_classes, height, width)
 
     @torch.no_grad()
     def trace(self, logits: Tensor, image: Tensor, *, iterations: int | None = None) -> Trace:
         """As `forward`, for one image ([1, ...] or without the batch dimension), keeping everything.
 
         free_energy is F(Q) = E_Q[E(x)] - H(Q) = KL(Q || P) - log Z. log Z is unknown, so F is no divergence: it may be
-        negative, and only its fall means something. Its pairwise part is 1/2 sum_i sum_l q_i(l) pairwise_i(l); a pixel's
-        message to itself counts in it where `self_message` is on. With normalization="row", or a compatibility that is
-        not symmetric, the update descends no such F: the number is then only a diagnostic.
+        negative, and only its fall means something. Its pairwise part is 1/2 sum_i sum_l q_i(l) pairwise_i(l); a
+        pixel's message to itself counts in it where `self_message` is on. With normalization="row", or a compatibility
+        that is not symmetric, the update descends no such F: the number is then only a diagnostic.
         """
         if logits.ndim == 3:
             logits, image = logits[None], image[None]
@@ -277,7 +277,7 @@ class DenseCRF(nn.Module):
         return total[..., None, None] * self.compatibility
 
     def _prepare(self, logits: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Check both; log_softmax of the logits as rows [B, N, K], in the parameters' precision, and the image in it."""
+        """Check both; log_softmax of the logits as rows [B, N, K] and the image, in the parameters' precision."""
         if logits.ndim != 4 or logits.shape[1] != self.num_classes:
             raise ValueError(f"logits have shape {tuple(logits.shape)}; expected [B, {self.num_classes}, H, W]")
         if image.shape != (len(logits), 3, *logits.shape[-2:]):

@@ -1,8 +1,8 @@
 """Gaussian filtering in feature space: what every pixel hears from all the others.
 
-A dense CRF passes messages with K @ values, where K_ij = exp(-|f_i - f_j|^2 / 2) joins every pixel to every other and f
-is position, or position and colour, divided by the kernel's bandwidth (Kraehenbuehl & Koltun, NIPS 2011, eq. 3). N pixels
-make N^2 weights, so K is never stored. Three ways to apply it, behind one call `filter(values) -> messages`:
+A dense CRF passes messages with K @ values, where K_ij = exp(-|f_i - f_j|^2 / 2) joins every pixel to every other and
+f is position, or position and colour, divided by the kernel's bandwidth (Kraehenbuehl & Koltun, NIPS 2011, eq. 3).
+N pixels make N^2 weights, so K is never stored. Three ways to apply it, behind one call `filter(values) -> messages`:
 
     ExactFilter       any features, N^2 time and O(N) memory, as softmax attention
     SeparableFilter   positions on a pixel grid only: exact and cheap, two small matrix products
@@ -41,7 +41,7 @@ EXPONENT_ERROR = 1e-4
 
 @dataclass(frozen=True)
 class GridPositions:
-    """Features that are nothing but pixel positions over one bandwidth: row-major over `height` x `width`, in pixels."""
+    """Features that are nothing but pixel positions over one bandwidth: row-major over `height` x `width`."""
 
     height: int
     width: int
@@ -53,8 +53,9 @@ class GridPositions:
         return y / self.theta, x / self.theta
 
     def features(self) -> Tensor:
-        """[1, H*W, 2], (y, x)."""
-        return torch.stack(torch.meshgrid(*self.axes(), indexing="ij"), dim=-1).reshape(1, -1, 2)
+        """[1, H*W, 2], (x, y): the order matters to a lattice, and this is the reference code's."""
+        y, x = torch.meshgrid(*self.axes(), indexing="ij")
+        return torch.stack([x, y], dim=-1).reshape(1, -1, 2)
 
 
 def check_normalization(normalization: str) -> None:
@@ -65,7 +66,7 @@ def check_normalization(normalization: str) -> None:
 class GaussianFilter:
     """The part all filters share: normalisation and the self-message around a bare K @ values.
 
-    A subclass sets `n = K 1`, [B, N, 1], in its constructor and gives `apply(values) -> K @ values`, both with K_ii = 1.
+    A subclass sets `n = K 1`, [B, N, 1], in its constructor and gives `apply(values) -> K @ values`; K_ii = 1 in both.
     """
 
     n: Tensor
@@ -105,17 +106,17 @@ class GaussianFilter:
 class ExactFilter(GaussianFilter):
     """K @ values by attention: exact up to rounding, O(N^2) time, O(N) memory.
 
-    A row-normalised Gaussian filter is softmax attention, since exp(-|f_i - f_j|^2 / 2) = exp(f_i.f_j - |f_j|^2 / 2) times
-    a factor that only depends on i, which the softmax cancels. To get K v itself and not its row-normalised form, one
-    more key joins the N, a sink with weight exactly 1 for every query. Its share of the softmax is 1 / (1 + n_i) with
-    n = K 1, and the pixels' share of the values, multiplied by 1 + n_i, is K v.
+    A row-normalised Gaussian filter is softmax attention, since exp(-|f_i - f_j|^2 / 2) = exp(f_i.f_j - |f_j|^2 / 2)
+    times a factor that only depends on i, which the softmax cancels. To get K v itself and not its row-normalised form,
+    one more key joins the N, a sink with weight exactly 1 for every query. Its share of the softmax is 1 / (1 + n_i)
+    with n = K 1, and the pixels' share of the values, multiplied by 1 + n_i, is K v.
 
     Args:
         features: [B, N, D], divided by the bandwidths already; may require a gradient.
         normalization: "symmetric", "row" or "none" (see the module's head).
         self_message: whether a pixel's own value is part of its message.
-        chunk: queries at a time (None: all). The fused attention kernels need no N x N memory either way; chunks are for
-            the progress bar, and for devices where no fused kernel serves.
+        chunk: queries at a time (None: all). The fused attention kernels need no N x N memory either way; chunks are
+            for the progress bar, and for devices where no fused kernel serves.
         progress: show a tqdm bar over the chunks.
     """
 
@@ -147,7 +148,6 @@ class ExactFilter(GaussianFilter):
         sink = torch.zeros_like(key[:, :1])
         sink[..., -1] = 1
         self.key = torch.cat([key, sink], dim=1)
-        self.total = None
         # Attention over nothing but the sink's value gives each pixel's 1 / (1 + n).
         share = self._attend(torch.zeros_like(half), sink_value=1.0)
         self.total = 1 / share
@@ -172,7 +172,7 @@ class ExactFilter(GaussianFilter):
 
 
 class SeparableFilter(GaussianFilter):
-    """The spatial kernel on a pixel grid: exp(-(dy^2 + dx^2) / 2) is a product, so K v = G_y v G_x. Exact, differentiable."""
+    """The spatial kernel on a pixel grid: exp(-(dy^2 + dx^2) / 2) is a product, so K v = G_y v G_x, exactly."""
 
     def __init__(self, positions: GridPositions, *, normalization: str = "symmetric", self_message: bool = True):
         super().__init__(normalization, self_message)
@@ -206,7 +206,7 @@ class FilterBank:
 
 
 def choose_method(method: str, pixels: int, device: torch.device) -> str:
-    """ "exact" where exact attention over `pixels` is affordable on `device`, else "lattice"; an explicit method stays."""
+    """What "auto" means for so many pixels on a device: exact where that is affordable, else the lattice."""
     if method not in METHODS:
         raise ValueError(f"filtering is {method!r}; expected one of {', '.join(METHODS)}")
     if method != "auto":
