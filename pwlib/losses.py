@@ -1,0 +1,310 @@
+"""Losses: scores [B, K, H, W] and label [B, H, W] -> a scalar; void pixels (255) take no part in any.
+
+Scores are logits or log-marginals alike, because log_softmax leaves log-probabilities as they are. Probabilities are
+rejected: a softmax over a softmax still trains, badly, and a perfect prediction scores above 2 for 21 classes.
+
+A batch without a single labelled pixel gives exactly 0 with zero gradients, not nan and not an error: with crops such
+batches happen, and one of them must neither poison the weights nor end a night's training (or hang the other processes
+of a distributed one).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+VOID = 255
+
+
+def cross_entropy(scores: Tensor, label: Tensor, *, class_weights: Tensor | None = None) -> Tensor:
+    """Mean over labelled pixels of -log softmax(scores)[label]: the negative log-likelihood of independent pixels.
+
+    class_weights [K]: the mean is weighted by the weight of each pixel's true class, as in torch's own.
+    """
+    log_p, target, weight = _pixels(scores, label, class_weights)
+    return _mean(-_pick(log_p, target), weight)
+
+
+def focal(scores: Tensor, label: Tensor, *, gamma: float = 2.0, class_weights: Tensor | None = None) -> Tensor:
+    """Mean over labelled pixels of -(1 - p)^gamma log p, p the true class's probability (Lin et al., ICCV 2017, eq. 4).
+
+    Pixels that are right already count little; gamma = 0 is cross-entropy. class_weights are that paper's alpha.
+    """
+    if gamma < 0:
+        raise ValueError(f"gamma is {gamma}; expected at least 0")
+    log_p, target, weight = _pixels(scores, label, class_weights)
+    log_p = _pick(log_p, target)
+    miss = -torch.expm1(log_p)  # 1 - p, without cancellation where p is near 1
+    if gamma == 0:
+        return _mean(-log_p, weight)
+    # For gamma < 1 the power's slope is infinite at 0, and 0 * inf is nan.
+    return _mean(-(miss.clamp(min=torch.finfo(miss.dtype).tiny) ** gamma) * log_p, weight)
+
+
+def dice(scores: Tensor, label: Tensor, *, class_weights: Tensor | None = None) -> Tensor:
+    """1 - soft Dice, the mean over classes of 2 sum_i p_i y_i / (sum_i p_i + sum_i y_i) (Milletari et al. 2016, there
+    with squares in the denominator; Sudre et al. 2017 as here).
+
+    Sums run over the labelled pixels of the whole batch, so that an image without a class does not count against it;
+    classes that no label of the batch shows are left out of the mean. class_weights [K] weight the mean over classes.
+    """
+    log_p, target, weight = _pixels(scores, label, None)
+    p = log_p.exp() * (weight > 0)[:, None]
+    truth = torch.zeros_like(p).scatter_(1, target[:, None], weight[:, None])
+    overlap, p_sum, truth_sum = ((x.transpose(0, 1).flatten(1).sum(1)) for x in (p * truth, p, truth))
+    present = (truth_sum > 0).to(p.dtype)
+    if class_weights is not None:
+        present = present * _check_weights(class_weights, scores)
+    return _mean(1 - 2 * overlap / (p_sum + truth_sum).clamp(min=torch.finfo(p.dtype).tiny), present)
+
+
+# ----------------------------------------------------------------------------------------------- piecewise likelihood
+
+
+def structured(
+    logits: Tensor,
+    label: Tensor,
+    image: Tensor,
+    crf: nn.Module,
+    *,
+    pairs: int | tuple[Tensor, Tensor] = 2048,
+    pair_weight: float = 1.0,
+    class_weights: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Piecewise negative log-likelihood of a dense CRF (Sutton & McCallum 2005; Lin et al., CVPR 2016, eq. 8-10).
+
+    The likelihood exp(-E(y)) / Z is replaced by a product of pieces, each normalised by itself, so no inference is run:
+
+        loss = - mean_i log P_U(y_i) - pair_weight * mean_(i,j) log P_V(y_i, y_j)
+        P_U(y_i) = softmax over K of logits_i,   P_V(y_i, y_j) = softmax over K*K of -V(y_i, y_j)
+
+    with V = `crf.pair_energy(image, first, second)`. Each piece's gradient in its own scores is softmax - one-hot. The
+    paper sums over nodes and edges where this takes means, so its loss has pair_weight = edges per node; its
+    (lambda/2)|theta|^2 is the optimiser's weight decay. pairs: how many to sample in an image (`sample_pairs`), or
+    (first, second), int64 [B, P], row-major pixel indices; a pair with a void end, or of a pixel and itself, takes no
+    part.
+
+    What to expect. In Lin's CRF V is a network's, and has K*K opinions on every pair. Here V(y_i, y_j) =
+    mu(y_i, y_j) k(f_i, f_j): it knows two pixels' distance in space and colour, not what they are. Under Potts P_V
+    depends on y only through "same or not", so a pairwise piece can teach only how strongly alike pixels agree (and k's
+    bandwidths: how alike they must be), a full mu which classes meet at all. And each piece learns as if it were the
+    only evidence: where many neighbours send the same message, their sum is over-confident.
+    """
+    unary = cross_entropy(logits, label, class_weights=class_weights)
+    if isinstance(pairs, int):
+        pairs = sample_pairs(label, pairs, generator=generator)
+    first, second = (index.to(label.device) for index in pairs)
+    ends = [label.flatten(1).gather(1, index).masked_fill(first == second, VOID) for index in (first, second)]
+    return unary + pair_weight * pairwise_nll(crf.pair_energy(image, first, second), *ends)
+
+
+def pairwise_nll(energy: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Mean of -log P_V(y_i, y_j), P_V = softmax over K*K of -energy; pairs with a void end are skipped.
+
+    energy [B, P, K, K], the first end's label first; first, second: labels of both ends, int64 [B, P].
+    """
+    if energy.ndim != 4 or energy.shape[2] != energy.shape[3] or not energy.shape[:2] == first.shape == second.shape:
+        raise ValueError(
+            f"pair energies {tuple(energy.shape)} do not fit labels {tuple(first.shape)} and {tuple(second.shape)}; "
+            "expected [B, P, K, K] and [B, P] twice"
+        )
+    num_classes = energy.shape[-1]
+    log_p = torch.log_softmax(-energy.flatten(2), dim=-1)
+    known = (first != VOID) & (second != VOID)
+    joint = torch.where(known, first * num_classes + second, 0)
+    return _mean(-log_p.gather(2, joint[..., None])[..., 0], known.to(log_p.dtype))
+
+
+def sample_pairs(label: Tensor, pairs: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Pairs of pixels for the piecewise likelihood: (first, second), int64 [B, P], row-major indices.
+
+    Two pixels drawn at random from an image are far apart, where k is 0 and nothing is learned. So every octave of
+    distance gets its share: the first pixel is uniform over the labelled ones, the second lies in a uniform direction
+    at a distance log-uniform between 1 px and half the image's diagonal, rounded to the pixel. That depends neither on
+    the bandwidths, which are being learned, nor on the resolution. A draw whose second pixel is void or outside is
+    thrown away; four times `pairs` are drawn, and what is left repeats should it be too few. An image without a pair of
+    labelled pixels gives (0, 0) throughout, which is no pair.
+
+    generator: on any device; the pairs are drawn there (by default on the CPU) and moved to the label's.
+    """
+    if pairs < 1:
+        raise ValueError(f"pairs is {pairs}; expected at least 1 an image")
+    batch, height, width = label.shape
+    source = generator.device if generator is not None else torch.device("cpu")
+    reach = max(1.0, math.hypot(height, width) / 2)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, device=source).to(label.device)
+
+    result = torch.zeros(2, batch, pairs, dtype=torch.int64, device=label.device)
+    for b in range(batch):
+        known = (label[b] != VOID).flatten()
+        candidates = known.nonzero()[:, 0]
+        spot, angle, octave = uniform(3, 4 * pairs)
+        if not len(candidates):
+            continue
+        first = candidates[(spot * len(candidates)).long().clamp(max=len(candidates) - 1)]
+        distance = reach**octave
+        y = first // width + (distance * torch.sin(2 * math.pi * angle)).round().long()
+        x = first % width + (distance * torch.cos(2 * math.pi * angle)).round().long()
+        second = (y * width + x).where((y >= 0) & (y < height) & (x >= 0) & (x < width), first)
+        serves = known[second] & (second != first)
+        good = serves.nonzero()[:, 0]
+        if len(good):
+            chosen = good[torch.arange(pairs, device=label.device) % len(good)]
+            result[:, b] = torch.stack([first[chosen], second[chosen]])
+    return result[0], result[1]
+
+
+# --------------------------------------------------------------------------------------------------------- combination
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "cross_entropy": cross_entropy,
+    "dice": dice,
+    "focal": focal,
+    "structured": structured,
+}
+
+
+class Combine:
+    """Weighted sum of losses: `Combine({"cross_entropy": 1.0, "dice": 0.5})(scores, label)`.
+
+    `options` go to the losses that know them: class_weights, gamma, pairs, pair_weight. "structured" needs the unary
+    network's `logits` (by default the scores), the `image` and the `crf` with every call; the others look at `scores`.
+    """
+
+    def __init__(self, weights: Mapping[str, float], **options):
+        if not weights:
+            raise ValueError(f"no loss is named; expected some of {', '.join(LOSSES)}")
+        for name, weight in weights.items():
+            if name not in LOSSES:
+                raise ValueError(f"unknown loss {name!r}; expected one of {', '.join(LOSSES)}")
+            if not (math.isfinite(weight) and weight > 0):
+                raise ValueError(f"loss {name!r} has weight {weight}; expected a positive number")
+        self.weights = dict(weights)
+        self.options = {
+            name: {key: value for key, value in options.items() if key in LOSSES[name].__kwdefaults__}
+            for name in weights
+        }
+        if unknown := set(options) - {key for name in LOSSES for key in LOSSES[name].__kwdefaults__}:
+            raise ValueError(f"no loss has the option {sorted(unknown)[0]!r}")
+
+    @property
+    def needs_inference(self) -> bool:
+        """Whether the scores are looked at; "structured" alone wants the CRF's potentials but none of its marginals."""
+        return set(self.weights) != {"structured"}
+
+    def parts(
+        self,
+        scores: Tensor,
+        label: Tensor,
+        *,
+        logits: Tensor | None = None,
+        image: Tensor | None = None,
+        crf: nn.Module | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Each loss by name, unweighted."""
+        losses = {}
+        for name, options in self.options.items():
+            if name != "structured":
+                losses[name] = LOSSES[name](scores, label, **options)
+                continue
+            if image is None or crf is None:
+                raise ValueError("the structured loss needs the image and the CRF; give image= and crf=")
+            unary = scores if logits is None else logits
+            losses[name] = structured(unary, label, image, crf, generator=generator, **options)
+        return losses
+
+    def __call__(self, scores: Tensor, label: Tensor, **context) -> Tensor:
+        """The weighted sum; `context` as in `parts`."""
+        return sum(self.weights[name] * loss for name, loss in self.parts(scores, label, **context).items())
+
+    def __repr__(self) -> str:
+        return f"Combine({self.weights})"
+
+
+def make_loss(loss: str | Mapping[str, float] | Callable = "cross_entropy", **options) -> Callable[..., Tensor]:
+    """A loss from its name, from names and weights, or from a function (scores, label, **context), kept as it is."""
+    if callable(loss):
+        return loss
+    return Combine({loss: 1.0} if isinstance(loss, str) else loss, **options)
+
+
+def balanced_weights(counts: Tensor, *, power: float = 0.5) -> Tensor:
+    """Class weights [K] from pixel counts [K]: (share of the pixels)^-power, scaled so that a pixel's mean weight is 1.
+
+    power 0 gives every pixel the same say, 1 every class; 0.5 lies between. A class without pixels gets weight 1.
+    """
+    counts = torch.as_tensor(counts, dtype=torch.float64)
+    if counts.ndim != 1 or (counts < 0).any() or counts.sum() == 0:
+        raise ValueError(f"pixel counts are {counts.tolist()}; expected [K], none negative, not all zero")
+    share = counts / counts.sum()
+    weights = torch.where(counts > 0, share.clamp(min=1e-12) ** -power, 0)
+    weights = weights / (share * weights).sum()
+    return torch.where(counts > 0, weights, 1).float()
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def _pixels(scores: Tensor, label: Tensor, class_weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """log_p [B, K, H, W], target [B, H, W] (0 where void), weight [B, H, W] (0 where void), all checked."""
+    check_scores(scores)
+    batch, num_classes, height, width = scores.shape
+    if label.shape != (batch, height, width):
+        raise ValueError(f"label has shape {tuple(label.shape)}; expected [{batch}, {height}, {width}] as the scores")
+    if label.is_floating_point():
+        raise ValueError(f"label has dtype {label.dtype}; expected class indices, int64")
+    known = label != VOID
+    wrong = known & ((label < 0) | (label >= num_classes))
+    if wrong.any():
+        raise ValueError(f"label holds {label[wrong][0].item()}; expected 0..{num_classes - 1} or {VOID} for void")
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        scores = scores.float()
+    target = label.long().masked_fill(~known, 0)
+    weight = known.to(scores.dtype)
+    if class_weights is not None:
+        weight = weight * _check_weights(class_weights, scores)[target]
+    return torch.log_softmax(scores, dim=1), target, weight
+
+
+def check_scores(scores: Tensor) -> None:
+    """ValueError unless scores are logits or log-probabilities [B, K, H, W]: no nan, no probabilities, K at least 2."""
+    if scores.ndim != 4 or scores.shape[1] < 2:
+        raise ValueError(f"scores have shape {tuple(scores.shape)}; expected [B, K, H, W] with K at least 2")
+    values = scores.detach()
+    if not values.is_floating_point():
+        raise ValueError(f"scores have dtype {values.dtype}; expected floating point logits or log-marginals")
+    if values.numel() == 0:
+        return
+    low, high = values.aminmax()
+    if torch.isnan(low) or high == math.inf:
+        raise ValueError("scores hold nan or infinity; expected finite logits (has the training diverged?)")
+    if low >= 0 and high <= 1 and (values.float().sum(1) - 1).abs().max() <= 1e-3:
+        raise ValueError(
+            "scores look like probabilities (all in [0, 1], summing to 1 over the classes); expected logits or "
+            "log-marginals: pass probabilities.log(), or the softmax is taken twice"
+        )
+
+
+def _check_weights(class_weights: Tensor, scores: Tensor) -> Tensor:
+    class_weights = class_weights.to(scores)
+    if class_weights.shape != scores.shape[1:2] or not (torch.isfinite(class_weights) & (class_weights >= 0)).all():
+        raise ValueError(
+            f"class weights are {class_weights.tolist()}; expected {scores.shape[1]} finite numbers, none negative"
+        )
+    return class_weights
+
+
+def _pick(log_p: Tensor, target: Tensor) -> Tensor:
+    # Not nll_loss: its backward fails on non-contiguous [1, K, H, W] views, and gather is deterministic on GPUs too.
+    return log_p.gather(1, target[:, None])[:, 0]
+
+
+def _mean(values: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean; 0, still part of the graph, where there is no weight at all."""
+    total = weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
+    return (torch.where(weight > 0, values, 0) * weight).sum() / total

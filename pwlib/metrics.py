@@ -1,0 +1,179 @@
+"""Scores of a segmentation, all from one table: matrix[t, p] counts pixels of true class t predicted as class p.
+
+Void pixels (label 255) are counted nowhere. A class absent from both sides, labels and predictions, has no score (nan)
+and is left out of every mean; one that is predicted but never true, or true but never predicted, scores 0 and stays in.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor
+
+VOID = 255
+
+
+class ConfusionMatrix:
+    """Counts int64 [K, K], rows the truth, columns the prediction, gathered where the tensors are, by `bincount`.
+
+    device: where the counts live; by default where the first update's labels live. Two matrices add up with `+`.
+    """
+
+    def __init__(self, num_classes: int, *, device: torch.device | str | None = None):
+        if num_classes < 2:
+            raise ValueError(f"num_classes is {num_classes}; expected at least 2")
+        self.num_classes, self.device = num_classes, device
+        self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def update(self, prediction: Tensor, label: Tensor) -> None:
+        """Count class indices [B, H, W] (any equal shapes); label 255 is skipped, whatever is predicted there.
+
+        ValueError for unequal shapes, floats (take the argmax of scores first) and values that are no class.
+        """
+        if prediction.shape != label.shape:
+            raise ValueError(
+                f"prediction has shape {tuple(prediction.shape)}, label {tuple(label.shape)}; expected both [B, H, W]"
+            )
+        for name, values in (("prediction", prediction), ("label", label)):
+            if values.is_floating_point():
+                raise ValueError(f"{name} has dtype {values.dtype}; expected class indices (scores.argmax(dim=1))")
+        device = self.device = self.device or label.device
+        prediction, label = prediction.to(device).long(), label.to(device).long()
+        counted = label != VOID
+        truth, guess = label[counted], prediction[counted]
+        _check_classes(truth, self.num_classes, "label", f" or {VOID} for void")
+        _check_classes(guess, self.num_classes, "prediction")
+        counts = torch.bincount(truth * self.num_classes + guess, minlength=self.num_classes**2)
+        self.matrix = self.matrix.to(device) + counts.view(self.num_classes, self.num_classes)
+
+    def __add__(self, other: "ConfusionMatrix") -> "ConfusionMatrix":
+        if other.num_classes != self.num_classes:
+            raise ValueError(f"cannot add confusion matrices of {self.num_classes} and {other.num_classes} classes")
+        total = ConfusionMatrix(self.num_classes, device=self.matrix.device)
+        total.matrix = self.matrix + other.matrix.to(self.matrix.device)
+        return total
+
+    def all_reduce(self) -> "ConfusionMatrix":
+        """The sum over all processes, the same on each, as a new matrix; a copy where nothing is distributed.
+
+        Every process has to call it. With NCCL the counts must live on the GPU: give `device`.
+        """
+        total = ConfusionMatrix(self.num_classes, device=self.matrix.device)
+        total.matrix = self.matrix.clone()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total.matrix)
+        return total
+
+    def scores(self) -> dict[str, Tensor]:
+        """All scores as float64 tensors on the CPU: per class [K] (nan where absent from both sides), and scalars.
+
+        With t true, p predicted and c correct pixels of a class, and T pixels in all:
+        per_class_iou c / (t + p - c), per_class_precision c / p, per_class_recall c / t, per_class_f1 2c / (t + p);
+        miou, precision, recall, f1: their means over the classes that occur on either side;
+        pixel_accuracy sum c / T; mean_class_accuracy: recall's mean over the classes that are true somewhere;
+        frequency_weighted_iou sum t / T iou (Long, Shelhamer & Darrell, CVPR 2015, section 5). All nan without pixels.
+        """
+        matrix = self.matrix.cpu().double()
+        correct, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+        occurs = true + predicted > 0
+
+        def ratio(part: Tensor, whole: Tensor) -> Tensor:
+            return torch.where(occurs, part / whole.clamp(min=1), math.nan)
+
+        iou, recall = ratio(correct, true + predicted - correct), ratio(correct, true)
+        precision, f1 = ratio(correct, predicted), ratio(2 * correct, true + predicted)
+        return {
+            "miou": iou.nanmean(),
+            "pixel_accuracy": correct.sum() / matrix.sum(),
+            "mean_class_accuracy": recall[true > 0].mean(),
+            "frequency_weighted_iou": (true / matrix.sum() * iou).nansum() if matrix.any() else iou.nanmean(),
+            "precision": precision.nanmean(),
+            "recall": recall.nanmean(),
+            "f1": f1.nanmean(),
+            "per_class_iou": iou,
+            "per_class_precision": precision,
+            "per_class_recall": recall,
+            "per_class_f1": f1,
+        }
+
+
+def _check_classes(values: Tensor, num_classes: int, name: str, besides: str = "") -> None:
+    wrong = (values < 0) | (values >= num_classes)
+    if wrong.any():
+        raise ValueError(f"{name} holds {values[wrong][0].item()}; expected 0..{num_classes - 1}{besides}")
+
+
+def boundary_mask(label: Tensor, width: int = 3) -> Tensor:
+    """The band around label boundaries, bool [B, H, W]: pixels with a differently labelled one at most `width` px away.
+
+    Distance is Chebyshev's (a square window), so the band is `width` px wide on either side. Void counts as a label of
+    its own here: where data sets draw a void strip between objects (VOC), the band reaches `width` px beyond the strip
+    on each side, as in Kraehenbuehl & Koltun's trimaps (NIPS 2011, section 6; after Kohli, Ladicky & Torr, IJCV 2009).
+    The image's frame is no boundary. Void pixels may lie in the band; the scores skip them.
+    """
+    if width < 1:
+        raise ValueError(f"boundary width is {width} px; expected at least 1")
+    side = 2 * width + 1
+    # A window holds two labels if and only if its largest differs from its smallest: dilation against erosion.
+    both = torch.stack([label, -label], dim=1).float()
+    for window, padding in (((side, 1), (width, 0)), ((1, side), (0, width))):
+        both = F.max_pool2d(both, window, stride=1, padding=padding)
+    return both[:, 0] != -both[:, 1]
+
+
+class SegmentationScores:
+    """Scores of a whole data set, over all pixels and over the band around boundaries.
+
+    Usage: `update(prediction, label)` a batch at a time, then `result()`; in several processes `all_reduce().result()`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        class_names: Sequence[str] | None = None,
+        boundary_width: int = 3,
+        *,
+        device: torch.device | str | None = None,
+    ):
+        self.class_names = tuple(class_names or map(str, range(num_classes)))
+        if len(self.class_names) != num_classes:
+            raise ValueError(f"got {len(self.class_names)} class names; expected {num_classes}")
+        self.boundary_width = boundary_width
+        self.everywhere = ConfusionMatrix(num_classes, device=device)
+        self.boundary = ConfusionMatrix(num_classes, device=device)
+
+    @torch.no_grad()
+    def update(self, prediction: Tensor, label: Tensor) -> None:
+        """prediction, label: class indices [B, H, W]; see `ConfusionMatrix.update`."""
+        self.everywhere.update(prediction, label)
+        band = boundary_mask(label, self.boundary_width)
+        self.boundary.update(prediction, label.masked_fill(~band, VOID))
+
+    def all_reduce(self) -> "SegmentationScores":
+        """The scores over all processes' pixels, as a new object."""
+        total = SegmentationScores(len(self.class_names), self.class_names, self.boundary_width)
+        total.everywhere, total.boundary = self.everywhere.all_reduce(), self.boundary.all_reduce()
+        return total
+
+    def result(self) -> dict:
+        """`ConfusionMatrix.scores` as plain numbers, per class by name, with None for what no pixel decides.
+
+        boundary_iou and boundary_accuracy are miou and pixel_accuracy over the band alone ("trimap IoU"; not the
+        "Boundary IoU" of Cheng et al. 2021, which compares two bands). pixels: how many were counted.
+        """
+        scores = self.everywhere.scores()
+        band = self.boundary.scores()
+        scores |= {"boundary_iou": band["miou"], "boundary_accuracy": band["pixel_accuracy"]}
+        result = {name: _number(value) for name, value in scores.items() if value.ndim == 0}
+        result["pixels"] = int(self.everywhere.matrix.sum())
+        for name, values in scores.items():
+            if values.ndim == 1:
+                result[name] = {c: _number(v) for c, v in zip(self.class_names, values, strict=True)}
+        return result
+
+
+def _number(value: Tensor) -> float | None:
+    return None if math.isnan(value) else float(value)
