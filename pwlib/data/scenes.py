@@ -1,0 +1,284 @@
+"""Scenes: a procedural shore with boats, planes, houses and tents, made on the fly; no download, no licence.
+
+Every ingredient of a CNN + CRF segmenter has something to do here:
+1. Colour alone does not tell the class: sky and sea draw their colour from one palette, land and trees from another,
+   and whatever is painted from a third; light, tint and texture vary between images.
+2. Borders are crisp, one pixel from one colour to another, far finer than a stride-8 network sees.
+3. Two pairs are alike in all but their surroundings. A plane and a boat have one silhouette and one paint: one flies in
+   the sky, one swims in the sea. A roof and a tent too: one stands on a wall, the other on land.
+4. Poles and wires are one or two pixels thin: a dense CRF erodes them.
+5. Objects are outlined by one pixel of void, as in PASCAL VOC.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from .dataset import SegmentationDataset
+from .images import VOID
+from .palettes import SCENES_COLOURS, SCENES_VOID
+
+CLASS_NAMES = tuple(SCENES_COLOURS)
+SKY, SEA, LAND, PLANE, BOAT, WALL, ROOF, TENT, TREE, POLE = range(10)
+PALETTE = np.array([*SCENES_COLOURS.values(), SCENES_VOID], np.uint8)
+LENGTHS = {"train": 400, "val": 100, "test": 100}
+SIZE = (64, 96)
+
+# Colours before light falls on them, grey levels 0-255. Shared palettes are what makes colour ambiguous.
+AIR_AND_WATER = [
+    (198, 222, 238),
+    (150, 194, 228),
+    (96, 150, 200),
+    (62, 104, 156),
+    (118, 182, 186),
+    (240, 206, 186),
+    (184, 172, 214),
+    (112, 132, 156),
+]
+EARTH_AND_LEAF = [
+    (138, 176, 88),
+    (88, 132, 72),
+    (190, 188, 108),
+    (218, 200, 150),
+    (160, 132, 92),
+    (56, 92, 62),
+    (116, 112, 70),
+]
+PAINT = [(214, 72, 58), (242, 178, 58), (246, 242, 232), (64, 92, 164), (186, 84, 138), (70, 158, 138), (70, 60, 72)]
+PLASTER = [(232, 220, 196), (190, 154, 122), (170, 180, 192), (244, 234, 222), (214, 170, 156), (150, 128, 118)]
+WOOD = [(56, 46, 44), (222, 214, 204), (104, 76, 60)]
+
+
+class _Canvas:
+    """An image and its label, painted back to front. Coordinates in pixels, y down; `unit` is 1 at 64x96."""
+
+    def __init__(self, size: tuple[int, int], rng: np.random.Generator):
+        self.height, self.width = size
+        self.unit = min(self.height / SIZE[0], self.width / SIZE[1])
+        self.rng = rng
+        self.y, self.x = np.mgrid[: self.height, : self.width].astype(np.float32) + 0.5
+        self.image = np.zeros((*size, 3), np.float32)
+        self.label = np.full(size, SKY, np.uint8)
+
+    def clouds(self, down: float, across: float) -> np.ndarray:
+        """Smooth noise of unit variance about, with grains of down x across pixels: coarse noise, interpolated."""
+        rows = _interpolation(self.height, max(down * self.unit, 1))
+        columns = _interpolation(self.width, max(across * self.unit, 1))
+        noise = self.rng.standard_normal((rows.shape[1], columns.shape[1]), dtype=np.float32)
+        return 1.5 * rows @ noise @ columns.T
+
+    def fill(self, mask, colour, label: int, texture=0.0, outline: bool = True) -> None:
+        """Paint `mask` (bool [H, W]) with a colour plus texture (grey levels); outline it with void."""
+        if outline:
+            self.label[_dilate(mask) & ~mask] = VOID
+        self.label[mask] = label
+        shade = np.broadcast_to(np.asarray(texture, np.float32), mask.shape)[mask]
+        self.image[mask] = np.asarray(colour, np.float32) + shade[:, None]
+
+    def polygon(self, points) -> np.ndarray:
+        """The pixels whose centre lies in the polygon [(x, y), …], by the even-odd rule."""
+        inside = np.zeros(self.label.shape, bool)
+        for (x0, y0), (x1, y1) in zip(points, [*points[1:], points[0]], strict=True):
+            if y0 != y1:
+                crosses = (self.y > y0) != (self.y > y1)
+                inside ^= crosses & (self.x < x0 + (self.y - y0) * ((x1 - x0) / (y1 - y0)))
+        return inside
+
+    def disc(self, x: float, y: float, radius: float) -> np.ndarray:
+        return (self.x - x) ** 2 + (self.y - y) ** 2 < radius**2
+
+
+def _interpolation(count: int, grain: float) -> np.ndarray:
+    """[count, cells + 1] weights that interpolate a coarse grid linearly."""
+    position = np.arange(count, dtype=np.float32) / grain
+    grid = np.arange(int(position[-1]) + 2, dtype=np.float32)
+    return np.maximum(0, 1 - np.abs(position[:, None] - grid))
+
+
+def _dilate(mask: np.ndarray) -> np.ndarray:
+    wide = mask.copy()
+    wide[1:] |= mask[:-1]
+    wide[:-1] |= mask[1:]
+    tall = wide.copy()
+    tall[:, 1:] |= wide[:, :-1]
+    tall[:, :-1] |= wide[:, 1:]
+    return tall
+
+
+def _pick(rng, palette, against=(), contrast=0.0) -> np.ndarray:
+    """A random colour of the palette, varied a little, at least `contrast` grey levels from each in `against`.
+
+    Distances are root mean squares over the channels. Where no colour is that far, the farthest.
+    """
+    colours = np.asarray(palette, np.float32)
+    colours = colours[rng.permutation(len(colours))] + rng.normal(0, 6, (1, 3)).astype(np.float32)
+    if len(against) == 0:
+        return colours[0]
+    gaps = np.sqrt(((colours[:, None] - np.asarray(against)[None]) ** 2).mean(-1)).min(1)
+    far = np.flatnonzero(gaps >= contrast)
+    return colours[far[0]] if len(far) else colours[gaps.argmax()]
+
+
+def _craft(canvas: _Canvas, x: float, y: float, label: int, behind) -> None:
+    """Plane or boat: a hull with a fin (or sail), painted in two colours. The label is the only difference."""
+    rng, unit = canvas.rng, canvas.unit
+    length, height = rng.uniform(17, 27) * unit, rng.uniform(10, 15) * unit
+    flip = rng.choice([-1, 1])
+    deck = y + 0.18 * height
+    hull = [(-0.5, deck), (0.5, deck), (0.3, y + 0.5 * height), (-0.38, y + 0.5 * height)]
+    fin = [(-0.4, deck + 1), (-0.28, y - 0.5 * height), (0.22, deck + 1)]
+    paint = _pick(rng, PAINT, behind, 48)
+    trim = _pick(rng, PAINT, [*behind, paint], 48)
+    shape = canvas.polygon([(x + flip * length * px, py) for px, py in hull])
+    sail = canvas.polygon([(x + flip * length * px, py) for px, py in fin]) & ~shape
+    canvas.fill(shape | sail, paint, label)
+    canvas.image[sail] = trim
+
+
+def _gable(canvas: _Canvas, x: float, base: float, width: float, label: int, behind) -> None:
+    """Roof or tent: a gable whose base stands at y = `base`. The label is the only difference."""
+    rng, unit = canvas.rng, canvas.unit
+    height, ridge = rng.uniform(9, 13) * unit, rng.uniform(0, 0.25) * width
+    corners = [
+        (x - width / 2, base),
+        (x - ridge / 2, base - height),
+        (x + ridge / 2, base - height),
+        (x + width / 2, base),
+    ]
+    rows = 5 * np.sign(np.sin((canvas.y - base) * (math.pi / (1.5 * max(unit, 1)))))
+    canvas.fill(canvas.polygon(corners), _pick(rng, PAINT, behind, 48), label, texture=rows)
+
+
+def _house(canvas: _Canvas, x: float, base: float, behind) -> None:
+    rng, unit = canvas.rng, canvas.unit
+    width, height = rng.uniform(17, 25) * unit, rng.uniform(9, 13) * unit
+    plaster = _pick(rng, PLASTER, behind, 40)
+    wall = (abs(canvas.x - x) < width / 2) & (canvas.y < base) & (canvas.y > base - height)
+    canvas.fill(wall, plaster, WALL)
+    for place in (-0.28, 0.28):
+        window = (abs(canvas.x - x - place * width) < 1.6 * unit) & (abs(canvas.y - base + 0.55 * height) < 1.8 * unit)
+        canvas.image[window & wall] = plaster * 0.62
+    _gable(canvas, x, base - height, width + 3 * unit, ROOF, [*behind, plaster])
+
+
+def _tree(canvas: _Canvas, x: float, base: float, behind) -> None:
+    rng, unit = canvas.rng, canvas.unit
+    radius, trunk = rng.uniform(5, 7.5) * unit, rng.uniform(3, 6) * unit
+    stem = (abs(canvas.x - x) < 1.3 * unit) & (canvas.y < base) & (canvas.y > base - trunk - radius)
+    crown = np.zeros_like(stem)
+    for angle in np.arange(4) * (math.pi / 2) + rng.uniform(0, 1.5):
+        reach = 0.55 * radius
+        crown |= canvas.disc(
+            x + reach * math.cos(angle), base - trunk - radius + reach * math.sin(angle), 0.72 * radius
+        )
+    leaf = _pick(rng, EARTH_AND_LEAF, behind, 36)
+    canvas.fill(stem | crown, WOOD[2], TREE)
+    canvas.image[crown] = leaf + 8 * canvas.clouds(2, 2)[crown][:, None]
+
+
+def _poles(canvas: _Canvas, shore: float, behind) -> None:
+    """One to three poles in a row, with a wire hung between them and beyond."""
+    rng, unit = canvas.rng, canvas.unit
+    count = int(rng.integers(1, 4))
+    gap = canvas.width / count
+    start = rng.uniform(0.15, 0.85) * gap
+    base = rng.uniform(shore + 3 * unit, canvas.height)
+    top = base - rng.uniform(28, 38) * unit
+    thick = 1 if rng.random() < 0.5 else 2
+    mask = np.zeros_like(canvas.label, bool)
+    for i in range(count):
+        x = round(start + i * gap)
+        mask |= (canvas.x > x) & (canvas.x < x + thick) & (canvas.y < base) & (canvas.y > top)
+        mask |= (abs(canvas.x - x - thick / 2) < 3.2 * unit) & (abs(canvas.y - round(top + 2) - 0.5) < 0.5)
+    # A parabola a span, sagging by a tenth of it, one pixel thin.
+    phase = np.mod(canvas.x - start, gap) / gap
+    wire = top + 2 + 0.4 * min(gap, 40 * unit) * phase * (1 - phase)
+    mask |= np.floor(canvas.y) == np.floor(wire)
+    canvas.fill(mask, _pick(rng, WOOD, behind, 40), POLE)
+
+
+def draw(size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """One scene: image uint8 [H, W, 3], label uint8 [H, W]."""
+    canvas = _Canvas(size, rng)
+    height, width, unit = canvas.height, canvas.width, canvas.unit
+
+    # Backdrop, far to near: sky, perhaps hills, sea, shore.
+    horizon = rng.uniform(0.34, 0.46) * height
+    shore = rng.uniform(0.64, 0.74) * height
+    sky = _pick(rng, AIR_AND_WATER)
+    sea = _pick(rng, AIR_AND_WATER, [sky], 34)
+    land = _pick(rng, EARTH_AND_LEAF, [sky, sea], 34)
+    everywhere = np.ones(size, bool)
+    canvas.fill(everywhere, sky, SKY, 5 * canvas.clouds(10, 24) - 12 * (canvas.y / height - 0.3), outline=False)
+    canvas.fill(canvas.y > horizon, sea, SEA, 5 * canvas.clouds(1.5, 8), outline=False)
+    if rng.random() < 0.5:
+        hill = _pick(rng, EARTH_AND_LEAF, [sky, sea], 34)
+        rise = horizon - unit * (3 + 4 * canvas.clouds(64, 14)[:1])
+        canvas.fill((canvas.y > rise) & (canvas.y < horizon), hill, LAND, 4 * canvas.clouds(3, 5), outline=False)
+    for label, colour, top, bottom in ((PLANE, sky, 0, horizon), (BOAT, sea, horizon, shore)):
+        count = rng.choice([0, 1, 2], p=[0.15, 0.5, 0.35])
+        for x in rng.permutation(np.linspace(0.17, 0.83, 3) * width)[:count]:
+            y = (top + bottom) / 2 + rng.uniform(-0.15, 0.15) * (bottom - top)
+            _craft(canvas, x + rng.uniform(-4, 4) * unit, y, label, [colour])
+    beach = shore + unit * 1.5 * canvas.clouds(64, 20)[:1]
+    canvas.fill(canvas.y > beach, land, LAND, 6 * canvas.clouds(3, 4), outline=False)
+
+    # On the land, far to near: one object a plot, so that they hide little of one another.
+    plots = max(3, round(width / (20 * unit)))
+    kinds = [WALL, TENT, TREE, *rng.choice([WALL, TENT, TREE, -1, -1], plots - 3)]
+    bases = np.sort(rng.uniform(shore + 0.35 * (height - shore), height - 2 * unit, plots))
+    for kind, plot, base in zip(rng.permutation(kinds), rng.permutation(plots), bases, strict=True):
+        x = (plot + 0.5) * width / plots + rng.uniform(-2, 2) * unit
+        if kind == WALL:
+            _house(canvas, x, base, [land, sea, sky])
+        elif kind == TENT:
+            _gable(canvas, x, base, rng.uniform(20, 28) * unit, TENT, [land, sea, sky])
+        elif kind == TREE:
+            _tree(canvas, x, base, [land, sea, sky])
+    if rng.random() < 0.75:
+        _poles(canvas, shore, [sky, sea])
+
+    # Light: strength, tint, a slope across the image; then the sensor's noise, partly common to the channels.
+    strength = rng.uniform(0.68, 1.06) * rng.uniform(0.94, 1.06, 3)
+    slope = 1 + rng.uniform(-0.1, 0.1) * (canvas.x / width - 0.5)
+    noise = rng.normal(0, 6, (*size, 3)) + rng.normal(0, 5, (*size, 1))
+    image = canvas.image * strength * slope[..., None] + noise
+    return image.round().clip(0, 255).astype(np.uint8), canvas.label
+
+
+class _Scenes:
+    """Scene i of a split. The three entropy words keep seeds, splits and scenes apart."""
+
+    def __init__(self, seed: int, split: str, size: tuple[int, int]):
+        self.entropy, self.size = (seed, list(LENGTHS).index(split)), size
+
+    def __call__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image, label = draw(self.size, np.random.default_rng([*self.entropy, index]))
+        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(label)
+
+
+def load(split: str, *, size=None, length: int | None = None, seed: int = 0, cache: bool = True, **options):
+    """Split train (400 scenes), val or test (100 each), or `length` scenes, at `size` (H, W), by default 64x96.
+
+    A scene depends on (seed, split, index, size) alone. Size is that of drawing: no scene is resized.
+    """
+    if split not in LENGTHS:
+        raise ValueError(f"scenes: unknown split {split!r}; expected one of {', '.join(LENGTHS)}")
+    length = LENGTHS[split] if length is None else length
+    if length < 1 or seed < 0:
+        raise ValueError(
+            f"scenes: length {length} and seed {seed}; expected at least one scene and a seed of 0 or more"
+        )
+    size = SIZE if size is None else (int(size[0]), int(size[1]))
+    return SegmentationDataset(
+        _Scenes(seed, split, size),
+        name="scenes",
+        split=split,
+        names=[f"{split}_{index:05d}" for index in range(length)],
+        class_names=CLASS_NAMES,
+        palette=PALETTE,
+        size=size,
+        cache=cache,
+        **options,
+    )
