@@ -1,1 +1,19 @@
-"""pwlib."""
+"""CNN + CRF segmentation you can read: the library under a course on piecewise training of deep structured models.
+
+The modules read in the order data flows: data, unary, filters (and lattice), crf, exact, losses, metrics, model,
+trainer.
+
+from pwlib.crf import DenseCRF, Kernel, Trace, dense_crf, probabilities_from_labels
+from pwlib.data import VOID, load
+from pwlib.unary import DeepLabLargeFOV
+
+__all__ = [
+    "VOID",
+    "DeepLabLargeFOV",
+    "DenseCRF",
+    "Kernel",
+    "Trace",
+    "dense_crf",
+    "load",
+    "probabilities_from_labels",
+]

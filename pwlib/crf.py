@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pwlib.data import VOID
 from pwlib.filters import METHODS, FilterBank, GridPositions, check_normalization, make_filters
 
-VOID = 255
 SMALLEST_PROBABILITY = 1e-5  # what pydensecrf's unary_from_softmax clips at
 
 
@@ -182,7 +182,11 @@ class DenseCRF(nn.Module):
 
     def pairwise(self, filters: FilterBank, q: Tensor) -> Tensor:
         """The energy each label meets from all other pixels: marginals q [B, N, K] -> [B, N, K]."""
-        return filters(q, self.log_w.exp()) @ self.compatibility.T
+        return self.penalize(filters(q, self.log_w.exp()))
+
+    def penalize(self, message: Tensor) -> Tensor:
+        """sum_l' mu(l, l') message(l'), [..., K]: what the votes heard cost each label."""
+        return message @ self.compatibility.T
 
     def forward(self, logits: Tensor, image: Tensor, *, iterations: int | None = None) -> Tensor:
         """log_q [B, K, H, W], log-marginals, from logits [B, K, H, W] and the image [B, 3, H, W] in [0, 1].
@@ -221,7 +225,7 @@ class DenseCRF(nn.Module):
         for step in range(steps + 1):
             q = marginals[-1]
             sent = filters.messages(q)
-            energy = sum(w * m for w, m in zip(weights, sent, strict=True)) @ self.compatibility.T
+            energy = self.penalize(sum(w * m for w, m in zip(weights, sent, strict=True)))
             free = (q * (unary + energy / 2)).sum(dtype=torch.float64) - torch.special.entr(q).sum(dtype=torch.float64)
             free_energy.append(free)
             if step < steps:
