@@ -12,6 +12,7 @@ three of them cell i is centred on pixel 8i + 3.5, whatever the image's size. `r
 """
 
 from collections.abc import Mapping
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -181,7 +182,7 @@ def download_vgg(batch_norm: bool = False) -> Mapping[str, Tensor]:
     weights = (VGG16_BN_Weights if batch_norm else VGG16_Weights).IMAGENET1K_V1
     try:
         return weights.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError) as error:  # no network; wrong hash
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:  # no network; wrong hash; a broken cached file
         raise OSError(
             f"cannot get ImageNet weights from {weights.url} ({error}); put the file into "
             f"{torch.hub.get_dir()}/checkpoints, or start from random weights with weights=None"
