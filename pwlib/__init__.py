@@ -2,6 +2,7 @@
 
 The modules read in the order data flows: data, unary, filters (and lattice), crf, exact, losses, metrics, model,
 trainer.
+"""
 
 from pwlib.crf import DenseCRF, Kernel, Trace, dense_crf, probabilities_from_labels
 from pwlib.data import VOID, load
