@@ -1,0 +1,82 @@
+"""Fixtures that all tests share: real images where they are, and functions pulled out of the notebooks."""
+
+import ast
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+
+
+@pytest.fixture(scope="session")
+def camvid_root() -> Path:
+    """The folder that holds camvid/, from the environment variable PWLIB_DATA; skips where there is none."""
+    root = os.environ.get("PWLIB_DATA")
+    if not root:
+        pytest.skip("PWLIB_DATA is not set: it names the folder that holds camvid/")
+    if not (Path(root) / "camvid").is_dir():
+        pytest.skip(f"PWLIB_DATA is {root}, which holds no camvid/")
+    return Path(root)
+
+
+@pytest.fixture(scope="session")
+def notebook() -> Callable[[str], nbformat.NotebookNode]:
+    """notebook("02") or notebook("02_crf_from_scratch"): the notebook as stored."""
+
+    def load(name: str) -> nbformat.NotebookNode:
+        (path,) = NOTEBOOKS.glob(f"{name}*.ipynb")
+        return nbformat.read(path, as_version=4)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def pull(notebook) -> Callable:
+    """pull("02", "mean_field"): the function that the notebook defines in a cell tagged `from-scratch`.
+
+    What it needs comes along: the definitions in the notebook's other from-scratch cells, its imports, and constants
+    such as `VOID = 255`. Nothing else of the notebook is run.
+    """
+    given = {"torch": torch, "F": F, "nn": torch.nn, "np": np, "math": math}
+    loaded: dict[str, dict] = {}
+
+    def find(name: str, function: str) -> Callable:
+        if name not in loaded:
+            loaded[name] = dict(given)
+            for cell in notebook(name).cells:
+                tags = cell.metadata.get("tags", [])
+                if cell.cell_type == "code" and "nbval-skip" not in tags and "exercise" not in tags:
+                    run_definitions(cell.source, loaded[name], functions="from-scratch" in tags)
+        if function not in loaded[name]:
+            raise LookupError(f"notebook {name} has no cell tagged from-scratch that defines {function}")
+        return loaded[name][function]
+
+    return find
+
+
+def run_definitions(source: str, namespace: dict, *, functions: bool) -> None:
+    """Run the imports and literal constants of a cell and, if asked, its functions and classes; nothing else."""
+    lines = ["" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines()]
+    kept = []
+    for node in ast.parse("\n".join(lines)).body:
+        constant = isinstance(node, ast.Assign) and _literal(node.value)
+        definition = isinstance(node, ast.FunctionDef | ast.ClassDef)
+        if isinstance(node, ast.Import | ast.ImportFrom) or constant or (functions and definition):
+            kept.append(node)
+    exec(compile(ast.Module(kept, type_ignores=[]), "<notebook>", "exec"), namespace)
+
+
+def _literal(node: ast.expr) -> bool:
+    try:
+        ast.literal_eval(node)
+    except (ValueError, TypeError):
+        return False
+    return True
