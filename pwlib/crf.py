@@ -58,6 +58,9 @@ class Trace:
     unary [K, H, W] energies; messages [T, M, K, H, W], normalised and unweighted, sent by q[t]; pairwise [T, K, H, W],
     the energy they add after weights and compatibility; q [T + 1, K, H, W] marginals, q[0] = softmax(-unary) and
     q[t + 1] = softmax(-unary - pairwise[t]); free_energy [T + 1], in nats, see `DenseCRF.trace`.
+
+    What `senders` needs, where the kernels are Gaussian: features, one [N, D] a kernel, over the bandwidths; sums
+    [M, N], each pixel's sum of a kernel's weights (K 1); how the messages were normalised, and the self-message.
     """
 
     image: Tensor
@@ -69,6 +72,10 @@ class Trace:
     pairwise: Tensor
     q: Tensor
     free_energy: Tensor
+    features: tuple[Tensor, ...] = ()
+    sums: Tensor | None = None
+    normalization: str = "symmetric"
+    self_message: bool = True
 
     @property
     def iterations(self) -> int:
@@ -83,6 +90,23 @@ class Trace:
     def entropy(self) -> Tensor:
         """[T + 1, H, W], nats."""
         return torch.special.entr(self.q).sum(1)
+
+    def senders(self, kernel: int, pixel: int) -> Tensor:
+        """[H, W], row `pixel` (row-major) of the normalised kernel matrix: how much it hears of each pixel's marginals.
+
+        sum_j senders_j q[t]_j(l) is messages[t, kernel, l] at `pixel`, up to what a lattice approximates.
+        """
+        if not self.features or self.sums is None:
+            raise ValueError("this trace has no kernel features; it cannot say which pixels send a message")
+        features, sums = self.features[kernel], self.sums[kernel]
+        weight = torch.exp(-(features - features[pixel]).square().sum(-1) / 2)
+        if not self.self_message:
+            weight[pixel] = 0
+        if self.normalization == "symmetric":
+            weight = weight * (sums * sums[pixel]).rsqrt()
+        elif self.normalization == "row":
+            weight = weight / sums[pixel]
+        return weight.reshape(self.q.shape[-2:])
 
 
 class DenseCRF(nn.Module):
@@ -236,6 +260,7 @@ class DenseCRF(nn.Module):
         def planes(rows: Tensor) -> Tensor:
             return rows.transpose(-1, -2).reshape(*rows.shape[:-2], self.num_classes, height, width).cpu()
 
+        features = [f.features() if isinstance(f, GridPositions) else f for f in self.features(rows_image)]
         kernels = len(self.kernel_names)
         empty = unary.new_zeros(0, kernels, *unary.shape[1:])
         return Trace(
@@ -248,6 +273,10 @@ class DenseCRF(nn.Module):
             pairwise=planes(torch.stack(pairwise) if pairwise else empty[:, 0]),
             q=planes(torch.cat(marginals)),
             free_energy=torch.stack(free_energy).cpu(),
+            features=tuple(f[0].cpu() for f in features),
+            sums=torch.stack([f.n[0, :, 0] for f in filters.filters]).cpu(),
+            normalization=self.normalization,
+            self_message=self.self_message,
         )
 
     @torch.no_grad()
