@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-VOID = 255
+from pwlib.data import VOID
 
 
 def cross_entropy(scores: Tensor, label: Tensor, *, class_weights: Tensor | None = None) -> Tensor:

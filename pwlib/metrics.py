@@ -12,7 +12,7 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
-VOID = 255
+from pwlib.data import VOID
 
 
 class ConfusionMatrix:

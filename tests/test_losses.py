@@ -1,0 +1,426 @@
+"""Losses, against loops over pixels, torch's own, finite differences and closed forms."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pwlib.crf import DenseCRF
+from pwlib.losses import (
+    Combine,
+    balanced_weights,
+    cross_entropy,
+    dice,
+    focal,
+    make_loss,
+    pairwise_nll,
+    sample_pairs,
+    structured,
+)
+
+PIXEL_LOSSES = {"cross_entropy": cross_entropy, "dice": dice, "focal": focal}
+
+
+class Table(nn.Module):
+    """A stand-in CRF: V(a, b) of a pair is a learnable table, scaled by how bright the first pixel is."""
+
+    def __init__(self, num_classes, dtype=torch.float64):
+        super().__init__()
+        g = torch.Generator().manual_seed(7)
+        self.table = nn.Parameter(torch.randn(num_classes, num_classes, generator=g, dtype=dtype))
+
+    def pair_energy(self, image, first, second):
+        bright = image[:, 0].flatten(1).gather(1, first).to(self.table)
+        return bright[..., None, None] * self.table
+
+
+def example(batch=2, num_classes=4, size=(5, 6), seed=0, void=0.2, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    scores = torch.randn(batch, num_classes, *size, generator=g, dtype=dtype) * 2
+    label = torch.randint(0, num_classes, (batch, *size), generator=g)
+    return scores, label.masked_fill(torch.rand(batch, *size, generator=g) < void, 255)
+
+
+def labelled(scores, label):
+    """(probabilities as a list, true class) of every labelled pixel, one at a time, by the textbook's formula."""
+    for b, row, column in (label != 255).nonzero().tolist():
+        z = [math.exp(s) for s in scores[b, :, row, column].tolist()]
+        yield [x / sum(z) for x in z], label[b, row, column].item()
+
+
+# ---------------------------------------------------------------------------------------------------- against formulas
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 0.5, 3.0, 2.0]])
+def test_cross_entropy_by_hand(weights):
+    scores, label = example()
+    w = weights or [1.0] * 4
+    pixels = list(labelled(scores, label))
+    expected = sum(-w[y] * math.log(p[y]) for p, y in pixels) / sum(w[y] for _, y in pixels)
+    given = None if weights is None else torch.tensor(weights)
+    assert cross_entropy(scores, label, class_weights=given).item() == pytest.approx(expected, rel=1e-12)
+    given = None if weights is None else given.double()
+    assert F.cross_entropy(scores, label, given, ignore_index=255).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("weights", [None, [1.0, 0.5, 3.0, 2.0]])
+def test_focal_by_hand(gamma, weights):
+    scores, label = example()
+    w = weights or [1.0] * 4
+    pixels = list(labelled(scores, label))
+    expected = sum(-w[y] * (1 - p[y]) ** gamma * math.log(p[y]) for p, y in pixels) / sum(w[y] for _, y in pixels)
+    given = None if weights is None else torch.tensor(weights)
+    assert focal(scores, label, gamma=gamma, class_weights=given).item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 0.5, 3.0, 2.0]])
+def test_dice_by_hand(weights):
+    scores, label = example()
+    label[label == 3] = 255  # class 3 is predicted but never true: no part in the mean
+    w = weights or [1.0] * 4
+    pixels, total = list(labelled(scores, label)), 0.0
+    for k in range(3):
+        overlap = sum(p[k] for p, y in pixels if y == k)
+        total += w[k] * (1 - 2 * overlap / (sum(p[k] for p, _ in pixels) + sum(y == k for _, y in pixels)))
+    given = None if weights is None else torch.tensor(weights)
+    assert dice(scores, label, class_weights=given).item() == pytest.approx(total / sum(w[:3]), rel=1e-10)
+
+
+def test_structured_by_hand():
+    """Every piece normalised by itself, by explicit sums over K and K*K."""
+    scores, label = example(num_classes=3)
+    image, crf = torch.rand(2, 3, 5, 6, dtype=torch.float64), Table(3)
+    first, second = sample_pairs(label, 9, generator=torch.Generator().manual_seed(1))
+    second[0, 0] = (label[0] == 255).flatten().nonzero()[0]  # one void end
+    second[1, 1] = first[1, 1]  # one pixel with itself
+    pieces, table = [], crf.table.tolist()
+    for b in range(2):
+        for i, j in zip(first[b].tolist(), second[b].tolist(), strict=True):
+            yi, yj = label[b].flatten()[i].item(), label[b].flatten()[j].item()
+            if 255 in (yi, yj) or i == j:
+                continue
+            bright = image[b, 0].flatten()[i].item()
+            z = sum(math.exp(-bright * table[a][c]) for a in range(3) for c in range(3))
+            pieces.append(bright * table[yi][yj] + math.log(z))
+    assert len(pieces) == 16
+    unary = [-math.log(p[y]) for p, y in labelled(scores, label)]
+    expected = sum(unary) / len(unary) + 0.7 * sum(pieces) / len(pieces)
+    found = structured(scores, label, image, crf, pairs=(first, second), pair_weight=0.7)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_each_piece_gradient_is_softmax_minus_one_hot():
+    scores, label = example(num_classes=3)
+    scores.requires_grad_()
+    cross_entropy(scores, label).backward()
+    known = label != 255
+    one_hot = F.one_hot(label.masked_fill(~known, 0), 3).movedim(-1, 1)
+    expected = (scores.detach().softmax(1) - one_hot) * known[:, None] / known.sum()
+    torch.testing.assert_close(scores.grad, expected)
+
+    energy = torch.randn(2, 7, 3, 3, dtype=torch.float64, requires_grad=True)
+    ends = torch.randint(0, 3, (2, 2, 7))
+    pairwise_nll(energy, *ends).backward()
+    one_hot = F.one_hot(ends[0] * 3 + ends[1], 9).view(2, 7, 3, 3)
+    p = (-energy.detach()).flatten(2).softmax(-1).view(2, 7, 3, 3)
+    torch.testing.assert_close(-energy.grad, (p - one_hot) / 14)  # in the score z = -V
+
+
+def test_under_potts_a_pairwise_piece_learns_how_often_pixels_agree():
+    """With mu = [a != b] and one strength w, the minimum is at w = log((K - 1) agree / disagree); no more is told."""
+    num_classes, agree, pairs = 5, 0.9, 4000
+    g = torch.Generator().manual_seed(0)
+    first = torch.randint(0, num_classes, (1, pairs), generator=g)
+    second = torch.where(torch.arange(pairs) < agree * pairs, first, (first + 1) % num_classes)
+    w = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    potts = 1 - torch.eye(num_classes, dtype=torch.float64)
+    optimizer = torch.optim.LBFGS([w], max_iter=50, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = pairwise_nll((w * potts).expand(1, pairs, -1, -1), first, second)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert w.item() == pytest.approx(math.log((num_classes - 1) * agree / (1 - agree)), abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+
+
+@pytest.mark.parametrize(
+    "loss", [cross_entropy, dice, focal, lambda s, y: focal(s, y, gamma=0.5), lambda s, y: focal(s, y, gamma=0.0)]
+)
+def test_gradients_are_finite_differences(loss):
+    scores, label = example(size=(3, 3))
+    assert torch.autograd.gradcheck(lambda s: loss(s, label), scores.requires_grad_())
+
+
+def test_structured_gradients_reach_logits_and_crf():
+    scores, label = example(num_classes=3, size=(3, 4))
+    image, crf, pairs = torch.rand(2, 3, 3, 4, dtype=torch.float64), Table(3), sample_pairs(label, 8)
+    table = crf.table.detach().clone().requires_grad_()
+
+    def loss(s, t):
+        crf.pair_energy = lambda image, first, second: image[:, :1, 0, :1, None] * t.expand(2, 8, 3, 3)
+        return structured(s, label, image, crf, pairs=pairs)
+
+    assert torch.autograd.gradcheck(loss, (scores.requires_grad_(), table))
+
+
+def test_structured_moves_every_parameter_of_the_dense_crf():
+    """Against central differences in float64, through the real potentials; a pair's normaliser is part of them."""
+    torch.manual_seed(0)
+    logits, label = example(num_classes=3, size=(6, 7))
+    image = torch.rand(2, 3, 6, 7, dtype=torch.float64)
+    crf = DenseCRF(3, theta_alpha=4.0, theta_beta=60.0, theta_gamma=1.5, filtering="exact").double()
+    pairs = sample_pairs(label, 40, generator=torch.Generator().manual_seed(2))
+
+    def loss():
+        return structured(logits, label, image, crf, pairs=pairs)
+
+    loss().backward()
+    moved = 0
+    for name, parameter in crf.named_parameters():
+        for i in range(parameter.numel()):
+            flat, step, values = parameter.data.view(-1), 1e-5, []
+            for sign in (1, -1):
+                flat[i] += sign * step
+                values.append(loss().item())
+                flat[i] -= sign * step
+            difference = (values[0] - values[1]) / (2 * step)
+            assert parameter.grad.view(-1)[i].item() == pytest.approx(difference, rel=1e-4, abs=1e-8), name
+            moved += difference != 0
+    assert moved == 2 + 9 + 3  # kernel weights, compatibility, bandwidths
+
+
+def test_perfect_scores_lose_nothing_and_saturated_ones_stay_finite():
+    _, label = example(void=0.0)
+    right = F.one_hot(label, 4).movedim(-1, 1).double() * 200 - 100
+    for scores, low, high in ((right, 0, 1e-12), (-right, 0.9, 202)):
+        scores = scores.clone().requires_grad_()
+        for name, loss in PIXEL_LOSSES.items():
+            value = loss(scores, label)
+            assert low <= value.item() <= high, name
+            assert torch.autograd.grad(value, scores)[0].isfinite().all(), name
+
+
+# ---------------------------------------------------------------------------------------------------- void, and layouts
+
+
+@pytest.mark.parametrize("name", PIXEL_LOSSES)
+def test_what_is_scored_on_void_does_not_matter(name):
+    scores, label = example()
+    other = torch.where((label == 255)[:, None], torch.full_like(scores, 9.0), scores)
+    other[:, 0] += 1.0 * (label == 255)
+    a, b = (x.clone().requires_grad_() for x in (scores, other))
+    losses = [PIXEL_LOSSES[name](x, label) for x in (a, b)]
+    assert losses[0].item() == losses[1].item()
+    gradient = torch.autograd.grad(losses[1], b)[0]
+    assert (gradient.movedim(1, -1)[label == 255] == 0).all() and (gradient != 0).any()
+
+
+def test_a_batch_without_labels_loses_exactly_nothing():
+    scores, label = example()
+    label.fill_(255)
+    image, crf = torch.rand(2, 3, 5, 6), Table(4)
+    net = nn.Conv2d(4, 4, 1).double()
+    for name in (*PIXEL_LOSSES, "structured"):
+        value = make_loss(name)(net(scores), label, image=image, crf=crf)
+        value.backward()
+        assert value.item() == 0, name
+        assert (net.weight.grad == 0).all(), name
+    assert (crf.table.grad == 0).all()
+
+
+@pytest.mark.parametrize("name", PIXEL_LOSSES)
+@pytest.mark.parametrize(("batch", "num_classes"), [(1, 2), (1, 4), (2, 2)])
+def test_non_contiguous_scores_have_the_same_gradient(name, batch, num_classes):
+    """A crop, channels last, a transposed [N, K] table as mean field makes it: nll_loss fails on some of these."""
+    scores, label = example(batch, num_classes)
+    expected = scores.clone().requires_grad_()
+    PIXEL_LOSSES[name](expected, label).backward()
+    rows = scores.flatten(2).transpose(1, 2).contiguous()  # [B, N, K]
+    for make, leaf in [
+        (lambda x: x[..., :5, :6], F.pad(scores, (0, 2, 0, 3))),
+        (lambda x: x.permute(0, 3, 1, 2), scores.permute(0, 2, 3, 1).contiguous()),
+        (lambda x: x.transpose(1, 2).unflatten(2, (5, 6)), rows),
+    ]:
+        leaf = leaf.clone().requires_grad_()
+        view = make(leaf)
+        loss = PIXEL_LOSSES[name](view, label)
+        (gradient,) = torch.autograd.grad(loss, view, retain_graph=True)
+        torch.testing.assert_close(gradient, expected.grad)
+        loss.backward()
+        assert leaf.grad.shape == leaf.shape
+
+
+@pytest.mark.parametrize("name", PIXEL_LOSSES)
+def test_logits_and_log_marginals_are_alike_and_half_precision_is_widened(name):
+    scores, label = example(dtype=torch.float32)
+    loss = PIXEL_LOSSES[name]
+    torch.testing.assert_close(loss(scores.log_softmax(1), label), loss(scores, label))
+    half = loss(scores.bfloat16(), label)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, loss(scores.bfloat16().float(), label))
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize("name", PIXEL_LOSSES)
+def test_probabilities_are_refused_but_nothing_else_between_0_and_1_is(name):
+    scores, label = example(dtype=torch.float32)
+    loss = PIXEL_LOSSES[name]
+    hard = F.one_hot(scores.argmax(1), 4).movedim(-1, 1).float()
+    for probabilities in (scores.softmax(1), scores.softmax(1).half(), hard):
+        with pytest.raises(ValueError, match=r"look like probabilities .*probabilities.log\(\)"):
+            loss(probabilities, label)
+    for fine in (scores.sigmoid(), scores.softmax(1).clamp(min=1e-12).log(), torch.zeros_like(scores), scores / 100):
+        assert loss(fine, label).isfinite()
+
+
+@pytest.mark.parametrize("name", PIXEL_LOSSES)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s, y: (s.index_fill(0, torch.tensor([0]), math.nan), y), "nan or infinity"),
+        (lambda s, y: (s.index_fill(3, torch.tensor([2]), math.inf), y), "nan or infinity"),
+        (lambda s, y: (s[:, :1], y), r"\(2, 1, 5, 6\); expected \[B, K, H, W\] with K at least 2"),
+        (lambda s, y: (s[0], y), "expected"),
+        (lambda s, y: (s, y[:, :3]), r"label has shape \(2, 3, 6\); expected \[2, 5, 6\]"),
+        (lambda s, y: (s, y.masked_fill(y == 2, 4)), r"label holds 4; expected 0\.\.3 or 255"),
+        (lambda s, y: (s, y.masked_fill(y == 255, -1)), "label holds -1"),
+        (lambda s, y: (s, y.float()), "label has dtype torch.float32"),
+        (lambda s, y: (s.long(), y), "scores have dtype torch.int64"),
+    ],
+)
+def test_bad_input_is_named(name, change, message):
+    with pytest.raises(ValueError, match=message):
+        PIXEL_LOSSES[name](*change(*example()))
+
+
+def test_bad_weights_and_energies_are_named():
+    scores, label = example()
+    for weights in ([1.0, 2.0], [1.0, 1.0, -1.0, 1.0], [1.0, 1.0, math.nan, 1.0]):
+        for loss in PIXEL_LOSSES.values():
+            with pytest.raises(ValueError, match="expected 4 finite numbers, none negative"):
+                loss(scores, label, class_weights=torch.tensor(weights))
+    with pytest.raises(ValueError, match="gamma is -1"):
+        focal(scores, label, gamma=-1.0)
+    with pytest.raises(ValueError, match=r"expected \[B, P, K, K\]"):
+        pairwise_nll(torch.zeros(1, 4, 3, 2), torch.zeros(1, 4).long(), torch.zeros(1, 4).long())
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+def test_pairs_join_labelled_pixels_at_distances_of_every_octave():
+    g = torch.Generator().manual_seed(0)
+    label = torch.zeros(2, 64, 48).long().masked_fill(torch.rand(2, 64, 48, generator=g) < 0.3, 255)
+    first, second = sample_pairs(label, 20000, generator=g)
+    for index in (first, second):
+        assert (label.flatten(1).gather(1, index) != 255).all()
+    dy, dx = first // 48 - second // 48, first % 48 - second % 48
+    distance = torch.hypot(dy.double(), dx.double())
+    assert distance.min() >= 1 and distance.max() <= math.hypot(64, 48) / 2 + 1
+    # Log-uniform in [1, 40]: octaves hold alike many, the far ones fewer, for they lie outside the image more often.
+    octaves = torch.histc(distance[distance >= 1.5].log2(), bins=3, min=math.log2(1.5), max=math.log2(12)) / 40000
+    assert (octaves > 0.14).all() and (octaves < 0.26).all()
+    assert (distance > 12).double().mean() > 0.1
+    # Directions balance, and first ends spread over all labelled pixels.
+    assert abs(dy.double().mean()) < 0.5 and abs(dx.double().mean()) < 0.5
+    assert len(first[0].unique()) > 0.9 * (label[0] != 255).sum()
+
+
+def test_the_same_seed_draws_the_same_pairs():
+    label = example(size=(20, 20))[1]
+    a, b, c = (torch.stack(sample_pairs(label, 50, generator=torch.Generator().manual_seed(s))) for s in (3, 3, 4))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_images_with_little_to_pair():
+    label = torch.full((4, 6, 6), 255)
+    label[1, 2, 2] = 0  # alone
+    label[2, 2, 2:4] = 1  # one pair
+    label[3] = 0
+    first, second = sample_pairs(label, 30, generator=torch.Generator().manual_seed(0))
+    assert (first[:2] == 0).all() and (second[:2] == 0).all()
+    assert set(first[2].tolist()) == {14, 15} and (first[2] + second[2] == 29).all()
+    assert (first[3] != second[3]).all()
+    one = sample_pairs(torch.zeros(1, 1, 1).long(), 5)
+    assert torch.stack(one).eq(0).all()
+    scores, image = torch.randn(1, 2, 1, 1, dtype=torch.float64), torch.rand(1, 3, 1, 1)
+    label = torch.zeros(1, 1, 1).long()
+    alone = structured(scores, label, image, Table(2))  # a 1x1 image has a unary piece and no other
+    assert alone.item() == cross_entropy(scores, label).item()
+    with pytest.raises(ValueError, match="pairs is 0"):
+        sample_pairs(label, 0)
+
+
+# ------------------------------------------------------------------------------------------------- combination, weights
+
+
+def test_losses_combine_by_weight():
+    scores, label = example()
+    image, crf, weights = torch.rand(2, 3, 5, 6), Table(4), torch.tensor([1.0, 2.0, 0.5, 1.0])
+    g = torch.Generator()
+    loss = make_loss(
+        {"cross_entropy": 1.0, "dice": 0.5, "focal": 2.0, "structured": 0.1}, class_weights=weights, gamma=3.0, pairs=9
+    )
+    expected = (
+        cross_entropy(scores, label, class_weights=weights)
+        + 0.5 * dice(scores, label, class_weights=weights)
+        + 2 * focal(scores, label, gamma=3.0, class_weights=weights)
+        + 0.1 * structured(scores / 2, label, image, crf, pairs=9, class_weights=weights, generator=g.manual_seed(5))
+    )
+    found = loss(scores, label, logits=scores / 2, image=image, crf=crf, generator=g.manual_seed(5))
+    torch.testing.assert_close(found, expected)
+    assert loss.needs_inference and not make_loss("structured").needs_inference
+    assert make_loss("dice")(scores, label) == dice(scores, label)
+    assert make_loss(dice) is dice
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: make_loss("hinge"), "unknown loss 'hinge'; expected one of cross_entropy, dice, focal, structured"),
+        (lambda: Combine({}), "no loss is named"),
+        (lambda: Combine({"dice": 0.0}), "'dice' has weight 0.0"),
+        (lambda: Combine({"dice": math.nan}), "'dice' has weight nan"),
+        (lambda: Combine({"dice": 1.0}, gama=2.0), "option 'gama'"),
+        (lambda: make_loss("structured")(*example()), "needs the image and the CRF"),
+    ],
+)
+def test_combinations_that_make_no_sense_are_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_balanced_weights():
+    counts = torch.tensor([900, 90, 10, 0])
+    weights = balanced_weights(counts)
+    share = counts[:3] / 1000
+    torch.testing.assert_close(weights[:3] / weights[0], (share[0] / share) ** 0.5)
+    assert (share * weights[:3]).sum().item() == pytest.approx(1) and weights[3] == 1
+    assert torch.equal(balanced_weights(counts, power=0.0), torch.ones(4))
+    equal = balanced_weights(counts, power=1.0)[:3] * share  # every class has the same say
+    torch.testing.assert_close(equal, equal[:1].expand(3))
+    with pytest.raises(ValueError, match="pixel counts"):
+        balanced_weights(torch.zeros(3))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", [*PIXEL_LOSSES, "structured"])
+def test_losses_agree_on_a_gpu(name):
+    scores, label = example()
+    image, crf, values = torch.rand(2, 3, 5, 6), Table(4), []
+    for device in ("cpu", "cuda"):
+        g = torch.Generator().manual_seed(0)
+        context = {"image": image.to(device), "crf": crf.to(device), "generator": g}
+        values.append(make_loss(name)(scores.to(device), label.to(device), **context).item())
+    assert values[0] == pytest.approx(values[1], rel=1e-9)
