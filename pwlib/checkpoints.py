@@ -1,0 +1,76 @@
+"""Checkpoints that survive: written beside the old one and swapped in whole, read without running anyone's code."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+FORMAT = "pwlib checkpoint 1"
+
+
+def save(path: str | Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors, numbers, strings, containers of these) so that `path` is always a whole checkpoint."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def save_json(path: str | Path, content: Any) -> None:
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Replace `path` by `data`, or leave it as it is: a full disk or a kill in between cannot harm the old content.
+
+    The new content goes to a file beside it, is forced to the disk, and takes the name in one step. OSError if it
+    cannot be written.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        state = "the previous one is intact" if path.exists() else "nothing was written"
+        raise OSError(error.errno, f"{path} cannot be written ({error.strerror}); {state}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read what `save` wrote, to the CPU. FileNotFoundError, or ValueError for anything that is no pwlib checkpoint."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there; expected a checkpoint")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # an arbitrary file makes the unpickler fail in arbitrary ways
+        raise ValueError(f"{path} is damaged or not a checkpoint ({type(error).__name__} while reading it)") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of this library; expected format {FORMAT!r}")
+    return state
+
+
+def load_model(path: str | Path, model: nn.Module) -> dict[str, Any]:
+    """Load a checkpoint's weights into `model`, and return the checkpoint; ValueError if it holds another model."""
+    state = load(path)
+    expected, found = model.state_dict(), state["model"]
+    for name in [*expected, *found]:
+        shapes = [list(side[name].shape) if name in side else "nothing" for side in (found, expected)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{path} holds another model: {name} is {shapes[0]} there, {shapes[1]} here")
+    model.load_state_dict(found)
+    return state

@@ -1,0 +1,117 @@
+"""The whole model: a network's unary logits, and the dense CRF that refines them.
+
+    image [B, 3, H, W] -> unary network -> logits [B, K, H, W] -> dense CRF -> log-marginals [B, K, H, W]
+
+Either part can be replaced: the network by any `nn.Module` from image to logits, the CRF by any module with
+`DenseCRF`'s call.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pwlib.crf import DenseCRF
+from pwlib.unary import DeepLabLargeFOV, as_unary, resize_logits
+
+
+class PiecewiseTrainedModel(nn.Module):
+    """CNN + dense CRF; `model(image, apply_crf=True) -> (unary_output, crf_output)`.
+
+    Args:
+        num_classes: K, at least 2.
+        crf_iterations: mean-field iterations where a call names none. A `crf` of your own is called with this number.
+        unary: any module from image to logits; see `pwlib.unary.as_unary`. None: `DeepLabLargeFOV(num_classes)`.
+        crf: module called as crf(logits, image, iterations=n) -> log-marginals. None: `DenseCRF(num_classes)`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 21,
+        crf_iterations: int = 10,
+        *,
+        unary: nn.Module | None = None,
+        crf: nn.Module | None = None,
+    ):
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes is {num_classes}; expected at least 2 classes to choose between")
+        if crf_iterations < 0:
+            raise ValueError(f"crf_iterations is {crf_iterations}; expected 0 or more")
+        self.num_classes = num_classes
+        self.crf_iterations = crf_iterations
+        unary = DeepLabLargeFOV(num_classes) if unary is None else unary
+        self.unary = as_unary(unary, num_classes=num_classes)
+        self.crf = crf if crf is not None else DenseCRF(num_classes)
+
+    def unary_logits(self, image: Tensor) -> Tensor:
+        """Logits [B, K, H, W] of the image [B, 3, H, W], float RGB in [0, 1]; H x W is the image's own size."""
+        return self.unary(image)
+
+    def refine(self, logits: Tensor, image: Tensor, *, iterations: int | None = None) -> Tensor:
+        """Log-marginals [B, K, H, W] by the CRF, in float32 (or wider) whatever autocast says: exponents of differences
+        of 1e-3 decide here, and half precision has none to spare."""
+        iterations = self.crf_iterations if iterations is None else iterations
+        with torch.autocast(logits.device.type, enabled=False):
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            return self.crf(logits, image, iterations=iterations)
+
+    def forward(
+        self, image: Tensor, apply_crf: bool = True, *, iterations: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(unary_output, crf_output): logits and log-marginals, both [B, K, H, W]; crf_output is None without the CRF.
+
+        Either's `argmax(dim=1)` is a labelling [B, H, W]. Raises ValueError for an image or logits of another shape,
+        and where the CRF meets logits that are not finite.
+        """
+        logits = self.unary_logits(image)
+        return logits, self.refine(logits, image, iterations=iterations) if apply_crf else None
+
+    @torch.no_grad()
+    def predict(
+        self, image: Tensor, *, short_side: int | None = None, crf_long_side: int = 1024, apply_crf: bool = True
+    ) -> Tensor:
+        """Label probabilities [K, H, W] of one image [3, H, W] of any size, the network and the CRF each at its scale.
+
+        The network sees objects as large as in training: the image is shrunk or enlarged until its shorter side is
+        `short_side` (None: left as it is). Its logits are resized to the image, where the CRF finds the borders, with
+        its bandwidths in pixels multiplied as the image was (`scaled_bandwidths`). An image longer than `crf_long_side`
+        is labelled at that length and the probabilities enlarged.
+        """
+        height, width = image.shape[-2:]
+        image = image.to(next(self.parameters()).device)[None]
+        scale = short_side / min(height, width) if short_side else 1.0
+        logits = self.unary_logits(resize_image(image, _scaled(height, width, scale)))
+        crf_scale = min(1.0, crf_long_side / max(height, width))
+        size = _scaled(height, width, crf_scale)
+        logits = resize_logits(logits, size)
+        if apply_crf:
+            crf = scaled_bandwidths(self.crf, crf_scale / scale)
+            logits = crf(logits, resize_image(image, size), iterations=self.crf_iterations)
+        return resize_logits(torch.softmax(logits, dim=1), (height, width))[0]
+
+
+def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """image [B, 3, H, W] to `size`, bilinear, antialiased when it shrinks."""
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image
+    return F.interpolate(image, size=tuple(size), mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
+
+
+def scaled_bandwidths(crf: nn.Module, factor: float) -> nn.Module:
+    """A copy of `crf` for images `factor` times as large: theta_alpha and theta_gamma are pixels and grow with them;
+    theta_beta is a colour and stays, as do the weights (of normalised kernels)."""
+    crf = copy.deepcopy(crf)
+    with torch.no_grad():
+        for name in ("log_theta_alpha", "log_theta_gamma"):
+            if hasattr(crf, name):
+                getattr(crf, name).add_(math.log(factor))
+    return crf
+
+
+def _scaled(height: int, width: int, factor: float) -> tuple[int, int]:
+    return max(1, round(height * factor)), max(1, round(width * factor))

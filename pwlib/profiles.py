@@ -1,0 +1,80 @@
+"""Settings that belong together: for each data set one run for two CPU cores, and one for a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from pwlib.crf import DenseCRF
+from pwlib.model import PiecewiseTrainedModel
+from pwlib.unary import DeepLabLargeFOV
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What `train --profile` stands for. Sizes are (H, W) in pixels; the CRF's bandwidths belong to `size`."""
+
+    size: tuple[int, int] | None  # images are resized as loaded; None: left as they are, and `crop` makes the batches
+    epochs: tuple[int, int, int]
+    batch: int = 8
+    crop: tuple[int, int] | None = None  # None: `size`
+    scale: tuple[float, float] = (0.7, 1.2)
+    colour: float = 0.2
+    width: float = 0.25
+    batch_norm: bool = True
+    imagenet: bool = False
+    dropout: float = 0.5
+    optimizer: str = "adamw"
+    schedule: str = "onecycle"
+    learning_rate: float = 3e-3
+    crf_learning_rate: float = 0.02
+    stage3_factor: float = 0.1
+    weight_decay: float = 5e-4
+    class_balance: float = 0.5  # class weights: (share of the pixels) to the power of minus this; 0: none
+    held_out: float = 0.25
+    crf: dict[str, float | str] = field(default_factory=dict)
+
+
+# The CRF each run starts from, untuned. Bandwidths suit the size in pixels, theta_beta is a difference of grey levels.
+SMALL_CRF = {"theta_alpha": 20.0, "theta_beta": 10.0, "theta_gamma": 1.5, "w_bilateral": 3.0, "w_spatial": 1.0}
+LARGE_CRF = {"theta_alpha": 80.0, "theta_beta": 13.0, "theta_gamma": 3.0, "w_bilateral": 10.0, "w_spatial": 3.0}
+
+# DeepLab's recipe, from ImageNet weights.
+_LARGE = Profile(
+    size=None,
+    epochs=(40, 5, 10),
+    crop=(321, 321),
+    width=1.0,
+    batch_norm=False,
+    imagenet=True,
+    optimizer="sgd",
+    schedule="poly",
+    learning_rate=1e-3,
+    crf_learning_rate=0.1,
+    class_balance=0.0,
+    crf=LARGE_CRF,
+)
+
+PROFILES: dict[tuple[str, str], Profile] = {
+    ("scenes", "quick"): Profile(size=(64, 96), epochs=(20, 3, 2), crf=SMALL_CRF),
+    ("scenes", "full"): Profile(size=(96, 144), epochs=(60, 8, 10), width=0.5, crf=SMALL_CRF),
+    ("camvid", "quick"): Profile(size=(90, 120), epochs=(50, 4, 3), crf=SMALL_CRF),
+    ("camvid", "full"): replace(_LARGE, size=(360, 480), crop=None, epochs=(100, 8, 20), class_balance=0.5),
+    ("voc2012", "quick"): Profile(size=None, crop=(112, 112), scale=(0.25, 0.4), epochs=(15, 2, 2), crf=SMALL_CRF),
+    ("voc2012", "full"): _LARGE,
+    ("folder", "quick"): Profile(size=(96, 128), epochs=(40, 4, 4), crf=SMALL_CRF),
+    ("folder", "full"): _LARGE,
+}
+
+
+def build_model(settings: dict, num_classes: int, *, imagenet: bool = False) -> PiecewiseTrainedModel:
+    """The model a run's settings describe, with fresh weights."""
+    unary: nn.Module = DeepLabLargeFOV(
+        num_classes,
+        width=settings["width"],
+        batch_norm=settings["batch_norm"],
+        dropout=settings["dropout"],
+        weights="imagenet" if imagenet else None,
+    )
+    return PiecewiseTrainedModel(num_classes, unary=unary, crf=DenseCRF(num_classes, **settings["crf"]))

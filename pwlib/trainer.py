@@ -1,0 +1,407 @@
+"""Training in three stages, and the evaluation that goes with it.
+
+    stage 1   the unary network alone                                          on the training images
+    stage 2   the CRF alone, on the frozen network's logits                    on images stage 1 was not fitted to
+    stage 3   everything together, in smaller steps                            on the training images
+
+"Piecewise" means two things, and both are here. Stage by stage: CRF-as-RNN (Zheng et al., ICCV 2015) and DeepLab train
+that way. Piece by piece: `crf_loss="piecewise"` learns the CRF in stage 2 from locally normalised potentials, without
+inference (Sutton & McCallum 2005; Lin et al., CVPR 2016). The default, "marginal", is the likelihood of the labels
+under mean field's marginals.
+
+Why stage 2 has images of its own: on those the network was fitted to it hardly errs, so there is nothing for a CRF to
+correct, and it learns that it is not needed. Why it has no class weights: they ask for a prior that the pixels do not
+have, and the CRF, which sees whole regions, follows it further than a network does.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm.auto import tqdm
+
+from pwlib import checkpoints, loaders
+from pwlib.data import VOID, SegmentationDataset, hold_out
+from pwlib.evaluation import best_record, evaluate
+from pwlib.loaders import Batches
+from pwlib.losses import make_loss
+from pwlib.metrics import ConfusionMatrix
+from pwlib.model import PiecewiseTrainedModel
+from pwlib.objectives import CRF_LOSSES, SCHEDULES, Objective, rate
+
+OPTIMIZERS = ("sgd", "adamw")
+CRF_LEARNING_RATE = {"sgd": 0.1, "adamw": 0.02}
+
+History = dict[str, list[dict[str, Any]]]
+
+
+class PiecewiseTrainer:
+    """Trains a `PiecewiseTrainedModel` stage by stage.
+
+    Args:
+        model, device, num_classes: what is trained, where, and K (checked against the model's).
+        learning_rate: of the network in stage 1; `crf_learning_rate`: of the CRF in stage 2, whose parameters are
+            logarithms and penalties of order 1 (None: 0.1 for SGD, 0.02 for AdamW). In stage 3 both times
+            `stage3_factor`.
+        optimizer: "sgd" (momentum 0.9) or "adamw"; schedule: "poly", "onecycle" or "constant", over each stage.
+        weight_decay: on the network's weights; never on biases, norms or the CRF.
+        loss: the network's, a name, names with weights, or a function (see `pwlib.losses.make_loss`); class_weights [K]
+            act on it alone. crf_loss: "marginal" or "piecewise", in stage 2.
+        clip: largest norm of the gradient (None: any).
+        train_iterations, test_iterations: mean field's; fewer in training cost less and learn as well.
+        held_out: share of the training set kept for stage 2, where no `crf_loader` is given.
+        patience: stop a stage after so many epochs without a better validation score (None: never).
+        out: folder for checkpoints, history.json (None: keep all in memory). resume: go on with what `out` holds.
+        seed: of order, dropout and augmentation. An epoch's randomness depends on (seed, stage, epoch) only; transforms
+            are to draw from torch's global generator, as torchvision's and `Augment()` do.
+        amp: mixed precision for the network (None: on a GPU); the CRF is always computed in float32.
+        progress: True, False, or None: bars on a terminal. Unless False, a line for each epoch.
+
+    `history` maps "stage1", "stage2", "stage3" to one dict an epoch, ready for JSON: epoch, loss, miou (of the training
+    batches), learning_rate, seconds, images_per_second, and "val": {"unary": scores, "crf": scores} if there is a
+    val_loader. Stages 2 and 3 start with an epoch 0, the scores before the first step: it competes for the best.
+
+    The best epoch of each stage, by validation mIoU (of the CRF, in stages 2 and 3), is what the next one starts from,
+    and what the model holds at the end; without a val_loader it is the last. Under torchrun with an initialised process
+    group the loaders' batch sizes are per process.
+    """
+
+    def __init__(
+        self,
+        model: PiecewiseTrainedModel,
+        device: torch.device | str = "cpu",
+        num_classes: int = 21,
+        learning_rate: float = 1e-3,
+        *,
+        crf_learning_rate: float | None = None,
+        stage3_factor: float = 0.1,
+        optimizer: str = "sgd",
+        schedule: str = "poly",
+        weight_decay: float = 5e-4,
+        loss: str | Mapping[str, float] | Callable = "cross_entropy",
+        crf_loss: str = "marginal",
+        class_weights: Tensor | None = None,
+        clip: float | None = 5.0,
+        train_iterations: int = 5,
+        test_iterations: int = 10,
+        held_out: float = 0.25,
+        patience: int | None = None,
+        out: str | Path | None = None,
+        resume: bool = False,
+        seed: int = 0,
+        amp: bool | None = None,
+        progress: bool | None = None,
+    ):
+        _one_of("optimizer", optimizer, OPTIMIZERS)
+        _one_of("schedule", schedule, SCHEDULES)
+        _one_of("crf_loss", crf_loss, CRF_LOSSES)
+        if num_classes != model.num_classes:
+            raise ValueError(f"num_classes is {num_classes}; the model has {model.num_classes}")
+        if not learning_rate > 0:
+            raise ValueError(f"learning_rate is {learning_rate}; expected a positive number")
+        if patience is not None and patience < 1:
+            raise ValueError(f"patience is {patience}; expected at least 1 epoch, or None")
+        self.device = torch.device(device)
+        self.model = model.to(self.device)
+        self.num_classes = num_classes
+        options = {} if class_weights is None or callable(loss) else {"class_weights": class_weights.to(self.device)}
+        self.class_weights = None if class_weights is None else class_weights.to(self.device)
+        self.loss = make_loss(loss, **options)
+        crf_learning_rate = CRF_LEARNING_RATE[optimizer] if crf_learning_rate is None else crf_learning_rate
+        # What decides the run: kept in every checkpoint, compared when one is resumed.
+        self.config: dict[str, Any] = {
+            "num_classes": num_classes,
+            "learning_rate": learning_rate,
+            "crf_learning_rate": crf_learning_rate,
+            "stage3_factor": stage3_factor,
+            "optimizer": optimizer,
+            "schedule": schedule,
+            "weight_decay": weight_decay,
+            "loss": dict(loss) if isinstance(loss, Mapping) else loss if isinstance(loss, str) else "a function",
+            "crf_loss": crf_loss,
+            "class_weights": None if class_weights is None else [float(w) for w in class_weights],
+            "clip": clip,
+            "train_iterations": train_iterations,
+            "test_iterations": test_iterations,
+            "held_out": held_out,
+            "patience": patience,
+            "seed": seed,
+        }
+        self.amp = self._precision(amp)
+        self.progress = progress
+        self.resume = resume
+        self.out = None if out is None else Path(out)
+        self.history: History = {}
+        if self.out is not None:
+            if not resume and any(self.out.glob("stage*.pt")):
+                raise FileExistsError(f"{self.out} holds a run already; resume it, or choose another folder")
+            self.out.mkdir(parents=True, exist_ok=True)
+
+    def _precision(self, amp: bool | None) -> torch.dtype | None:
+        if not (self.device.type == "cuda" if amp is None else amp):
+            return None
+        if self.device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        return torch.float16
+
+    # ------------------------------------------------------------------------------------------------------- stages
+
+    def train_piecewise(
+        self,
+        train_loader: Batches,
+        stage1_epochs: int = 20,
+        stage2_epochs: int = 5,
+        stage3_epochs: int = 10,
+        val_loader: Batches | None = None,
+        crf_loader: Batches | None = None,
+    ) -> History:
+        """All three stages; a stage of 0 epochs is left out. Returns `history`.
+
+        Without a `crf_loader`, and if `train_loader` is over a `SegmentationDataset`, a share of that set is held out
+        for stage 2 (whole drives or sequences, where the set names them), without the training transform, and stage 1
+        is fitted to the rest; stage 3 uses all. Over any other data set stage 2 uses the training images, and says so.
+        """
+        fit_loader = train_loader
+        if stage2_epochs and crf_loader is None:
+            dataset = getattr(train_loader, "dataset", None)
+            if isinstance(dataset, SegmentationDataset):
+                fit, held = hold_out(dataset, self.config["held_out"], self.config["seed"])
+                fit_loader = loaders.rebuilt(train_loader, dataset=fit)
+                crf_loader = loaders.rebuilt(train_loader, dataset=held.with_transform(None))
+            else:
+                self._say("stage 2 will learn the CRF on the images stage 1 was fitted to: give crf_loader= for better")
+                crf_loader = train_loader
+        self.train_stage1(fit_loader, stage1_epochs, val_loader)
+        self.train_stage2(crf_loader, stage2_epochs, val_loader)
+        return self.train_stage3(train_loader, stage3_epochs, val_loader)
+
+    def train_stage1(self, train_loader: Batches, epochs: int = 20, val_loader: Batches | None = None) -> History:
+        """The unary network alone."""
+        return self._stage(1, train_loader, epochs, val_loader)
+
+    def train_stage2(self, crf_loader: Batches, epochs: int = 5, val_loader: Batches | None = None) -> History:
+        """The CRF alone; the network, batch-norm statistics included, stays bit for bit what it is."""
+        return self._stage(2, crf_loader, epochs, val_loader)
+
+    def train_stage3(self, train_loader: Batches, epochs: int = 10, val_loader: Batches | None = None) -> History:
+        """Network and CRF together, in smaller steps."""
+        return self._stage(3, train_loader, epochs, val_loader)
+
+    def _stage(self, stage: int, loader: Batches, epochs: int, val_loader: Batches | None) -> History:
+        if epochs < 0:
+            raise ValueError(f"stage {stage} has {epochs} epochs; expected 0 or more")
+        if epochs == 0:
+            return self.history
+        loader = loaders.rebuilt(loader)
+        if len(loader) == 0:
+            raise ValueError(f"stage {stage} has no batch to train on: the loader is empty")
+        frozen = [p for part in self._parts(stage, trained=False) for p in part.parameters() if p.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            self._fit(stage, loader, epochs, val_loader)
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+        return self.history
+
+    def _fit(self, stage: int, loader: Batches, epochs: int, val_loader: Batches | None) -> None:
+        name = f"stage{stage}"
+        optimizer = self._optimizer(stage)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
+        plan = {"config": self.config, "epochs": epochs, "batches": len(loader)}
+        last = self._last(name, plan)
+        if last is not None:
+            optimizer.load_state_dict(last["optimizer"])
+            scaler.load_state_dict(last["scaler"])
+            self.history = last["history"]
+        records = self.history.setdefault(name, [])
+        best = self._best(name, last)
+
+        def keep(optimizer_too: bool) -> None:
+            nonlocal best
+            if best_record(records) is records[-1]:
+                best = {key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()}
+                self._save(f"{name}-best.pt", {**plan, "epoch": records[-1]["epoch"], "model": best})
+            if optimizer_too:
+                state = {"model": self.model.state_dict(), "optimizer": optimizer.state_dict()}
+                state |= {"scaler": scaler.state_dict(), "history": self.history, "epoch": records[-1]["epoch"]}
+                self._save(f"{name}-last.pt", {**plan, **state})
+
+        if not records and stage > 1 and val_loader is not None:
+            records.append({"epoch": 0, "val": self.evaluate(val_loader)})
+            self._say_epoch(stage, epochs)
+            keep(optimizer_too=False)
+        module = objective = Objective(
+            self.model, stage, self.loss, self.config["crf_loss"], self.config["train_iterations"], self.amp
+        )
+        if loaders.process()[1] > 1:
+            module = DistributedDataParallel(objective)
+        for epoch in range(last["epoch"] + 1 if last else 1, epochs + 1):
+            if self._out_of_patience(records):
+                break
+            seed = loaders.derive_seed(self.config["seed"], stage, epoch)
+            loaders.start_epoch(loader, seed)
+            with loaders.seeded(seed + loaders.process()[0], self.device):
+                record = self._epoch(module, optimizer, scaler, loader, stage, epoch, epochs)
+            if val_loader is not None:
+                record["val"] = self.evaluate(val_loader, apply_crf=stage > 1)
+            records.append(record)
+            self._say_epoch(stage, epochs)
+            keep(optimizer_too=True)
+        self.model.load_state_dict(best)
+
+    def _epoch(self, module, optimizer, scaler, loader, stage: int, epoch: int, epochs: int) -> dict[str, Any]:
+        module.train()
+        confusion = ConfusionMatrix(self.num_classes, device=self.device)
+        total = torch.zeros(2, device=self.device, dtype=torch.float64)  # loss times weight, weight
+        start, seen, peak = time.perf_counter(), 0, 0.0
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        with self._bar(loader, f"stage {stage} {epoch}/{epochs}") as bar:
+            for step, (image, label) in enumerate(bar):
+                share = rate(self.config["schedule"], (epoch - 1 + step / len(loader)) / epochs)
+                for group in optimizer.param_groups:
+                    group["lr"] = share * group["peak"]
+                peak = max(peak, optimizer.param_groups[0]["lr"])
+                image, label = image.to(self.device, non_blocking=True), label.to(self.device, non_blocking=True)
+                loss, scores = module(image, label)
+                mine, everyones = self._weight(label, stage)
+                optimizer.zero_grad(set_to_none=True)
+                # DistributedDataParallel averages gradients over processes; one process would average over pixels.
+                scaler.scale(loss * (mine * loaders.process()[1] / everyones)).backward()
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise FloatingPointError(
+                        f"the loss is {value} in stage {stage}, epoch {epoch}, step {step + 1}; "
+                        "expected a finite number: try a smaller learning rate"
+                    )
+                scaler.unscale_(optimizer)
+                if self.config["clip"] is not None:
+                    nn.utils.clip_grad_norm_(parameters, self.config["clip"])
+                scaler.step(optimizer)
+                scaler.update()
+                confusion.update(scores.detach().argmax(1), label)
+                total += torch.stack([loss.detach().double() * mine, mine.double()])
+                seen += len(image)
+                if not bar.disable:
+                    miou = float(confusion.scores()["miou"])
+                    bar.set_postfix(loss=f"{total[0] / total[1]:.3f}", mIoU=f"{miou:.3f}", lr=f"{peak:.1e}")
+        if loaders.process()[1] > 1:
+            torch.distributed.all_reduce(total)
+            for buffer in self.model.buffers():  # every process evaluates with the first one's batch-norm statistics
+                torch.distributed.broadcast(buffer, 0)
+        if not total[1] > 0:
+            raise ValueError(f"not one labelled pixel in epoch {epoch} of stage {stage}: all labels are {VOID} (void)")
+        seconds = time.perf_counter() - start
+        miou = float(confusion.all_reduce().scores()["miou"])
+        return {
+            "epoch": epoch,
+            "loss": float(total[0] / total[1]),
+            "miou": None if math.isnan(miou) else miou,
+            "learning_rate": peak,
+            "seconds": round(seconds, 3),
+            "images_per_second": round(seen * loaders.process()[1] / seconds, 2),
+        }
+
+    def evaluate(self, loader: Batches, *, apply_crf: bool = True) -> dict[str, Any]:
+        """Scores of the model as it is: see `evaluate`."""
+        iterations, bar = self.config["test_iterations"], self._bar
+        return evaluate(
+            self.model, loader, apply_crf=apply_crf, iterations=iterations, bar=lambda it: bar(it, "scoring")
+        )
+
+    # -------------------------------------------------------------------------------------------------------- parts
+
+    def _parts(self, stage: int, trained: bool) -> list[nn.Module]:
+        names = {1: {"unary"}, 2: {"crf"}, 3: {"unary", "crf"}}[stage]
+        return [getattr(self.model, name) for name in ("unary", "crf") if (name in names) == trained]
+
+    def _optimizer(self, stage: int) -> torch.optim.Optimizer:
+        """Groups with their peak rates: the network's weights (with decay), its other parameters, and the CRF's."""
+        config = self.config
+        factor = config["stage3_factor"] if stage == 3 else 1.0
+        decay, plain, crf = [], [], []
+        for part in self._parts(stage, trained=True):
+            for parameter in part.parameters():
+                if parameter.requires_grad:
+                    (crf if part is self.model.crf else decay if parameter.ndim > 1 else plain).append(parameter)
+        groups = [
+            {"params": decay, "peak": factor * config["learning_rate"], "weight_decay": config["weight_decay"]},
+            {"params": plain, "peak": factor * config["learning_rate"], "weight_decay": 0.0},
+            {"params": crf, "peak": factor * config["crf_learning_rate"], "weight_decay": 0.0},
+        ]
+        groups = [{**group, "lr": group["peak"]} for group in groups if group["params"]]
+        if not groups:
+            raise ValueError(f"stage {stage} has nothing to train: no parameter wants a gradient")
+        return torch.optim.AdamW(groups) if config["optimizer"] == "adamw" else torch.optim.SGD(groups, momentum=0.9)
+
+    def _weight(self, label: Tensor, stage: int) -> tuple[Tensor, Tensor]:
+        """How much this process's batch counts, and all processes' together: the sum of its pixels' weights."""
+        pixels = label[label != VOID]
+        weighted = stage == 1 and self.class_weights is not None
+        mine = self.class_weights[pixels].sum() if weighted else torch.tensor(float(len(pixels)), device=label.device)
+        everyones = mine.clone()
+        if loaders.process()[1] > 1:
+            torch.distributed.all_reduce(everyones)
+        return mine, everyones.clamp(min=1e-12)
+
+    def _out_of_patience(self, records: list[dict[str, Any]]) -> bool:
+        patience = self.config["patience"]
+        return bool(patience and records and records[-1]["epoch"] - best_record(records)["epoch"] >= patience)
+
+    # -------------------------------------------------------------------------------------------------- checkpoints
+
+    def _save(self, name: str, state: dict[str, Any]) -> None:
+        if self.out is not None and loaders.process()[0] == 0:
+            checkpoints.save(self.out / name, state)
+            checkpoints.save_json(self.out / "history.json", self.history)
+
+    def _last(self, name: str, plan: dict[str, Any]) -> dict[str, Any] | None:
+        """The stage's last checkpoint, if this run resumes one; ValueError if it was made under another plan."""
+        if self.out is None or not self.resume or not (self.out / f"{name}-last.pt").exists():
+            return None
+        path = self.out / f"{name}-last.pt"
+        state = checkpoints.load_model(path, self.model)
+        for key in [*self.config, "epochs", "batches"]:
+            there, here = ({**side["config"], **side}[key] for side in (state, plan))
+            if there != here:
+                raise ValueError(f"{path} was made with {key} = {there}, this run has {here}: it cannot be resumed")
+        return state
+
+    def _best(self, name: str, last: dict[str, Any] | None) -> dict[str, Tensor]:
+        if last is None:
+            return {}
+        return checkpoints.load(self.out / f"{name}-best.pt")["model"]
+
+    # ----------------------------------------------------------------------------------------------------- progress
+
+    def _bar(self, batches: Batches, text: str = "scoring") -> tqdm:
+        hidden = True if self.progress is False or loaders.process()[0] else None if self.progress is None else False
+        return tqdm(batches, desc=text, unit="batch", leave=False, disable=hidden)
+
+    def _say(self, line: str) -> None:
+        if self.progress is not False and loaders.process()[0] == 0:
+            tqdm.write(line, file=sys.stderr)
+
+    def _say_epoch(self, stage: int, epochs: int) -> None:
+        record = self.history[f"stage{stage}"][-1]
+        parts = [f"stage {stage}  epoch {record['epoch']:3d}/{epochs}"]
+        if "loss" in record:
+            parts.append(f"loss {record['loss']:.4f}  train mIoU {record['miou'] or 0:.4f}  {record['seconds']:.1f} s")
+        for part, scores in record.get("val", {}).items():
+            parts.append(f"val {part} mIoU {scores['miou'] or 0:.4f}")
+        self._say("  ".join(parts))
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
