@@ -245,6 +245,8 @@ async function render({ model, el }) {
     const labels = trace.labels(state.t);
     return { rgba: (i) => palette[labels[i]], text: `here: ${names[labels[state.i]]}`, chip: meta.colours[labels[state.i]] };
   });
+  const entropy = ["entropy", "nats", () => ({ map: trace.entropy(state.t), range: [0, Math.log(K)], colours: "cividis" })];
+  if (M >= 4) panel("entropy", ...entropy); // so that both rows are full
   for (let m = 0; m < M; m++)
     panel(`message${m}`, meta.kernels[m], "message", () => state.t === 0 ? nothing : {
       map: trace.message(state.t, m, state.c), colours: "viridis",
@@ -254,7 +256,7 @@ async function render({ model, el }) {
     map: trace.pairwise(state.t, state.c), colours: "cividis",
     range: trace.range(`p${state.c}`, () => trace.updates().map((t) => trace.pairwise(t, state.c))),
   });
-  panel("entropy", "entropy", "nats", () => ({ map: trace.entropy(state.t), range: [0, Math.log(K)], colours: "cividis" }));
+  if (M < 4) panel("entropy", ...entropy);
   const upper = panels.map((p) => p.node);
   if (trace.knowsSenders)
     for (let m = 0; m < M; m++)
@@ -284,15 +286,16 @@ async function render({ model, el }) {
     body.append(row);
     return { row, cells };
   });
-  const columns = M + 2 > 4 ? Math.min(M + 2, 5) : 4;
+  const columns = clamp(M + 2, 4, 5), below = M > 2 ? columns : 2; // each kernel's senders stand below its message
+  charts.style.gridColumn = `${trace.knowsSenders ? (M % below) + 1 : 1} / -1`;
   const help = make("details", { class: "help" }, make("summary", {}, "Keys, and how to read this"),
     make("p", {}, "Left and right: step. Space: play or pause. Home, End: first and last iteration. On a picture the arrows move the marked pixel (with Shift by 8), Page Up and Page Down step, Enter holds the mark in place and Escape frees it; so does a click. Click a row of the table to show its class."),
     make("p", {}, "At iteration t the marginals of iteration t − 1 send the messages; the pairwise energy is the compatibility times the weighted messages; q is the softmax of minus (unary + pairwise). Colours cover the range of all iterations, written under each picture; the notch is the marked pixel."));
-  const root = make("div", { class: "explorer", tabindex: -1, role: "group", "aria-label": `Mean-field explorer: ${height} by ${width} pixels, ${K} labels, ${T} iterations`, style: `--columns: ${columns}; --kernels: ${clamp(M, 1, columns)}` },
+  const root = make("div", { class: "explorer", tabindex: -1, role: "group", "aria-label": `Mean-field explorer: ${height} by ${width} pixels, ${K} labels, ${T} iterations`, style: `--columns: ${columns}` },
     toolbar, status,
     make("div", { class: "panels", role: "group", "aria-label": "Pictures; with one in focus, arrow keys move the marked pixel" }, ...upper),
     make("div", { class: M > 2 ? "below wide" : "below" },
-      make("section", { class: "left" }, trace.knowsSenders ? heard : "", make("div", { class: `lower m${Math.min(M, 3)}` }, ...lower, charts)),
+      make("section", { class: "left" }, trace.knowsSenders ? heard : "", make("div", { class: "lower" }, ...lower, charts)),
       make("section", { class: "numbers" }, table)),
     help, live);
   shadow.replaceChildren(make("style", {}, model.get("_css")), make("div", { class: "frame" }, root));

@@ -188,7 +188,7 @@ def pack(trace: Trace, class_names: Sequence[str] | None, palette: np.ndarray | 
         "blocks": [{"name": n, "dtype": b.dtype.name, "shape": list(b.shape)} for n, b in blocks.items()],
     }
     raw = b"".join(shuffled(block, differences=name in {"messages", "q", "labels"}) for name, block in blocks.items())
-    return meta, gzip.compress(raw, 9, mtime=0)
+    return meta, gzip.compress(raw, 6, mtime=0)
 
 
 def half(values: torch.Tensor) -> np.ndarray:
