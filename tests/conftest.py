@@ -67,7 +67,11 @@ def run_definitions(source: str, namespace: dict, *, functions: bool) -> None:
     lines = ["" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines()]
     kept = []
     for node in ast.parse("\n".join(lines)).body:
-        constant = isinstance(node, ast.Assign) and _literal(node.value)
+        # Names only: `table[0] = 1` changes a value that only the notebook's run has.
+        named = isinstance(node, ast.Assign) and not any(
+            isinstance(t, ast.Subscript | ast.Attribute) for t in node.targets
+        )
+        constant = named and _literal(node.value)
         definition = isinstance(node, ast.FunctionDef | ast.ClassDef)
         if isinstance(node, ast.Import | ast.ImportFrom) or constant or (functions and definition):
             kept.append(node)
