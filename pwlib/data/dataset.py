@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .images import VOID, resize_pair
+from .images import VOID, check_size, resize_pair
 
 
 class SegmentationDataset(Dataset):
@@ -37,8 +37,6 @@ class SegmentationDataset(Dataset):
         transform: Callable | None = None,
         cache: bool = False,
     ):
-        if size is not None and (len(size) != 2 or min(size) < 1):
-            raise ValueError(f"{name}: size {size} is not (height, width) of at least one pixel each")
         self.name, self.split = name, split
         self.class_names = tuple(class_names)
         self.palette = np.asarray(palette, np.uint8)
@@ -49,7 +47,7 @@ class SegmentationDataset(Dataset):
             )
         self.names = list(names)
         self.groups = list(groups) if groups is not None else list(names)
-        self.size = None if size is None else (int(size[0]), int(size[1]))
+        self.size = None if size is None else check_size(size, name)
         self.transform = transform
         self._read = read
         self._indices = range(len(self.names))

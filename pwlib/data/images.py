@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,13 @@ def image_size(path) -> tuple[int, int]:
     except _BROKEN as error:
         raise ValueError(f"{path}: is not an image Pillow can open ({error})") from error
     return (width, height) if turned else (height, width)
+
+
+def check_size(size, name: str) -> tuple[int, int]:
+    """`size` as (height, width); ValueError if it is not two whole numbers of pixels, one at least."""
+    if not isinstance(size, Sequence) or len(size) != 2 or any(int(side) != side or side < 1 for side in size):
+        raise ValueError(f"{name}: size {size} is not (height, width) in pixels, one at least")
+    return int(size[0]), int(size[1])
 
 
 def resize_pair(image: torch.Tensor, label: torch.Tensor, size) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,19 +5,19 @@ import torch
 
 from .images import VOID
 
-# Scenes: hues that say what the class is, chosen so that any two stay apart for the colour-blind too
-# (the test simulates protan-, deuter- and tritanopia).
+# Hues near what the class suggests, found by search so that any two stay apart for the colour-blind too: at least 0.1
+# in OKLab under simulated protan-, deuter- and tritanopia (the test measures it).
 SCENES_COLOURS = {
-    "sky": (168, 216, 255),
-    "sea": (0, 96, 190),
-    "land": (222, 203, 118),
-    "plane": (255, 255, 255),
-    "boat": (240, 100, 160),
-    "wall": (150, 150, 150),
-    "roof": (200, 60, 20),
-    "tent": (255, 170, 30),
-    "tree": (20, 100, 60),
-    "pole": (60, 10, 60),
+    "sky": (140, 208, 245),
+    "sea": (40, 40, 150),
+    "land": (250, 205, 105),
+    "plane": (255, 255, 245),
+    "boat": (225, 110, 255),
+    "wall": (110, 155, 150),
+    "roof": (170, 25, 5),
+    "tent": (232, 105, 0),
+    "tree": (0, 105, 95),
+    "pole": (140, 0, 210),
 }
 SCENES_VOID = (0, 0, 0)
 

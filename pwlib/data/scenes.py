@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .dataset import SegmentationDataset
-from .images import VOID
+from .images import VOID, check_size
 from .palettes import SCENES_COLOURS, SCENES_VOID
 
 CLASS_NAMES = tuple(SCENES_COLOURS)
@@ -97,13 +97,13 @@ def _interpolation(count: int, grain: float) -> np.ndarray:
 
 
 def _dilate(mask: np.ndarray) -> np.ndarray:
+    """The mask and its four neighbours."""
     wide = mask.copy()
     wide[1:] |= mask[:-1]
     wide[:-1] |= mask[1:]
-    tall = wide.copy()
-    tall[:, 1:] |= wide[:, :-1]
-    tall[:, :-1] |= wide[:, 1:]
-    return tall
+    wide[:, 1:] |= mask[:, :-1]
+    wide[:, :-1] |= mask[:, 1:]
+    return wide
 
 
 def _pick(rng, palette, against=(), contrast=0.0) -> np.ndarray:
@@ -123,11 +123,11 @@ def _pick(rng, palette, against=(), contrast=0.0) -> np.ndarray:
 def _craft(canvas: _Canvas, x: float, y: float, label: int, behind) -> None:
     """Plane or boat: a hull with a fin (or sail), painted in two colours. The label is the only difference."""
     rng, unit = canvas.rng, canvas.unit
-    length, height = rng.uniform(17, 27) * unit, rng.uniform(10, 15) * unit
+    length, height = rng.uniform(18, 28) * unit, rng.uniform(10, 14) * unit
     flip = rng.choice([-1, 1])
-    deck = y + 0.18 * height
-    hull = [(-0.5, deck), (0.5, deck), (0.3, y + 0.5 * height), (-0.38, y + 0.5 * height)]
-    fin = [(-0.4, deck + 1), (-0.28, y - 0.5 * height), (0.22, deck + 1)]
+    top, deck, keel = y - 0.5 * height, y + 0.12 * height, y + 0.5 * height
+    hull = [(-0.5, deck), (0.5, deck), (0.3, keel), (-0.4, keel)]
+    fin = [(-0.42, deck + 1), (-0.36, top), (-0.22, top), (0.2, deck + 1)]
     paint = _pick(rng, PAINT, behind, 48)
     trim = _pick(rng, PAINT, [*behind, paint], 48)
     shape = canvas.polygon([(x + flip * length * px, py) for px, py in hull])
@@ -136,7 +136,7 @@ def _craft(canvas: _Canvas, x: float, y: float, label: int, behind) -> None:
     canvas.image[sail] = trim
 
 
-def _gable(canvas: _Canvas, x: float, base: float, width: float, label: int, behind) -> None:
+def _gable(canvas: _Canvas, x: float, base: float, width: float, label: int, paint) -> None:
     """Roof or tent: a gable whose base stands at y = `base`. The label is the only difference."""
     rng, unit = canvas.rng, canvas.unit
     height, ridge = rng.uniform(9, 13) * unit, rng.uniform(0, 0.25) * width
@@ -147,19 +147,20 @@ def _gable(canvas: _Canvas, x: float, base: float, width: float, label: int, beh
         (x + width / 2, base),
     ]
     rows = 5 * np.sign(np.sin((canvas.y - base) * (math.pi / (1.5 * max(unit, 1)))))
-    canvas.fill(canvas.polygon(corners), _pick(rng, PAINT, behind, 48), label, texture=rows)
+    canvas.fill(canvas.polygon(corners), paint, label, texture=rows)
 
 
 def _house(canvas: _Canvas, x: float, base: float, behind) -> None:
     rng, unit = canvas.rng, canvas.unit
     width, height = rng.uniform(17, 25) * unit, rng.uniform(9, 13) * unit
-    plaster = _pick(rng, PLASTER, behind, 40)
+    paint = _pick(rng, PAINT, behind, 48)
+    plaster = _pick(rng, PLASTER, [*behind, paint], 40)
     wall = (abs(canvas.x - x) < width / 2) & (canvas.y < base) & (canvas.y > base - height)
     canvas.fill(wall, plaster, WALL)
     for place in (-0.28, 0.28):
         window = (abs(canvas.x - x - place * width) < 1.6 * unit) & (abs(canvas.y - base + 0.55 * height) < 1.8 * unit)
         canvas.image[window & wall] = plaster * 0.62
-    _gable(canvas, x, base - height, width + 3 * unit, ROOF, [*behind, plaster])
+    _gable(canvas, x, base - height, width + 3 * unit, ROOF, paint)
 
 
 def _tree(canvas: _Canvas, x: float, base: float, behind) -> None:
@@ -178,19 +179,18 @@ def _tree(canvas: _Canvas, x: float, base: float, behind) -> None:
 
 
 def _poles(canvas: _Canvas, shore: float, behind) -> None:
-    """One to three poles in a row, with a wire hung between them and beyond."""
+    """One to three poles in a row, 2 px thin at any size, and a wire of 1 px hung between them and beyond."""
     rng, unit = canvas.rng, canvas.unit
     count = int(rng.integers(1, 4))
     gap = canvas.width / count
     start = rng.uniform(0.15, 0.85) * gap
     base = rng.uniform(shore + 3 * unit, canvas.height)
     top = base - rng.uniform(28, 38) * unit
-    thick = 1 if rng.random() < 0.5 else 2
     mask = np.zeros_like(canvas.label, bool)
     for i in range(count):
         x = round(start + i * gap)
-        mask |= (canvas.x > x) & (canvas.x < x + thick) & (canvas.y < base) & (canvas.y > top)
-        mask |= (abs(canvas.x - x - thick / 2) < 3.2 * unit) & (abs(canvas.y - round(top + 2) - 0.5) < 0.5)
+        mask |= (canvas.x > x) & (canvas.x < x + 2) & (canvas.y < base) & (canvas.y > top)
+        mask |= (abs(canvas.x - x - 1) < 3.2 * unit) & (abs(canvas.y - round(top + 2) - 0.5) < 0.5)
     # A parabola a span, sagging by a tenth of it, one pixel thin.
     phase = np.mod(canvas.x - start, gap) / gap
     wire = top + 2 + 0.4 * min(gap, 40 * unit) * phase * (1 - phase)
@@ -203,11 +203,17 @@ def draw(size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, n
     canvas = _Canvas(size, rng)
     height, width, unit = canvas.height, canvas.width, canvas.unit
 
+    # One object a plot of land, so that they hide little of one another; boats keep to where the land is low.
+    plots = max(3, round(width / (20 * unit)))
+    kinds = rng.permutation([WALL, TENT, TREE, *rng.choice([WALL, TENT, TREE, -1, -1], plots - 3)])
+
     # Backdrop, far to near: sky, perhaps hills, sea, shore.
     horizon = rng.uniform(0.34, 0.46) * height
     shore = rng.uniform(0.64, 0.74) * height
     sky = _pick(rng, AIR_AND_WATER)
     sea = _pick(rng, AIR_AND_WATER, [sky], 34)
+    if rng.random() < 0.5:  # so that each is as likely as the other to have a colour
+        sky, sea = sea, sky
     land = _pick(rng, EARTH_AND_LEAF, [sky, sea], 34)
     everywhere = np.ones(size, bool)
     canvas.fill(everywhere, sky, SKY, 5 * canvas.clouds(10, 24) - 12 * (canvas.y / height - 0.3), outline=False)
@@ -216,31 +222,35 @@ def draw(size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, n
         hill = _pick(rng, EARTH_AND_LEAF, [sky, sea], 34)
         rise = horizon - unit * (3 + 4 * canvas.clouds(64, 14)[:1])
         canvas.fill((canvas.y > rise) & (canvas.y < horizon), hill, LAND, 4 * canvas.clouds(3, 5), outline=False)
-    for label, colour, top, bottom in ((PLANE, sky, 0, horizon), (BOAT, sea, horizon, shore)):
-        count = rng.choice([0, 1, 2], p=[0.15, 0.5, 0.35])
-        for x in rng.permutation(np.linspace(0.17, 0.83, 3) * width)[:count]:
+    for label, colour, top, bottom, places in (
+        (PLANE, sky, 0, horizon, rng.permutation(plots)),
+        (BOAT, sea, horizon, shore, sorted(rng.permutation(plots), key=lambda plot: kinds[plot] in (WALL, TREE))),
+    ):
+        apart = [plot for plot in places if plot % 2 == places[0] % 2]
+        for plot in apart[: rng.choice(3, p=[0.15, 0.5, 0.35])]:
+            x = (0.14 + 0.72 * plot / (plots - 1)) * width + rng.uniform(-4, 4) * unit
             y = (top + bottom) / 2 + rng.uniform(-0.15, 0.15) * (bottom - top)
-            _craft(canvas, x + rng.uniform(-4, 4) * unit, y, label, [colour])
-    beach = shore + unit * 1.5 * canvas.clouds(64, 20)[:1]
-    canvas.fill(canvas.y > beach, land, LAND, 6 * canvas.clouds(3, 4), outline=False)
+            _craft(canvas, x, y, label, [colour])
+    ground = canvas.y > shore + unit * 1.5 * canvas.clouds(64, 20)[:1]
+    canvas.fill(ground, land, LAND, 6 * canvas.clouds(3, 4), outline=False)
+    canvas.label[_dilate(ground) & (canvas.label == BOAT)] = VOID  # the shore hides keels: an object's border, too
 
-    # On the land, far to near: one object a plot, so that they hide little of one another.
-    plots = max(3, round(width / (20 * unit)))
-    kinds = [WALL, TENT, TREE, *rng.choice([WALL, TENT, TREE, -1, -1], plots - 3)]
+    # On the land, far to near.
     bases = np.sort(rng.uniform(shore + 0.35 * (height - shore), height - 2 * unit, plots))
-    for kind, plot, base in zip(rng.permutation(kinds), rng.permutation(plots), bases, strict=True):
+    for plot, base in zip(rng.permutation(plots), bases, strict=True):
+        kind = kinds[plot]
         x = (plot + 0.5) * width / plots + rng.uniform(-2, 2) * unit
         if kind == WALL:
             _house(canvas, x, base, [land, sea, sky])
         elif kind == TENT:
-            _gable(canvas, x, base, rng.uniform(20, 28) * unit, TENT, [land, sea, sky])
+            _gable(canvas, x, base, rng.uniform(20, 28) * unit, TENT, _pick(rng, PAINT, [land, sea, sky], 48))
         elif kind == TREE:
             _tree(canvas, x, base, [land, sea, sky])
     if rng.random() < 0.75:
         _poles(canvas, shore, [sky, sea])
 
     # Light: strength, tint, a slope across the image; then the sensor's noise, partly common to the channels.
-    strength = rng.uniform(0.68, 1.06) * rng.uniform(0.94, 1.06, 3)
+    strength = rng.uniform(0.74, 1.12) * rng.uniform(0.94, 1.06, 3)
     slope = 1 + rng.uniform(-0.1, 0.1) * (canvas.x / width - 0.5)
     noise = rng.normal(0, 6, (*size, 3)) + rng.normal(0, 5, (*size, 1))
     image = canvas.image * strength * slope[..., None] + noise
@@ -270,7 +280,7 @@ def load(split: str, *, size=None, length: int | None = None, seed: int = 0, cac
         raise ValueError(
             f"scenes: length {length} and seed {seed}; expected at least one scene and a seed of 0 or more"
         )
-    size = SIZE if size is None else (int(size[0]), int(size[1]))
+    size = SIZE if size is None else check_size(size, "scenes")
     return SegmentationDataset(
         _Scenes(seed, split, size),
         name="scenes",

@@ -5,7 +5,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from .images import VOID
+from .images import VOID, check_size
 
 
 class Augment(v2.Transform):
@@ -35,7 +35,8 @@ class Augment(v2.Transform):
             raise ValueError(f"Augment: scale {scale} is not a range of positive factors, low to high")
         if not 0 <= flip <= 1 or not 0 <= colour < 1:
             raise ValueError(f"Augment: flip {flip} and colour {colour} are expected in [0, 1]")
-        self.size, self.scale, self.flip, self.colour, self.seed = size, scale, flip, colour, seed
+        self.size = None if size is None else check_size(size, "Augment")
+        self.scale, self.flip, self.colour, self.seed = scale, flip, colour, seed
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         self._worker = None
 
