@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from pwlib.crf import Trace
-from pwlib.data import voc_palette
+from pwlib.plots import label_colours, most_changed, to_uint8
 
 try:
     import anywidget
@@ -43,9 +43,6 @@ WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 VIEW_STATE = ("iteration", "label", "pixel", "senders")
 HEAVY = 6e6  # bytes; a notebook with more than this in it is slow to open
-
-# Okabe & Ito (2008), black last: told apart with any colour vision. More labels than that take VOC's palette.
-OKABE_ITO = "e69f00 56b4e9 009e73 f0e442 0072b2 d55e00 cc79a7 000000".split()
 
 
 class Explorer(anywidget.AnyWidget):
@@ -117,31 +114,13 @@ def explore(
     meta, data = pack(trace, class_names, palette)
     if len(data) > HEAVY:
         warnings.warn(f"this explorer holds {len(data) / 1e6:.0f} MB; a smaller image is easier to keep", stacklevel=2)
-    moved = (trace.q[-1] - trace.q[0]).abs()
     label = most_changed(trace) if label is None else label
     if pixel is None:
-        pixel = divmod(int(moved.sum(0).argmax()), moved.shape[-1])
+        pixel = divmod(int((trace.q[-1] - trace.q[0]).abs().sum(0).argmax()), trace.q.shape[-1])
     explorer = Explorer(meta=meta, data=data)
     explorer.iteration = min(1, meta["iterations"]) if iteration is None else iteration
     explorer.label, explorer.pixel, explorer.senders = label, tuple(pixel), senders
     return explorer
-
-
-def most_changed(trace: Trace) -> int:
-    """The class whose marginals the whole of mean field changes most."""
-    return int((trace.q[-1] - trace.q[0]).abs().sum((1, 2)).argmax())
-
-
-def label_colours(num_classes: int, palette: np.ndarray | None = None) -> np.ndarray:
-    """uint8 [K, 3]: the palette's rows without void, or a default."""
-    if palette is None:
-        if num_classes > len(OKABE_ITO):
-            return voc_palette(num_classes)[:-1]
-        return np.array([list(bytes.fromhex(c)) for c in OKABE_ITO[:num_classes]], np.uint8)
-    palette = np.asarray(palette, np.uint8)
-    if palette.shape not in {(num_classes, 3), (num_classes + 1, 3)}:
-        raise ValueError(f"palette has shape {list(palette.shape)}; expected [{num_classes}, 3], or one row more")
-    return palette[:num_classes]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,7 +141,7 @@ def pack(trace: Trace, class_names: Sequence[str] | None, palette: np.ndarray | 
     if len(names) != classes:
         raise ValueError(f"class_names has {len(names)} names; this trace has {classes} labels")
     blocks: dict[str, np.ndarray] = {
-        "image": (255 * trace.image.clamp(0, 1)).round().byte().permute(1, 2, 0).numpy(),
+        "image": to_uint8(trace.image),
         "unary": half(trace.unary),
         "messages": half(trace.messages),
         "q": half(trace.q),

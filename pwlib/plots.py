@@ -1,4 +1,4 @@
-"""Static figures: a training history, predictions beside the truth, overlays.
+"""Static figures: a training history, predictions beside the truth, overlays, a trace of mean field.
 
 Every function returns a matplotlib `Figure` that a notebook shows as a cell's value and `savefig` writes; none touches
 the state of pyplot. Lines are Okabe & Ito's colours, told apart by their markers too.
@@ -16,9 +16,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from pwlib.data import VOID, colorize
+from pwlib.crf import Trace
+from pwlib.data import VOID, colorize, voc_palette
 
 # Okabe & Ito (2008): told apart with any colour vision.
 COLOURS = {
@@ -126,6 +128,100 @@ def overlay(image: Tensor, label: Tensor, palette: np.ndarray, *, alpha: float =
     pixels, colours = to_uint8(image).astype(np.float32), colorize(label, palette).astype(np.float32)
     share = np.where(np.asarray(label) == VOID, 0.0, alpha)[..., None]
     return ((1 - share) * pixels + share * colours).round().astype(np.uint8)
+
+
+def trace(
+    trace: Trace,
+    *,
+    class_names: Sequence[str] | None = None,
+    palette: np.ndarray | None = None,
+    iterations: Sequence[int] = (0, 1, 2, -1),
+    label: int | None = None,
+) -> Figure:
+    """What the mean-field explorer shows, held still: one row an iteration, for one class.
+
+    The first row is iteration 0: image, unary energy and free energy beside the unary's own marginal, entropy and
+    labels. Row t holds the messages that iteration t - 1 sent, the pairwise energy they made, and what came of it. A
+    column's colours mean the same in all rows.
+
+    iterations: 0..T, negative ones from the end; those past it are left out. label: the class, default the one that
+    mean field changes most.
+    """
+    steps, kernels = trace.messages.shape[:2]
+    classes, height, width = trace.unary.shape
+    rows = [0, *sorted({t % (steps + 1) for t in iterations if -steps - 1 <= t <= steps} - {0})]
+    c = most_changed(trace) if label is None else label
+    names = [f"label {k}" for k in range(classes)] if class_names is None else class_names
+    colours = np.vstack([label_colours(classes, palette), [[0, 0, 0]]]).astype(np.uint8)
+    left, side = max(kernels + 1, 3), 1.75
+    size = (side * (left + 3), (side * height / width + 0.12) * len(rows) + 1.2)
+    fig, axes = figure(len(rows) + 1, left + 3, figsize=size, height_ratios=[1] * len(rows) + [0.05])
+    axes, bars = axes[:-1], axes[-1]
+    for cell in bars:
+        cell.set_axis_off()
+
+    maps = {f"{name}\nmessage": (trace.messages[:, m, c], "viridis") for m, name in enumerate(trace.kernels)}
+    maps["pairwise\nenergy"] = (trace.pairwise[:, c], "cividis")
+    after = {"marginal\nq": (trace.q[:, c], "viridis", 1.0)}
+    after["entropy\nnats"] = (trace.entropy, "cividis", np.log(classes))
+    for line, t in zip(axes, rows, strict=True):
+        for column, (title, (values, cmap)) in enumerate(maps.items() if t else ()):
+            limits = {"vmin": float(values.min()), "vmax": float(values.max())}
+            drawn = line[column].imshow(values[t - 1], cmap=cmap, interpolation="nearest", **limits)
+            line[column].set_title(title if t == rows[1] else "", fontsize=8)
+            if t == rows[-1]:
+                bar(fig, drawn, bars[column])
+        for column, (title, (values, cmap, top)) in enumerate(after.items(), left):
+            drawn = line[column].imshow(values[t], cmap=cmap, interpolation="nearest", vmin=0, vmax=top)
+            line[column].set_title("" if t else title, fontsize=8)
+            if t == rows[-1]:
+                bar(fig, drawn, bars[column])
+        draw(line[-1], colorize(trace.labels[t], colours), "" if t else "labels\nargmax q")
+        for cell in line:
+            cell.set_axis_off()
+            cell.title.set_fontsize(8)
+        line[-1].text(1.06, 0.5, f"iteration {t}", transform=line[-1].transAxes, rotation=90, va="center", fontsize=8)
+    draw(axes[0, 0], to_uint8(trace.image))
+    axes[0, 0].set_title("image\n", fontsize=8)
+    axes[0, 1].imshow(trace.unary[c], cmap="cividis", interpolation="nearest")
+    low, high = float(trace.unary[c].min()), float(trace.unary[c].max())
+    axes[0, 1].set_title(f"unary energy\n{low:.2g} to {high:.2g}", fontsize=8)
+    if trace.free_energy is not None:
+        chart = axes[0, 2]
+        chart.set_axis_on()
+        chart.plot(trace.free_energy, color=COLOURS["blue"], marker="o", ms=2.5, lw=1)
+        chart.set_title("free energy (nats)\nby iteration", fontsize=8)
+        chart.tick_params(labelsize=6.5)
+        chart.locator_params(nbins=4)
+        chart.spines[["top", "right"]].set_visible(False)
+    fig.suptitle(f"class {names[c]}", fontsize=10, x=0.01, ha="left")
+    legend(fig, colours, names, sorted({int(v) for v in trace.labels[rows].unique()}))
+    return fig
+
+
+def bar(fig: Figure, drawn: Any, axes: Axes) -> None:
+    """A thin colour bar under a column of maps."""
+    axes.set_axis_on()
+    scale = fig.colorbar(drawn, cax=axes, orientation="horizontal", ticks=MaxNLocator(3))
+    scale.ax.tick_params(labelsize=6.5, length=2)
+    scale.outline.set_visible(False)
+
+
+def most_changed(trace: Trace) -> int:
+    """The class whose marginals the whole of mean field changes most."""
+    return int((trace.q[-1] - trace.q[0]).abs().sum((1, 2)).argmax())
+
+
+def label_colours(num_classes: int, palette: np.ndarray | None = None) -> np.ndarray:
+    """uint8 [K, 3]: the rows of `palette` ([K, 3], or [K + 1, 3] with void last), by default Okabe & Ito's or VOC's."""
+    if palette is None:
+        if num_classes > len(COLOURS):
+            return voc_palette(num_classes)[:-1]
+        return np.array([list(bytes.fromhex(c[1:])) for c in COLOURS.values()], np.uint8)[:num_classes]
+    palette = np.asarray(palette, np.uint8)
+    if palette.shape not in {(num_classes, 3), (num_classes + 1, 3)}:
+        raise ValueError(f"palette has shape {list(palette.shape)}; expected [{num_classes}, 3], or one row more")
+    return palette[:num_classes]
 
 
 def to_uint8(image: Tensor) -> np.ndarray:
