@@ -197,12 +197,12 @@ class FilterBank:
         """One [B, N, C] a kernel: normalised, unweighted."""
         return [f(values) for f in self.filters]
 
-    def __call__(self, values: Tensor, weights: Tensor) -> Tensor:
-        """sum_m weights[m] * message_m, [B, N, C]."""
+    def __call__(self, values: Tensor, weights: Tensor, compatibility: Tensor | None = None) -> Tensor:
+        """sum_m weights[m] * message_m (@ compatibility [C, C], where given), [B, N, C]."""
         total = weights[0] * self.filters[0](values)
         for weight, f in zip(weights[1:], self.filters[1:], strict=True):
             total = total + weight * f(values)
-        return total
+        return total if compatibility is None else total @ compatibility
 
 
 def choose_method(method: str, pixels: int, device: torch.device) -> str:
@@ -233,7 +233,7 @@ def make_filters(
     if choose_method(method, pixels, device) == "lattice":
         from pwlib.lattice import LatticeBank
 
-        return LatticeBank([f.features() if isinstance(f, GridPositions) else f for f in features], **options)
+        return LatticeBank(features, **options)
     return FilterBank(
         [SeparableFilter(f, **options) if isinstance(f, GridPositions) else ExactFilter(f, **options) for f in features]
     )

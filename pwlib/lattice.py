@@ -17,26 +17,29 @@ The conventions are those of Kraehenbuehl & Koltun's reference code, whose margi
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pwlib.filters import FilterBank, GaussianFilter
+from pwlib.filters import FilterBank, GaussianFilter, GridPositions
 
 EPS = 1e-20  # the reference code's guard against an empty row
+LARGE = 2**12  # beyond it float32 has too few digits left to place a point inside its simplex
 
 
 @dataclass(frozen=True)
 class Lattice:
     """Where P points of dimension d meet the lattice; integers only, nothing here has a gradient.
 
-    corner [P, d+1] int32: vertex of each corner. order [P(d+1)]: positions in corner.flatten(), sorted by vertex.
-    point, offsets int32: the points of vertex v are point[offsets[v]:offsets[v+1]].
-    neighbours [d+1, M, 3] int32: the vertex itself and its two neighbours per direction, M the number of vertices;
-    taps [d+1, M, 3]: 1, 1/2, 1/2, or 0 where the neighbour is not a vertex of the lattice.
+    corner [P, d+1] int32: the vertex at each corner of each point's simplex. order [P(d+1)] int64: the positions in
+    corner.flatten(), sorted by vertex; point = order // (d+1), int32. offsets [M+1] int32: the points of vertex v are
+    point[offsets[v]:offsets[v+1]]. neighbours [d+1, M, 3] int32: per direction the vertex itself and the two beside it;
+    taps [d+1, M, 3]: 1, 1/2, 1/2, or 0 where the lattice has no such vertex.
     """
 
     corner: Tensor
@@ -48,274 +51,301 @@ class Lattice:
 
     @property
     def size(self) -> int:
-        return self.offsets.shape[0] - 1
+        """M, the number of vertices."""
+        return len(self.offsets) - 1
 
-    def repeat(self, copies: int, points: int) -> Lattice:
-        """The same lattice of `points` points for every image of a batch."""
+    def repeat(self, copies: int) -> Lattice:
+        """The same points once more for every image of a batch."""
         if copies == 1:
             return self
-        shift = torch.arange(copies, dtype=torch.int32, device=self.corner.device)
+        shift = torch.arange(copies, device=self.corner.device)
 
         def tile(index: Tensor, step: int) -> Tensor:
             return (index + shift.to(index.dtype).view(-1, *[1] * index.ndim) * step).flatten(0, 1)
 
-        neighbours = [tile(axis, self.size) for axis in self.neighbours]
-        offsets = torch.cat([tile(self.offsets[:-1], len(self.point)), self.offsets[-1:] * copies])
         return Lattice(
             tile(self.corner, self.size),
             tile(self.order, len(self.order)),
-            tile(self.point, points),
-            offsets,
-            torch.stack(neighbours),
+            tile(self.point, len(self.corner)),
+            torch.cat([tile(self.offsets[:-1], len(self.order)), self.offsets[-1:] * copies]),
+            torch.stack([tile(direction, self.size) for direction in self.neighbours]),
             self.taps.repeat(1, copies, 1),
         )
 
 
 def elevate(features: Tensor) -> Tensor:
-    """Map features [P, d] into the hyperplane sum = 0 of R^(d+1), scaled so that the blur has unit variance. [d+1, P].
+    """Features [P, d] in the hyperplane sum = 0 of R^(d+1), [d+1, P], scaled so that the blur has unit variance.
 
-    Adams, Baek & Davis 2010, p. 5; the blur's own standard deviation sqrt(2/3) (d+1) is on p. 6.
+    Adams, Baek & Davis 2010, p. 5; the standard deviation of the blur, sqrt(2/3) (d+1), is on p. 6.
     """
     d = features.shape[1]
-    total = torch.zeros_like(features[:, 0])
-    rows = []
+    features = features.T
+    total, rows = torch.zeros_like(features[0]), []
     for j in range(d, 0, -1):
-        f = features[:, j - 1] * (math.sqrt(2 / 3) * (d + 1) / math.sqrt(j * (j + 1)))
-        rows.append(total - j * f)
-        total = total + f
+        scaled = features[j - 1] * (math.sqrt(2 / 3) * (d + 1) / math.sqrt(j * (j + 1)))
+        rows.append(total - j * scaled)
+        total = total + scaled
     return torch.stack([total, *reversed(rows)])
 
 
 @torch.no_grad()
 def enclosing_simplex(elevated: Tensor) -> tuple[Tensor, Tensor]:
-    """The simplex around each point: base [d+1, P] int32 (remainder-0 vertex / (d+1)), rank [d+1, P] int64."""
-    axes = elevated.shape[0]
+    """The simplex around each point: its remainder-0 vertex over d+1, and the rank of each coordinate, largest first.
+
+    Both [d+1, P]: base in the dtype of `elevated` (whole numbers), rank int64.
+    """
+    axes = len(elevated)
     base = torch.round(elevated * (1 / axes))
     rest = elevated - base * axes
-    rank = torch.zeros_like(elevated)
-    for i in range(axes - 1):
-        below = (rest[i] < rest[i + 1 :]).to(rank.dtype)
-        rank[i] += below.sum(0)
-        rank[i + 1 :] += 1 - below
-    # Rounding may leave the plane by a few steps: move the coordinates that were rounded furthest back onto it.
-    rank += base.sum(0)
-    shift = (rank < 0).to(rank.dtype) - (rank >= axes).to(rank.dtype)
-    return (base + shift).to(torch.int64), (rank + axes * shift).to(torch.int64)
+    # Comparing pairs of rows is cheaper than sorting columns, and bytes are cheaper than words.
+    rank = torch.arange(axes, dtype=torch.int8, device=base.device)[:, None].repeat(1, base.shape[1])
+    for i in range(axes):
+        for j in range(i + 1, axes):
+            below = (rest[i] < rest[j]).view(torch.int8)
+            rank[i] += below
+            rank[j] -= below
+    # Rounding may leave the plane by a few steps: put the coordinates that were rounded furthest back onto it.
+    rank += base.sum(0).to(torch.int8)
+    shift = (rank < 0).view(torch.int8) - (rank >= axes).view(torch.int8)
+    return base + shift, (rank + axes * shift).long()
 
 
 def barycentric(elevated: Tensor, base: Tensor, rank: Tensor) -> Tensor:
     """Barycentric coordinates [P, d+1] of the points in their simplices, differentiable in `elevated`."""
-    axes = elevated.shape[0]
-    rest = (elevated - (base * axes).to(elevated.dtype)) * (1 / axes)
+    axes = len(elevated)
+    rest = (elevated - base * axes) * (1 / axes)
     rest = torch.zeros_like(rest).scatter(0, rank, rest)  # descending along dim 0
-    first = 1 + rest[-1] - rest[0]
-    return torch.cat([first[None], (rest[:-1] - rest[1:]).flip(0)]).T.contiguous()
+    return torch.cat([(1 + rest[-1] - rest[0])[None], (rest[:-1] - rest[1:]).flip(0)]).T.contiguous()
 
 
 @torch.no_grad()
-def build(base: Tensor, rank: Tensor, copies: int, dtype: torch.dtype) -> Lattice:
-    """Number the vertices the simplices touch and link them to their points and neighbours.
+def build(base: Tensor, rank: Tensor, images: int, dtype: torch.dtype) -> Lattice:
+    """Number the vertices that the simplices touch, and link them to their points and to their neighbours.
 
     A vertex of remainder k has coordinates (d+1) c_i + k, with c_i = base_i or base_i - 1, so c_0 .. c_{d-1} and k name
-    it. They are the digits of one integer: sorting integers finds equal vertices, adding a constant gives a neighbour.
+    it. They are the digits of one integer, its key: sorting keys finds equal vertices, adding a constant gives a
+    neighbour. The points are those of `images` images in turn, each with a lattice of its own.
     """
-    axes, points = base.shape
-    d = axes - 1
-    device = base.device
+    axes, points = rank.shape
+    d, device = axes - 1, rank.device
     low = base[:d].amin(1) - 1
-    # One spare value a digit: stepping outside the box in either direction lands on it and finds nothing.
-    spans = (base[:d].amax(1) - low + 2).tolist()
-    strides = [axes]
-    for span in spans:
-        strides.append(strides[-1] * span)
-    slots = points * axes
-    bits = max(1, (slots - 1).bit_length())
-    if strides[-1] * copies >= 2**62:
+    # One spare value a digit: a step out of the box, on either side, lands on it and finds nothing.
+    spans = [int(span) for span in (base[:d].amax(1) - low + 2).tolist()]
+    strides = [axes * math.prod(spans[:i]) for i in range(axes)]
+    if strides[d] * images >= 2**62:
         raise ValueError(
-            f"features span {[s - 2 for s in spans]} lattice cells, too many to number in 63 bits: "
-            "are they divided by their bandwidths?"
+            f"features spread over {' x '.join(map(str, spans))} lattice cells, more than 62 bits can number; "
+            "expected bandwidths that are not so small beside the features' range"
         )
     stride = torch.tensor([*strides[:d], 0], device=device)
-    key = ((base[:d] - low[:, None]) * stride[:d, None]).sum(0)
-    if copies > 1:
-        key = key + torch.arange(copies, device=device).repeat_interleave(points // copies) * strides[-1]
-    stride_of_rank = torch.zeros_like(rank).scatter_(0, rank, stride[:, None].expand_as(rank))
-    keys = [key]
+    keys = torch.zeros(axes, points, dtype=torch.int64, device=device)
+    if images > 1:
+        keys[0] = torch.arange(images, device=device).repeat_interleave(points // images) * strides[d]
+    for i in range(d):
+        keys[0].add_((base[i] - low[i]).long(), alpha=strides[i])
+    # From remainder k-1 to k: one more in every coordinate, d+1 less in the one whose turn it is by rank.
+    turn = torch.empty_like(rank).scatter_(0, rank, (1 - stride)[:, None].expand_as(rank))
     for k in range(1, axes):
-        keys.append(keys[-1] - stride_of_rank[axes - k] + 1)
-    keys = torch.stack(keys, 1).flatten()
+        torch.add(keys[k - 1], turn[axes - k], out=keys[k])
 
-    if device.type == "cpu" and (strides[-1] * copies) << bits < 2**63:
-        # numpy sorts plain integers with SIMD, much faster than any argsort: carry the position in the low bits.
-        packed = keys << bits | torch.arange(slots)
-        packed.numpy().sort()
-        keys, order = packed >> bits, packed & ((1 << bits) - 1)
-    else:
-        keys, order = torch.sort(keys, stable=True)
-    fresh = torch.ones(slots + 1, dtype=torch.bool, device=device)
-    torch.ne(keys[1:], keys[:-1], out=fresh[1:-1])
-    offsets = fresh.nonzero().squeeze(1)
-    vertex = torch.cumsum(fresh[:-1], 0, dtype=torch.int32) - 1
-    corner = torch.empty(slots, dtype=torch.int32, device=device)
-    corner[order] = vertex
+    keys, order = _sort(keys, strides[d] * images)
+    keys, vertex, counts = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
+    vertices = len(keys)
+    corner = torch.empty_like(order).scatter_(0, order, vertex).view(points, axes).int()
+    offsets = F.pad(counts.cumsum(0), (1, 0)).int()
 
-    # Neighbours: one step along direction j is -1 in every coordinate and d+1 more in coordinate j.
-    keys = keys[offsets[:-1]]
-    step = torch.where(keys % axes > 0, -1, axes - 1 - sum(strides[:d]))
-    wanted = keys + step + stride[:, None]
-    found = torch.searchsorted(keys, wanted, out_int32=True).clamp_(max=len(keys) - 1)
-    present = keys[found] == wanted
-    me = torch.arange(len(keys), dtype=torch.int32, device=device).expand(axes, -1)
-    neighbours = torch.stack([me, torch.where(present, found, me), me], 2)
-    taps = torch.zeros(neighbours.shape, dtype=dtype, device=device)
+    # One step in direction j: one less in every coordinate, d+1 more in coordinate j.
+    wanted = keys + torch.where(keys % axes > 0, -1, d - sum(strides[:d])) + stride[:, None]
+    found = torch.searchsorted(keys, wanted).clamp_(max=vertices - 1)
+    present = keys.index_select(0, found.flatten()).view_as(found) == wanted
+    me = torch.arange(vertices, device=device).expand(axes, -1)
+    behind = torch.arange(vertices + 1, device=device).repeat(axes, 1)
+    behind.scatter_(1, torch.where(present, found, vertices), me)
+    neighbours = torch.stack([me, torch.where(present, found, me), behind[:, :-1]], 2).int()
+    taps = (neighbours != neighbours[..., :1]).to(dtype) / 2
     taps[..., 0] = 1
-    taps[..., 1] = present * 0.5
-    axis, here = present.nonzero(as_tuple=True)
-    there = found[axis, here].long()
-    neighbours[axis, there, 2] = here.int()
-    taps[axis, there, 2] = 0.5
-    point = (order // axes).int()
-    return Lattice(corner.view(points, axes), order, point, offsets.int(), neighbours, taps)
+    return Lattice(corner, order, (order // axes).int(), offsets, neighbours, taps)
+
+
+def _sort(keys: Tensor, bound: int) -> tuple[Tensor, Tensor]:
+    """Keys [d+1, P] below `bound`, sorted, and the position of each in the transpose, [P, d+1]."""
+    axes = len(keys)
+    bits = (keys.numel() - 1).bit_length()
+    if bound >= 2 ** (63 - bits):
+        return keys.T.flatten().sort(stable=True)
+    # Plain integers sort much faster than pairs (numpy has SIMD for them): carry the position in the low bits.
+    position = torch.arange(0, keys.numel(), axes, device=keys.device)
+    keys <<= bits
+    for k in range(axes):
+        keys[k] += position + k
+    keys = keys.flatten()
+    if keys.is_cuda:
+        keys = keys.sort().values
+    else:
+        keys.numpy().sort()
+    return keys >> bits, keys & ((1 << bits) - 1)
 
 
 def bag_sum(table: Tensor, index: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
-    """out[b] = sum of weight[e] * table[index[e]] over e in offsets[b] .. offsets[b+1]."""
-    return F.embedding_bag(
-        index, table, offsets, mode="sum", per_sample_weights=weight, include_last_offset=True
-    )  # fmt: skip
+    """out[b] = sum of weight[e] table[index[e]] over offsets[b] <= e < offsets[b+1]."""
+    options = {"mode": "sum", "per_sample_weights": weight, "include_last_offset": True}
+    return F.embedding_bag(index, table, offsets, **options)
+
+
+class Weights:
+    """Weights of the corners of several lattices over the same points, as slicing reads them and as splatting does."""
+
+    def __init__(self, parts: Sequence[Tensor], lattices: Sequence[Lattice]):
+        self.rows = torch.cat(list(parts), 1) if len(parts) > 1 else parts[0]
+        self.parts, self.lattices = parts, lattices
+
+    @cached_property
+    def sorted(self) -> Tensor:
+        pairs = zip(self.parts, self.lattices, strict=True)
+        return torch.cat([part.detach().flatten().index_select(0, lattice.order) for part, lattice in pairs])
 
 
 class Joint:
     """Several lattices over the same points behind one splat and one slice: their vertices are numbered through."""
 
-    def __init__(self, lattices: list[Lattice]):
-        self.lattices = lattices
-        self.rows = [lattice.size for lattice in lattices]
-        starts = [sum(self.rows[:m]) for m in range(len(lattices))]
-        corner = torch.cat([x.corner + s for x, s in zip(lattices, starts, strict=True)], 1)
+    def __init__(self, lattices: Sequence[Lattice]):
+        self.lattices, self.sizes = lattices, [lattice.size for lattice in lattices]
+        corners, points, offsets, vertices, entries = [], [], [], 0, 0
+        for lattice in lattices:
+            corners.append(lattice.corner + vertices)
+            points.append(lattice.point)
+            offsets.append(lattice.offsets[:-1] + entries)
+            vertices, entries = vertices + lattice.size, entries + len(lattice.point)
+        corner = torch.cat(corners, 1)
         self.points, self.corners = corner.shape
         self.corner = corner.flatten()
-        self.slice_offsets = torch.arange(self.points + 1, dtype=torch.int32, device=corner.device) * self.corners
-        self.point = torch.cat([x.point for x in lattices])
-        ends = [sum(len(x.point) for x in lattices[:m]) for m in range(len(lattices))]
-        offsets = [x.offsets[:-1] + e for x, e in zip(lattices, ends, strict=True)]
-        self.splat_offsets = torch.cat([*offsets, offsets[0].new_tensor([len(self.point)])])
-        # Position of every splat entry in the flattened [P, corners] weights.
-        before = [sum(x.corner.shape[1] for x in lattices[:m]) for m in range(len(lattices))]
-        self.order = torch.cat(
-            [
-                x.order + (x.order // x.corner.shape[1]) * (self.corners - x.corner.shape[1]) + b
-                for x, b in zip(lattices, before, strict=True)
-            ]
-        )
-        self.kernel_of_row = torch.repeat_interleave(torch.tensor(self.rows)).to(corner.device)
-        self.blur_offsets = [torch.arange(n + 1, dtype=torch.int32, device=corner.device) * 3 for n in self.rows]
+        self.point = torch.cat(points)
+        self.offsets = torch.cat([*offsets, offsets[0].new_tensor([entries])])
 
-    def splat(self, values: Tensor, weight: Tensor) -> Tensor:
-        return bag_sum(values, self.point, self.splat_offsets, weight.flatten()[self.order])
+    def _steps(self, count: int, step: int) -> Tensor:
+        return torch.arange(0, count * step + 1, step, dtype=torch.int32, device=self.corner.device)
 
-    def blur(self, table: Tensor, reverse: bool = False) -> Tensor:
+    @cached_property
+    def slice_offsets(self) -> Tensor:
+        return self._steps(self.points, self.corners)
+
+    @cached_property
+    def blur_offsets(self) -> list[Tensor]:
+        return [self._steps(size, 3) for size in self.sizes]
+
+    @cached_property
+    def owner(self) -> Tensor:
+        return self.slice_offsets.new_tensor(range(self.points)).repeat_interleave(self.corners)
+
+    def splat(self, values: Tensor, weights: Weights) -> Tensor:
+        """[P, C] -> [M, C]"""
+        return bag_sum(values, self.point, self.offsets, weights.sorted)
+
+    def blur(self, table: Tensor, reverse: bool = False) -> list[Tensor]:
+        """[M, C], a part a lattice: each is blurred along its own directions."""
         parts = []
-        for lattice, offsets, part in zip(self.lattices, self.blur_offsets, table.split(self.rows), strict=True):
-            axes = range(lattice.corner.shape[1])
-            for j in reversed(axes) if reverse else axes:
-                part = bag_sum(part, lattice.neighbours[j].flatten(), offsets, lattice.taps[j].flatten())
+        for lattice, offsets, part in zip(self.lattices, self.blur_offsets, table.split(self.sizes), strict=True):
+            for direction in range(len(lattice.taps))[:: -1 if reverse else 1]:
+                index, taps = lattice.neighbours[direction].flatten(), lattice.taps[direction].flatten()
+                part = bag_sum(part, index, offsets, taps)
             parts.append(part)
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return parts
 
-    def slice(self, table: Tensor, weight: Tensor) -> Tensor:
-        return bag_sum(table, self.corner, self.slice_offsets, weight.flatten())
+    def slice(self, table: Tensor, weights: Weights) -> Tensor:
+        """[M, C] -> [P, C]"""
+        return bag_sum(table, self.corner, self.slice_offsets, weights.rows.detach().flatten())
 
     def dots(self, values: Tensor, table: Tensor) -> Tensor:
-        """values[p] . table[corner[p, k]], [P, corners]: the gradient of a splat's or a slice's weights."""
-        bag = torch.arange(self.points, dtype=torch.int32, device=values.device).repeat_interleave(self.corners)
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            values, table, self.corner, self.slice_offsets, bag, 0
-        ).view(self.points, self.corners)
+        """values[p] . table[corner[p, k]], [P, corners]: the gradient of a splat's and of a slice's weights."""
+        backward = torch.ops.aten._embedding_bag_per_sample_weights_backward
+        return backward(values, table, self.corner, self.slice_offsets, self.owner, 0).view(self.points, self.corners)
 
-    def mix(self, table: Tensor, mixing: Tensor) -> Tensor:
-        """Scale each kernel's rows by its weight (mixing [M]) or mix their channels (mixing [M, C, C'])."""
-        if mixing.dim() == 1:
-            return table * mixing[self.kernel_of_row, None]
-        parts = table.split(self.rows)
-        return torch.cat([part @ matrix for part, matrix in zip(parts, mixing, strict=True)])
+
+def _mix(part: Tensor, mixing: Tensor) -> Tensor:
+    return part @ mixing if mixing.ndim else part * mixing
 
 
 class _Apply(torch.autograd.Function):
-    """slice @ mix @ blur @ splat @ values; gradients to values [P, C], both weights [P, corners] and mixing."""
+    """slice @ mix @ blur @ splat @ values, with gradients to values [P, C], both weights [P, corners] and the mixing.
+
+    mixing [M] scales each kernel's share, mixing [M, C, C'] also mixes its channels: on the lattice's vertices, which
+    are fewer than the pixels.
+    """
 
     @staticmethod
-    def forward(ctx, values, splat_weight, slice_weight, mixing, joint):
-        blurred = joint.blur(joint.splat(values, splat_weight))
-        mixed = joint.mix(blurred, mixing)
-        ctx.joint = joint
-        ctx.save_for_backward(values, splat_weight, slice_weight, mixing, blurred, mixed)
-        return joint.slice(mixed, slice_weight)
+    def forward(ctx, values, splat_rows, slice_rows, mixing, joint, splat_weights, slice_weights):
+        blurred = joint.blur(joint.splat(values, splat_weights))
+        table = torch.cat([_mix(part, m) for part, m in zip(blurred, mixing, strict=True)])
+        ctx.extras = joint, splat_weights, slice_weights
+        ctx.save_for_backward(values, mixing, table, *blurred)
+        return joint.slice(table, slice_weights)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        values, splat_weight, slice_weight, mixing, blurred, mixed = ctx.saved_tensors
-        joint, needs, out = ctx.joint, ctx.needs_input_grad, [None] * 5
+        values, mixing, table, *blurred = ctx.saved_tensors
+        joint, splat_weights, slice_weights = ctx.extras
         grad = grad.contiguous()
-        if needs[2]:
-            out[2] = joint.dots(grad, mixed)
-        if needs[0] or needs[1] or needs[3]:
-            table = joint.splat(grad, slice_weight)
-            if needs[3]:
-                pairs = list(zip(blurred.split(joint.rows), table.split(joint.rows), strict=True))
-                out[3] = torch.stack([(b * t).sum() if mixing.dim() == 1 else b.T @ t for b, t in pairs])
-            table = joint.blur(joint.mix(table, mixing if mixing.dim() == 1 else mixing.mT), reverse=True)
-            if needs[0]:
-                out[0] = joint.slice(table, splat_weight)
-            if needs[1]:
-                out[1] = joint.dots(values, table)
-        return tuple(out)
+        to_values = to_splat = to_slice = to_mixing = None
+        if ctx.needs_input_grad[2]:
+            to_slice = joint.dots(grad, table)
+        parts = joint.splat(grad, slice_weights).split(joint.sizes)
+        if ctx.needs_input_grad[3]:
+            pairs = zip(blurred, parts, strict=True)
+            to_mixing = torch.stack([b.T @ p if mixing.ndim > 1 else (b * p).sum() for b, p in pairs])
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            mixed = torch.cat([_mix(part, m.T if m.ndim else m) for part, m in zip(parts, mixing, strict=True)])
+            back = torch.cat(joint.blur(mixed, reverse=True))
+            if ctx.needs_input_grad[0]:
+                to_values = joint.slice(back, splat_weights)
+            if ctx.needs_input_grad[1]:
+                to_splat = joint.dots(values, back)
+        return to_values, to_splat, to_slice, to_mixing, None, None, None
 
 
 class LatticeFilter(GaussianFilter):
     """One Gaussian kernel on the permutohedral lattice: filt(values [B, N, C]) -> [B, N, C].
 
     Args:
-        features: [B, N, d] or [1, N, d] for any batch, divided by their bandwidths: k(i, j) = exp(-|f_i - f_j|^2 / 2).
+        features: [B, N, D] divided by their bandwidths, so that k(i, j) = exp(-|f_i - f_j|^2 / 2); [1, N, D] serves any
+            batch of values.
         normalization, self_message: as for every `GaussianFilter`; n and k(i, i) are the lattice's own.
 
-    Float32 or float64, any device, deterministic. Raises ValueError for features that are not finite or that spread
-    over more lattice cells than 63 bits can number.
+    Float32 or float64, any device, deterministic. Raises ValueError for features that are not finite, or that spread
+    over more lattice cells than 62 bits can number.
     """
 
     def __init__(self, features: Tensor, *, normalization: str = "symmetric", self_message: bool = True):
         super().__init__(normalization, self_message)
         if features.ndim != 3 or features.numel() == 0:
             raise ValueError(f"features have shape {tuple(features.shape)}; expected [B, N, D], none of them zero")
-        if not torch.isfinite(features).all():
+        largest = features.detach().abs().max()
+        if not torch.isfinite(largest):
             raise ValueError("features hold NaN or infinity; expected finite numbers (is a bandwidth zero?)")
-        self.batch, self.pixels, d = features.shape
-        flat = features.reshape(-1, d)
-        # Far from the origin float32 has too few digits left to place a point inside its simplex.
-        elevated = elevate(flat.double() if flat.detach().abs().max() > 2**12 else flat)
+        self.batch, pixels, d = features.shape
+        elevated = elevate((features.double() if largest > LARGE else features).reshape(-1, d))
         base, rank = enclosing_simplex(elevated)
         self.lattice = build(base, rank, self.batch, features.dtype)
         self.weight = barycentric(elevated, base, rank).to(features.dtype)
-        self.gain = 1 / (1 + 2.0**-d)  # the reference code's alpha: an isolated vertex answers 1 + 2^-d to itself
-        self.joint = Joint([self.lattice])
-        one = torch.ones_like(self.weight[:, :1])
-        n = _Apply.apply(one, self.weight, self.weight * self.gain, one[0], self.joint)
-        self.n = n.view(self.batch, self.pixels, 1)
+        self.gain = 1 / (1 + 2.0**-d)  # the reference code's alpha: what an isolated vertex hears of itself is 1 + 2^-d
+        weights, one = Weights([self.weight], [self.lattice]), torch.ones_like(self.weight[:, :1])
+        n = _Apply.apply(one, weights.rows, weights.rows, one[0] * self.gain, Joint([self.lattice]), weights, weights)
+        self.n = n.view(self.batch, pixels, 1)
         if not self_message:
-            self.own = torch.minimum(_self_weight(self.weight, self.gain), n).view_as(self.n)
+            self.own = torch.minimum(_self_weight(self.weight) * self.gain, n).view_as(self.n)
 
-    def scales(self) -> tuple[Tensor, Tensor]:
-        """Weights of the splat and the slice, [B N, d+1], with the normalisation folded in."""
+    def ends(self, copies: int) -> tuple[Tensor, Tensor]:
+        """Weights of the splat and of the slice, [copies B N, D+1], with the normalisation folded in."""
         n = self.n.reshape(-1, 1) + EPS
+        read = write = self.weight
         if self.normalization == "symmetric":
-            scaled = self.weight * n.rsqrt()
-            return scaled, scaled * self.gain
-        read = self.weight * self.gain
-        return self.weight, read / n if self.normalization == "row" else read
+            read = write = self.weight * n.rsqrt()
+        elif self.normalization == "row":
+            read = self.weight / n
+        return (write, read) if copies == 1 else (write.repeat(copies, 1), read.repeat(copies, 1))
 
     def own_share(self) -> Tensor:
-        """What a pixel's message holds of its own value, [B, N, 1], normalised."""
+        """What of its own value a pixel's normalised message holds, [B, N, 1]."""
         return self.own if self.normalization == "none" else self.own / (self.n + EPS)
 
     def __call__(self, values: Tensor) -> Tensor:
@@ -323,45 +353,111 @@ class LatticeFilter(GaussianFilter):
 
 
 class LatticeBank(FilterBank):
-    """Several kernels over the same pixels, each on a lattice, all behind one splat and one slice."""
+    """Several kernels over the same pixels, each on a lattice, all behind one splat and one slice.
 
-    def __init__(self, features: Sequence[Tensor], *, normalization: str = "symmetric", self_message: bool = True):
-        options = {"normalization": normalization, "self_message": self_message}
-        self._join([LatticeFilter(f, **options) for f in features])
+    features: one [B, N, D] (or [1, N, D]) a kernel, or `GridPositions`, whose lattice is kept for the next image.
+    """
+
+    def __init__(
+        self,
+        features: Sequence[Tensor | GridPositions],
+        *,
+        normalization: str = "symmetric",
+        self_message: bool = True,
+    ):
+        make = {"normalization": normalization, "self_message": self_message}
+        super().__init__(
+            [_grid(f, **make) if isinstance(f, GridPositions) else LatticeFilter(f, **make) for f in features]
+        )
+        self._join(max(f.batch for f in self.filters))
 
     @classmethod
     def of(cls, filters: Sequence[LatticeFilter]) -> LatticeBank:
+        """The bank of filters that exist already."""
         bank = cls.__new__(cls)
-        bank._join(list(filters))
+        FilterBank.__init__(bank, filters)
+        bank._join(max(f.batch for f in filters))
         return bank
 
-    def _join(self, filters: list[LatticeFilter], batch: int | None = None) -> None:
-        self.filters = filters
-        self.batch = batch or max(f.batch for f in filters)
-        copies = [self.batch // f.batch for f in filters]
-        self.joint = Joint([f.lattice.repeat(n, f.batch * f.pixels) for f, n in zip(filters, copies, strict=True)])
-        scales = [[w.repeat(n, 1) for w in f.scales()] for f, n in zip(filters, copies, strict=True)]
-        self.splat_weight, self.slice_weight = (torch.cat(w, 1) for w in zip(*scales, strict=True))
+    def _join(self, batch: int) -> None:
+        self.batch = batch
+        copies = [batch // f.batch for f in self.filters]
+        lattices = [f.lattice.repeat(n) for f, n in zip(self.filters, copies, strict=True)]
+        self.joint = Joint(lattices)
+        write, read = zip(*(f.ends(n) for f, n in zip(self.filters, copies, strict=True)), strict=True)
+        self.write = Weights(write, lattices)
+        self.read = self.write if read[0] is write[0] else Weights(read, lattices)
+        self.gain = self.write.rows.new_tensor([f.gain for f in self.filters])
 
     def __call__(self, values: Tensor, weights: Tensor, compatibility: Tensor | None = None) -> Tensor:
-        """sum_m weights[m] * message_m (@ compatibility [C, C'], where given): [B, N, C] -> [B, N, C]."""
+        """sum_m weights[m] message_m (@ compatibility [C, C'], where given): [B, N, C] -> [B, N, C]."""
         if len(values) != self.batch:
-            self._join(self.filters, len(values))
+            self._join(len(values))
+        mixing = weights * self.gain
+        if compatibility is not None:
+            mixing = mixing[:, None, None] * compatibility
         flat = values.reshape(-1, values.shape[-1])
-        mixing = weights if compatibility is None else weights[:, None, None] * compatibility
-        out = _Apply.apply(flat, self.splat_weight, self.slice_weight, mixing, self.joint).view(*values.shape[:2], -1)
+        out = _Apply.apply(flat, self.write.rows, self.read.rows, mixing, self.joint, self.write, self.read)
+        out = out.view(*values.shape[:2], -1)
+        if self.filters[0].self_message:
+            return out
+        own = values * sum(w * f.own_share() for w, f in zip(weights, self.filters, strict=True))
+        return out - (own if compatibility is None else own @ compatibility)
+
+    @torch.no_grad()
+    def mean_field(self, unary: Tensor, weights: Tensor, compatibility: Tensor, iterations: int) -> Tensor:
+        """log_q [B, N, K] after `iterations` of q <- softmax(-unary - (sum_m weights[m] message_m(q)) @ compatibility).
+
+        What `__call__` does inside a loop, without a gradient and with fewer passes over memory.
+        """
+        if len(unary) != self.batch:
+            self._join(len(unary))
+        labels = unary.shape[-1]
+        # Rows that fill whole vector registers: the added labels have probability zero.
+        spare = -labels % 8 if unary.dtype == torch.float32 and labels > 4 else 0
+        unary = F.pad(unary.reshape(-1, labels), (0, spare), value=1e30)
+        mixing = F.pad(-(weights * self.gain)[:, None, None] * compatibility, (0, spare, 0, spare))
+        table = unary.new_empty(sum(self.joint.sizes), labels + spare)
+        own = None
         if not self.filters[0].self_message:
-            own = values * sum(w * f.own_share() for w, f in zip(weights, self.filters, strict=True))
-            out = out - (own if compatibility is None else own @ compatibility)
-        return out
+            own = sum(w * f.own_share() for w, f in zip(weights, self.filters, strict=True)).expand(self.batch, -1, -1)
+            own = own.reshape(-1, 1)
+        logits, q = -unary, torch.empty_like(unary)
+        for _ in range(iterations):
+            torch.softmax(logits, -1, out=q)
+            blurred = self.joint.blur(self.joint.splat(q, self.write))
+            for part, matrix, rows in zip(blurred, mixing, table.split(self.joint.sizes), strict=True):
+                torch.mm(part, matrix, out=rows)
+            logits = self.joint.slice(table, self.read).sub_(unary)
+            if own is not None:
+                logits += (q * own) @ F.pad(compatibility, (0, spare, 0, spare))
+        return torch.log_softmax(logits[:, :labels], -1).view(self.batch, -1, labels)
 
 
-def _self_weight(weight: Tensor, gain: float) -> Tensor:
-    """k(i, i) as the lattice has it, [P, 1], where all vertices around the point exist; weight [P, d+1] barycentric.
+def _self_weight(weight: Tensor) -> Tensor:
+    """k(i, i) on the lattice, before the gain, [P, 1], where all vertices around a point exist; weight barycentric.
 
-    Two corners k apart are joined by k steps, or by d + 1 - k steps the other way round, each halving the value.
+    Two corners k apart are joined by k steps, and by d + 1 - k steps the other way round; each step halves the value.
     """
     axes = weight.shape[1]
     apart = (torch.arange(axes)[:, None] - torch.arange(axes)).abs().to(weight)
     response = 2.0**-apart + torch.where(apart == 0, 2.0 * 2.0**-axes, 2.0 ** (apart - axes))
-    return ((weight @ response) * weight).sum(1, keepdim=True) * gain
+    return ((weight @ response) * weight).sum(1, keepdim=True)
+
+
+_grids: OrderedDict[tuple, LatticeFilter] = OrderedDict()
+
+
+def _grid(positions: GridPositions, **options) -> LatticeFilter:
+    """The filter of a spatial kernel; the last four are kept, since images share their size and the bandwidth."""
+    theta = positions.theta
+    if theta.requires_grad and torch.is_grad_enabled():
+        return LatticeFilter(positions.features(), **options)
+    key = (positions.height, positions.width, theta.item(), theta.dtype, theta.device, *options.values())
+    if key not in _grids:
+        with torch.inference_mode(False), torch.no_grad():
+            _grids[key] = LatticeFilter(GridPositions(*key[:2], theta.detach().clone()).features(), **options)
+    _grids.move_to_end(key)
+    while len(_grids) > 4:
+        _grids.popitem(last=False)
+    return _grids[key]
