@@ -300,7 +300,7 @@ def _check_weights(class_weights: Tensor, scores: Tensor) -> Tensor:
 
 
 def _pick(log_p: Tensor, target: Tensor) -> Tensor:
-    # Not nll_loss: its backward fails on non-contiguous [1, K, H, W] views, and gather is deterministic on GPUs too.
+    # Not nll_loss: on a GPU its sums depend on the order of threads, and its backward rejects some non-contiguous views.
     return log_p.gather(1, target[:, None])[:, 0]
 
 

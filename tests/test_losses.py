@@ -203,7 +203,7 @@ def test_perfect_scores_lose_nothing_and_saturated_ones_stay_finite():
     right = F.one_hot(label, 4).movedim(-1, 1).double() * 200 - 100
     for scores, low, high in ((right, 0, 1e-12), (-right, 0.9, 202)):
         scores = scores.clone().requires_grad_()
-        for name, loss in PIXEL_LOSSES.items():
+        for name, loss in (PIXEL_LOSSES | {"focal, gamma 0.5": lambda s, y: focal(s, y, gamma=0.5)}).items():
             value = loss(scores, label)
             assert low <= value.item() <= high, name
             assert torch.autograd.grad(value, scores)[0].isfinite().all(), name
