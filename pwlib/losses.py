@@ -90,7 +90,10 @@ def structured(
     mu(y_i, y_j) k(f_i, f_j): it knows two pixels' distance in space and colour, not what they are. Under Potts P_V
     depends on y only through "same or not", so a pairwise piece can teach only how strongly alike pixels agree (and k's
     bandwidths: how alike they must be), a full mu which classes meet at all. And each piece learns as if it were the
-    only evidence: where many neighbours send the same message, their sum is over-confident.
+    only evidence: where many neighbours send the same message, their sum is over-confident. A normalised kernel makes
+    that worse: a pair then has only w k / n of the strength, n its hundreds of neighbours, and its piece drives w up
+    until this one pair explains their agreement by itself. To train a dense CRF, prefer the likelihood of its marginals
+    (`cross_entropy` of log_q), which has every neighbour's message in it.
     """
     unary = cross_entropy(logits, label, class_weights=class_weights)
     if isinstance(pairs, int):
