@@ -73,7 +73,7 @@ def structured(
     class_weights: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Piecewise negative log-likelihood of a dense CRF (Sutton & McCallum 2005; Lin et al., CVPR 2016, eq. 8-10).
+    """Piecewise negative log-likelihood of a dense CRF (Sutton & McCallum 2005; Lin et al., CVPR 2016).
 
     The likelihood exp(-E(y)) / Z is replaced by a product of pieces, each normalised by itself, so no inference is run:
 
@@ -303,7 +303,7 @@ def _check_weights(class_weights: Tensor, scores: Tensor) -> Tensor:
 
 
 def _pick(log_p: Tensor, target: Tensor) -> Tensor:
-    # Not nll_loss: on a GPU its sums depend on the order of threads, and its backward rejects some non-contiguous views.
+    # Not nll_loss: on a GPU its sums depend on the order of threads, and its backward rejects non-contiguous views.
     return log_p.gather(1, target[:, None])[:, 0]
 
 

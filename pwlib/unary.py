@@ -82,7 +82,7 @@ def vgg_blocks(*, width: float = 1.0, batch_norm: bool = False, output_stride: i
 
 
 class DeepLabLargeFOV(nn.Module):
-    """DeepLab-LargeFOV on VGG-16 (Chen et al. 2015, table 1): image [B, 3, H, W] in [0, 1] -> logits [B, K, H, W].
+    """DeepLab-LargeFOV on VGG-16 (Chen et al. 2015): image [B, 3, H, W] in [0, 1] -> logits [B, K, H, W].
 
     Any H, W >= 1. `width` multiplies every layer's channels (0.25 trains on a laptop). `batch_norm` follows every
     convolution but the classifier. `dropout` acts behind fc6 and fc7 in training. `weights="imagenet"` downloads
@@ -234,7 +234,7 @@ def receptive_field(module: nn.Module) -> int:
     """Side, in input px, of what one output cell of a chain of convolutions and poolings can see.
 
     A layer with kernel k, dilation d and stride s at a jump of j px between its inputs adds (k - 1) d j px and
-    multiplies the jump by s (Dumoulin & Visin, "A guide to convolution arithmetic", 2016, relationship 14 chained).
+    multiplies the jump by s (Dumoulin & Visin, "A guide to convolution arithmetic", 2016).
     Layers count in the order of `module.modules()`, square ones only; branches are not chains.
     """
     field, jump = 1, 1
