@@ -225,17 +225,18 @@ def test_poles_are_thin(train):
     assert min(kept(label) for label in OBJECTS if label != POLE) > 0.6
 
 
-def test_a_dense_crf_gains_on_a_blurred_unary_and_erodes_the_poles():
-    """Brute force, in the open: what a stride-8 view knows, then parallel mean-field steps with dense kernels."""
-    confusion = np.zeros((2, CLASSES, CLASSES))
-    position = torch.cartesian_prod(torch.arange(48.0), torch.arange(72.0))
+def test_a_dense_crf_gains_on_a_blurred_unary_and_erodes_the_poles(train):
+    """Brute force, in the open: what a stride-8 view with class weights knows, then mean field with dense kernels."""
+    shares = torch.from_numpy(np.bincount(train[1][train[1] != VOID]) / (train[1] != VOID).sum())
+    position = torch.cartesian_prod(torch.arange(64.0), torch.arange(96.0))
     smooth = gaussian(position / 1.5)
-    for image, label in load("scenes", "val", length=6, size=(48, 72)):
+    confusion = np.zeros((2, CLASSES, CLASSES))
+    for image, label in load("scenes", "val", length=4):
         known = label != VOID
         one_hot = torch.nn.functional.one_hot(label.where(known, torch.zeros_like(label)), CLASSES).permute(2, 0, 1)
-        seen = torch.nn.functional.avg_pool2d((one_hot * known).float()[None], 8)
-        blurred = torch.nn.functional.interpolate(seen, label.shape, mode="bilinear")[0].flatten(1).T + 0.02
-        unary = (blurred / blurred.sum(1, keepdim=True)).log()
+        seen = torch.nn.functional.avg_pool2d((one_hot * known).float()[None], 8) + 0.02
+        blurred = torch.nn.functional.interpolate(seen, label.shape, mode="bilinear")[0].flatten(1).T / shares.sqrt()
+        unary = (blurred / blurred.sum(1, keepdim=True)).log().float()
         kernel = smooth + 3 * gaussian(torch.cat([position / 20, image.flatten(1).T * 255 / 15], 1))
         q = unary.exp()
         for _ in range(4):
@@ -243,12 +244,11 @@ def test_a_dense_crf_gains_on_a_blurred_unary_and_erodes_the_poles():
         for row, scores in enumerate((unary, q)):
             np.add.at(confusion[row], (label[known].numpy(), scores.argmax(1).view_as(label)[known].numpy()), 1)
     hits = confusion.diagonal(axis1=1, axis2=2)
-    recall = hits / confusion.sum(2)
     iou = hits / (confusion.sum(1) + confusion.sum(2) - hits)
-    thick = [k for k in range(CLASSES) if k != POLE]
+    recall = hits / confusion.sum(2)
     assert iou[1].mean() > iou[0].mean() + 0.03, iou.mean(1)
-    assert (iou[1] > iou[0])[thick].sum() >= 8
-    assert recall[0, POLE] > 0.1 and recall[1, POLE] < 0.7 * recall[0, POLE], recall[:, POLE]
+    assert (iou[1] > iou[0])[:POLE].all(), iou
+    assert recall[0, POLE] > 0.2 and recall[1, POLE] < 0.75 * recall[0, POLE], recall[:, POLE]
 
 
 def gaussian(features):

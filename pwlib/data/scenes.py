@@ -6,7 +6,8 @@ Every ingredient of a CNN + CRF segmenter has something to do here:
 2. Borders are crisp, one pixel from one colour to another, far finer than a stride-8 network sees.
 3. Two pairs are alike in all but their surroundings. A plane and a boat have one silhouette and one paint: one flies in
    the sky, one swims in the sea. A roof and a tent too: one stands on a wall, the other on land.
-4. Poles and wires are one or two pixels thin: a dense CRF erodes them.
+4. Poles and wires are one or two pixels thin, and half transparent as such things are to a camera: a dense CRF erodes
+   them.
 5. Objects are outlined by one pixel of void, as in PASCAL VOC.
 """
 
@@ -195,7 +196,10 @@ def _poles(canvas: _Canvas, shore: float, behind) -> None:
     phase = np.mod(canvas.x - start, gap) / gap
     wire = top + 2 + 0.4 * min(gap, 40 * unit) * phase * (1 - phase)
     mask |= np.floor(canvas.y) == np.floor(wire)
-    canvas.fill(mask, _pick(rng, WOOD, behind, 40), POLE)
+    # A camera spreads light over a pixel or so: what is this thin shows half of what is behind it.
+    mixed = 0.5 * _pick(rng, WOOD, behind, 40) + 0.5 * canvas.image[mask]
+    canvas.fill(mask, 0, POLE)
+    canvas.image[mask] = mixed
 
 
 def draw(size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
