@@ -160,10 +160,10 @@ def trace(
     for cell in bars:
         cell.set_axis_off()
 
-    maps = {f"{name}\nmessage": (trace.messages[:, m, c], "viridis") for m, name in enumerate(trace.kernels)}
-    maps["pairwise\nenergy"] = (trace.pairwise[:, c], "cividis")
-    after = {"marginal\nq": (trace.q[:, c], "viridis", 1.0)}
-    after["entropy\nnats"] = (trace.entropy, "cividis", np.log(classes))
+    maps = {f"{name}\nmessage": (trace.messages[:, m, c].numpy(), "viridis") for m, name in enumerate(trace.kernels)}
+    maps["pairwise\nenergy"] = (trace.pairwise[:, c].numpy(), "cividis")
+    after = {"marginal\nq": (trace.q[:, c].numpy(), "viridis", 1.0)}
+    after["entropy\nnats"] = (trace.entropy.numpy(), "cividis", np.log(classes))
     for line, t in zip(axes, rows, strict=True):
         for column, (title, (values, cmap)) in enumerate(maps.items() if t else ()):
             limits = {"vmin": float(values.min()), "vmax": float(values.max())}
@@ -183,13 +183,13 @@ def trace(
         line[-1].text(1.06, 0.5, f"iteration {t}", transform=line[-1].transAxes, rotation=90, va="center", fontsize=8)
     draw(axes[0, 0], to_uint8(trace.image))
     axes[0, 0].set_title("image\n", fontsize=8)
-    axes[0, 1].imshow(trace.unary[c], cmap="cividis", interpolation="nearest")
+    axes[0, 1].imshow(trace.unary[c].numpy(), cmap="cividis", interpolation="nearest")
     low, high = float(trace.unary[c].min()), float(trace.unary[c].max())
     axes[0, 1].set_title(f"unary energy\n{low:.2g} to {high:.2g}", fontsize=8)
     if trace.free_energy is not None:
         chart = axes[0, 2]
         chart.set_axis_on()
-        chart.plot(trace.free_energy, color=COLOURS["blue"], marker="o", ms=2.5, lw=1)
+        chart.plot(trace.free_energy.numpy(), color=COLOURS["blue"], marker="o", ms=2.5, lw=1)
         chart.set_title("free energy (nats)\nby iteration", fontsize=8)
         chart.tick_params(labelsize=6.5)
         chart.locator_params(nbins=4)

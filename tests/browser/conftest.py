@@ -89,7 +89,7 @@ def open_page(browser) -> Iterator[Callable[[str], sync_api.Page]]:
         page.on("request", lambda request: requests.append(request.url))
         page.on("websocket", lambda socket: requests.append(socket.url))
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("console", lambda m: errors.append(f"{m.text} ({m.location.get('url')})") if m.type == "error" else None)
+        page.on("console", lambda m: errors.append(f"{m.text} {m.location}") if m.type == "error" else None)
         page.goto(url)
         return page
 
@@ -136,6 +136,13 @@ def executed(notebook_path, tmp_path_factory) -> nbformat.NotebookNode:
     return nbformat.read(target, as_version=4)
 
 
+def write_settings(folder: Path, files: dict[str, dict]) -> None:
+    for name, settings in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings))
+
+
 @pytest.fixture(scope="session")
 def lab(notebook_path, tmp_path_factory) -> Iterator[Callable[[str], str]]:
     """lab("explorer.ipynb"): the address of a file in a running JupyterLab."""
@@ -144,17 +151,20 @@ def lab(notebook_path, tmp_path_factory) -> Iterator[Callable[[str], str]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     token, folder = secrets.token_hex(16), tmp_path_factory.mktemp("jupyter")
-    settings = folder / "config" / "jupyter_server_config.json"
-    settings.parent.mkdir()
-    lab_settings = {
-        "news_url": None,
-        "check_for_updates_class": "jupyterlab.handlers.announcements.NeverCheckForUpdate",
-        "extension_manager": "readonly",
-    }
     server_settings = {"ip": "127.0.0.1", "port": port, "open_browser": False, "allow_root": True}
     server_settings |= {"root_dir": str(notebook_path.parent)}
-    identity = {"IdentityProvider": {"token": token}}
-    settings.write_text(json.dumps({"ServerApp": server_settings, "LabApp": lab_settings, **identity}))
+    lab_settings = {"news_url": None, "extension_manager": "readonly"}
+    write_settings(
+        folder / "config",
+        {
+            "jupyter_server_config.json": {"ServerApp": server_settings, "IdentityProvider": {"token": token}},
+            "jupyter_lab_config.json": {"LabApp": lab_settings},
+            "lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings": {
+                "fetchNews": "false",
+                "checkForUpdates": False,
+            },
+        },
+    )
     log = (folder / "log").open("w")
     environment = jupyter_environment(folder)
     server = subprocess.Popen([sys.executable, "-m", "jupyterlab"], env=environment, stdout=log, stderr=log)

@@ -1,0 +1,261 @@
+"""The explorer without a browser: what its data decodes to, its traits, what a notebook stores, the page it makes."""
+
+import gzip
+import importlib
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+
+import pwlib
+from pwlib import plots
+from pwlib.crf import DenseCRF, Trace
+
+pytest.importorskip("anywidget")
+from ipywidgets.embed import embed_data
+
+from pwlib.explore import WIDGET_STATE, WIDGET_VIEW, Explorer, embed_html, embed_notebook, explore
+
+
+def make_trace(classes=4, height=10, width=13, iterations=5, **options) -> Trace:
+    generator = torch.Generator().manual_seed(1)
+    image = torch.rand(3, height, width, generator=generator)
+    logits = 3 * torch.randn(classes, height, width, generator=generator)
+    crf = DenseCRF(classes, theta_alpha=5, theta_beta=60, theta_gamma=2, **options)
+    return crf.trace(logits, image, iterations=iterations)
+
+
+@pytest.fixture(scope="module")
+def trace() -> Trace:
+    return make_trace()
+
+
+def decode(explorer: Explorer) -> dict[str, np.ndarray]:
+    """The format undone, from its description alone: bytes by significance, then sums along the iterations."""
+    raw, at, blocks = gzip.decompress(explorer.data), 0, {}
+    for block in explorer.meta["blocks"]:
+        kind = np.dtype(block["dtype"])
+        count = int(np.prod(block["shape"]))
+        planes = np.frombuffer(raw, np.uint8, count * kind.itemsize, at).reshape(kind.itemsize, count)
+        words = sum(plane.astype(np.uint64) << (8 * n) for n, plane in enumerate(planes)).reshape(block["shape"])
+        if block["name"] in {"messages", "q", "labels"}:
+            words = np.cumsum(words, axis=0, dtype=np.uint64)
+        blocks[block["name"]] = words.astype(f"u{kind.itemsize}").view(kind)
+        at += count * kind.itemsize
+    assert at == len(raw)
+    return blocks
+
+
+def test_the_data_is_the_trace_in_half_precision(trace):
+    blocks = decode(explore(trace))
+    assert set(blocks) == {"image", "unary", "messages", "q", "labels", "sums", "features0", "features1"}
+    for name in ("unary", "messages", "q"):
+        values = getattr(trace, name).numpy()
+        np.testing.assert_allclose(blocks[name].astype(np.float64), values, rtol=2**-11, atol=2**-24)
+    np.testing.assert_array_equal(blocks["labels"], trace.labels.numpy())
+    np.testing.assert_allclose(blocks["image"] / 255, trace.image.permute(1, 2, 0).numpy(), atol=0.5 / 255 + 1e-6)
+    for m, features in enumerate(trace.features):
+        np.testing.assert_array_equal(blocks[f"features{m}"], features.numpy())
+
+
+def test_a_pairwise_term_that_the_messages_do_not_explain_is_stored(trace):
+    other = replace(trace, pairwise=trace.pairwise + torch.rand_like(trace.pairwise), weights=None, compatibility=None)
+    np.testing.assert_allclose(decode(explore(other))["pairwise"], other.pairwise.numpy(), rtol=2**-10)
+    assert "pairwise" not in decode(explore(trace))
+
+
+def test_numbers_too_large_for_half_precision_stay_finite(trace):
+    blocks = decode(explore(replace(trace, unary=trace.unary * 1e6)))
+    assert np.isfinite(blocks["unary"]).all() and blocks["unary"].max() == np.finfo(np.float16).max
+
+
+@pytest.mark.parametrize("normalization", ["symmetric", "row", "none"])
+@pytest.mark.parametrize("self_message", [True, False])
+def test_what_the_senders_send_is_the_message(normalization, self_message):
+    trace = make_trace(normalization=normalization, self_message=self_message, filtering="exact")
+    for kernel in range(2):
+        for pixel in (0, 57, 129):
+            sent = (trace.senders(kernel, pixel) * trace.q[2]).sum((1, 2))
+            torch.testing.assert_close(sent, trace.messages[2, kernel].flatten(1)[:, pixel], rtol=1e-4, atol=1e-5)
+
+
+def test_a_trace_without_features_knows_no_senders(trace):
+    with pytest.raises(ValueError, match="no kernel features"):
+        replace(trace, features=(), sums=None).senders(0, 0)
+
+
+def test_a_trace_made_by_hand_needs_neither_features_nor_a_free_energy(trace):
+    bare = {"features": (), "sums": None, "free_energy": None, "weights": None}
+    one = replace(trace, kernels=("above",), messages=trace.messages[:, :1], **bare)
+    explorer = explore(one)
+    assert explorer.meta["free_energy"] == [] and "sums" not in decode(explorer)
+
+
+def test_every_slider_value_reaches_the_callbacks(trace):
+    explorer, seen = explore(trace, iteration=0, label=0, pixel=(0, 0)), []
+    explorer.observe(lambda change: seen.append((change["name"], change["new"])), ["iteration", "label", "pixel"])
+    moves = [("iteration", t) for t in range(1, trace.iterations + 1)] + [("label", k) for k in range(1, 4)]
+    moves += [("pixel", (y, x)) for y in range(10) for x in range(13)][1:]
+    for name, value in moves:
+        # What arrives when the reader's hand moves: JSON, so tuples come as lists.
+        explorer.set_state({name: json.loads(json.dumps(value))})
+        assert getattr(explorer, name) == value
+    assert seen == moves
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("iteration", 6, "iteration is 6; this trace has iterations 0 to 5"),
+        ("iteration", -1, "iteration is -1; this trace has iterations 0 to 5"),
+        ("label", 4, "label is 4; this trace has labels 0 to 3"),
+        ("pixel", (10, 0), r"pixel is \(10, 0\); expected \(row, column\) within 10 x 13"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_in_a_sentence(trace, name, value, sentence):
+    explorer = explore(trace)
+    before = getattr(explorer, name)
+    with pytest.raises(ValueError, match=sentence):
+        setattr(explorer, name, value)
+    assert getattr(explorer, name) == before
+    with pytest.raises(ValueError, match=sentence):
+        explore(trace, **{name: value})
+
+
+def test_names_palettes_and_parts_that_do_not_fit_are_refused(trace):
+    with pytest.raises(ValueError, match="class_names has 2 names; this trace has 4 labels"):
+        explore(trace, class_names=["a", "b"])
+    with pytest.raises(ValueError, match=r"palette has shape \[3, 3\]; expected \[4, 3\]"):
+        explore(trace, palette=np.zeros((3, 3)))
+    with pytest.raises(ValueError, match="parts disagree"):
+        explore(replace(trace, q=trace.q[:-1]))
+
+
+def test_a_palette_may_end_with_void(trace):
+    palette = np.arange(15, dtype=np.uint8).reshape(5, 3)
+    assert explore(trace, palette=palette).meta["colours"] == ["#000102", "#030405", "#060708", "#090a0b"]
+    assert len(set(explore(make_trace(classes=21, iterations=1)).meta["colours"])) == 21
+
+
+def test_the_repr_is_for_people(trace):
+    assert repr(explore(trace)) == "Explorer(10 x 13 pixels, 4 labels, 5 iterations, kernels: spatial, bilateral)"
+
+
+# What a notebook stores, and the page made from it.
+
+
+def executed(*explorers: Explorer) -> nbformat.NotebookNode:
+    """A notebook as nbclient leaves it: one view an explorer, and all state in the metadata."""
+    outputs = [
+        nbformat.v4.new_output(
+            "execute_result",
+            {WIDGET_VIEW: {"model_id": e.model_id, "version_major": 2, "version_minor": 1}, "text/plain": repr(e)},
+        )
+        for e in explorers
+    ]
+    cells = [nbformat.v4.new_code_cell("explorer", outputs=[o], execution_count=n) for n, o in enumerate(outputs)]
+    state = embed_data(views=list(explorers), drop_defaults=False)["manager_state"]
+    return nbformat.v4.new_notebook(cells=cells, metadata={"widgets": {WIDGET_STATE: json.loads(json.dumps(state))}})
+
+
+def test_a_notebook_becomes_one_without_widgets(trace):
+    first, second = explore(trace, label=1), explore(trace, label=2)
+    notebook = executed(first, second)
+    before = json.dumps(notebook)
+    converted = embed_notebook(notebook)
+    assert json.dumps(notebook) == before, "the notebook given was changed"
+    assert "widgets" not in converted.metadata
+    for cell, explorer in zip(converted.cells, (first, second), strict=True):
+        data = cell.outputs[0].data
+        assert set(data) == {"text/html", "text/plain"}
+        assert data["text/html"] == embed_html(explorer) == explorer.to_html()
+    nbformat.validate(converted)
+    assert embed_notebook(notebook, {"some": 1})[1] == {"some": 1}
+
+
+def test_other_widgets_stay_in_the_notebook(trace):
+    import ipywidgets
+
+    explorer, slider = explore(trace), ipywidgets.IntSlider()
+    notebook = executed(explorer, slider)
+    converted = embed_notebook(notebook)
+    saved = converted.metadata.widgets[WIDGET_STATE]["state"]
+    assert slider.model_id in saved and explorer.model_id not in saved
+    assert WIDGET_VIEW in converted.cells[1].outputs[0].data
+    with pytest.raises(ValueError, match="saved state of an explorer"):
+        embed_html(notebook.metadata.widgets[WIDGET_STATE]["state"][slider.model_id])
+
+
+def test_stripping_keeps_the_explorers(trace, tmp_path, monkeypatch):
+    nbstripout = pytest.importorskip("nbstripout")
+    path = tmp_path / "notebook.ipynb"
+    notebook = executed(explore(trace))
+    notebook.metadata["signature"] = "to be stripped"
+    nbformat.write(notebook, path)
+    flags = ["--keep-output", "--keep-count", "--keep-metadata-keys", "metadata.widgets"]
+    monkeypatch.setattr(sys, "argv", ["nbstripout", str(path), *flags])
+    nbstripout.main()
+    stripped = nbformat.read(path, as_version=4)
+    assert "signature" not in stripped.metadata
+    assert "text/html" in embed_notebook(stripped).cells[0].outputs[0].data
+
+
+def test_the_page_asks_no_host_for_anything(trace):
+    html = embed_html(trace)
+    addresses = {a for a in re.findall(r"\bhttps?://[^\s\"'`)]+", html) if a != "http://www.w3.org/2000/svg"}
+    assert not addresses
+    assert not re.search(r"\bimport\s*[({\"']|\bfetch\s*\(|<link|\bsrc=|@import|url\(", html)
+
+
+def test_a_class_name_cannot_break_out_of_the_page(trace):
+    html = embed_html(trace, class_names=["</script><b>", "a", "b", "c"])
+    assert html.count("</script>") == 1 and html.endswith("</script>")
+
+
+def test_the_size_promised():
+    """64 x 48 pixels, 8 labels, 11 states of a noisy image: less than 1.8 MB in a notebook or a page."""
+    html = embed_html(make_trace(classes=8, height=48, width=64, iterations=10))
+    assert 0.5e6 < len(html) < 1.8e6
+
+
+def test_only_the_explorer_needs_widgets_and_it_says_so(monkeypatch):
+    modules = {
+        path.name for path in Path(pwlib.__file__).parent.rglob("*.py") if "anywidget" in path.read_text("utf-8")
+    }
+    assert modules == {"explore.py"}
+    monkeypatch.setitem(sys.modules, "anywidget", None)
+    monkeypatch.delitem(sys.modules, "pwlib.explore")
+    with pytest.raises(ImportError, match="the explorer is a widget and needs anywidget: pip install anywidget"):
+        importlib.import_module("pwlib.explore")
+
+
+# The static figure.
+
+
+def images(figure) -> dict[str, np.ndarray]:
+    return {axes.get_title(): axes.get_images()[0].get_array() for axes in figure.axes if axes.get_images()}
+
+
+def test_the_static_figure_shows_the_trace(trace):
+    figure = plots.trace(trace, iterations=(0, 3), label=2)
+    shown = images(figure)
+    np.testing.assert_allclose(shown["spatial\nmessage"], trace.messages[2, 0, 2])
+    np.testing.assert_allclose(shown["bilateral\nmessage"], trace.messages[2, 1, 2])
+    np.testing.assert_allclose(shown["pairwise\nenergy"], trace.pairwise[2, 2])
+    np.testing.assert_allclose(shown["marginal\nq"], trace.q[0, 2])
+    (chart,) = [axes for axes in figure.axes if axes.lines]
+    np.testing.assert_allclose(chart.lines[0].get_ydata(), trace.free_energy)
+    assert {"iteration 0", "iteration 3"} == {t.get_text() for axes in figure.axes for t in axes.texts}
+
+
+def test_the_static_figure_takes_any_trace(trace):
+    short = make_trace(classes=2, iterations=1)
+    bare = replace(short, messages=short.messages[:, :1], kernels=("above",), features=(), sums=None, free_energy=None)
+    assert {"iteration 0", "iteration 1"} == {t.get_text() for a in plots.trace(bare).axes for t in a.texts}
+    assert plots.trace(make_trace(iterations=0)).axes
