@@ -4,6 +4,7 @@ import gzip
 import importlib
 import json
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -192,15 +193,14 @@ def test_other_widgets_stay_in_the_notebook(trace):
         embed_html(notebook.metadata.widgets[WIDGET_STATE]["state"][slider.model_id])
 
 
-def test_stripping_keeps_the_explorers(trace, tmp_path, monkeypatch):
-    nbstripout = pytest.importorskip("nbstripout")
+def test_stripping_keeps_the_explorers(trace, tmp_path):
+    pytest.importorskip("nbstripout")
     path = tmp_path / "notebook.ipynb"
     notebook = executed(explore(trace))
     notebook.metadata["signature"] = "to be stripped"
     nbformat.write(notebook, path)
     flags = ["--keep-output", "--keep-count", "--keep-metadata-keys", "metadata.widgets"]
-    monkeypatch.setattr(sys, "argv", ["nbstripout", str(path), *flags])
-    nbstripout.main()
+    subprocess.run([sys.executable, "-m", "nbstripout", *flags, str(path)], check=True)
     stripped = nbformat.read(path, as_version=4)
     assert "signature" not in stripped.metadata
     assert "text/html" in embed_notebook(stripped).cells[0].outputs[0].data
@@ -225,10 +225,8 @@ def test_the_size_promised():
 
 
 def test_only_the_explorer_needs_widgets_and_it_says_so(monkeypatch):
-    modules = {
-        path.name for path in Path(pwlib.__file__).parent.rglob("*.py") if "anywidget" in path.read_text("utf-8")
-    }
-    assert modules == {"explore.py"}
+    modules = Path(pwlib.__file__).parent.rglob("*.py")
+    assert {path.name for path in modules if "anywidget" in path.read_text("utf-8")} == {"explore.py"}
     monkeypatch.setitem(sys.modules, "anywidget", None)
     monkeypatch.delitem(sys.modules, "pwlib.explore")
     with pytest.raises(ImportError, match="the explorer is a widget and needs anywidget: pip install anywidget"):
