@@ -1,0 +1,261 @@
+"""The rules that every stored notebook keeps; each takes a notebook and returns its faults as sentences."""
+
+import ast
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parents[1]
+REPOSITORY = "https://github.com/pwlib/pwlib"
+COLAB = "https://colab.research.google.com/github/pwlib/pwlib/blob/main/"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+PARTS = ("What you will be able to do", "What you need", "Time", "What to remember", "Where it is in the paper")
+SHORTEST_ALT = 20  # characters; "a figure" describes nothing
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+IMAGE = re.compile(r"!\[(?P<alt>[^\]]*)\]\((?P<target>[^)\s]+)[^)]*\)")
+HTML_IMAGE = re.compile(r"<img\b[^>]*>", re.I)
+HTML_ALT = re.compile(r"""\balt\s*=\s*(["'])(?P<alt>.+?)\1""", re.I | re.S)
+LINK = re.compile(r"(?<!!)\[(?:[^\[\]]|!\[[^\]]*\]\([^)]*\))*\]\((?P<target>[^)\s]+)\)|href=\"(?P<html>[^\"]+)\"")
+INLINE_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+DOTTED = re.compile(r"(?<![\w./])pwlib(?:\.[A-Za-z_]\w*)+")
+FILE = re.compile(r"^(?:pwlib|tests|benchmarks|notebooks|data)/[\w./-]*$")
+NOTEBOOK_NAME = re.compile(r"^\d\d_[a-z0-9_]+$")
+MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|tmp|root|home|Users)/")
+
+
+def faults(notebook, name: str) -> list[str]:
+    """All faults of a notebook stored as notebooks/<name>.ipynb."""
+    rules = (execution, images, links, names, anatomy, outputs)
+    return [f"{name}: {fault}" for rule in rules for fault in rule(notebook, name)]
+
+
+def tags(cell) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def code_cells(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def execution(notebook, name: str) -> Iterator[str]:
+    """Every code cell ran, once, from top to bottom, and only those raised that are meant to."""
+    for place, cell in enumerate(code_cells(notebook), 1):
+        if not cell.source.strip():
+            yield f"cell {cell.id} is empty"
+        if cell.execution_count is None:
+            yield f"cell {cell.id} was not executed"
+        elif cell.execution_count != place:
+            yield f"cell {cell.id} is code cell {place} but ran as number {cell.execution_count}: out of order"
+        raised = [o.ename for o in cell.outputs if o.output_type == "error"]
+        if raised and "raises-exception" not in tags(cell):
+            yield f"cell {cell.id} ended with {raised[0]}"
+
+
+def images(notebook, name: str) -> Iterator[str]:
+    """Every picture, stored or linked, has a text for those who cannot see it; a widget has a picture near it."""
+    pictured, widgets = [], []
+    for place, cell in enumerate(notebook.cells):
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            for mime in (m for m in data if m.startswith("image/")):
+                pictured.append(place)
+                if len(output.metadata.get(mime, {}).get("alt", "").strip()) < SHORTEST_ALT:
+                    yield f"cell {cell.id} shows a figure without alt text: use pwlib.plots.show(figure, alt=…)"
+            if WIDGET in data:
+                widgets.append((place, cell.id))
+            else:
+                yield from html_images(cell, "".join(data.get("text/html", "")))
+        if cell.cell_type == "markdown":
+            for image in IMAGE.finditer(prose(cell)):
+                if not image["alt"].strip():
+                    yield f"cell {cell.id} has an image without alt text: {image['target']}"
+            yield from html_images(cell, prose(cell))
+    for place, cell_id in widgets:
+        if not any(abs(place - other) <= 2 for other in pictured):
+            yield f"cell {cell_id} shows a widget with no static figure within two cells: some readers see no widgets"
+
+
+def html_images(cell, html: str) -> Iterator[str]:
+    for image in HTML_IMAGE.finditer(html):
+        if not HTML_ALT.search(image[0]):
+            yield f"cell {cell.id} has an <img> without alt text"
+
+
+def prose(cell) -> str:
+    """A markdown cell without its fenced code."""
+    return FENCE.sub("", cell.source)
+
+
+def links(notebook, name: str) -> Iterator[str]:
+    """Every link to a file of this repository, here or on its host, and to a heading leads somewhere."""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            for link in LINK.finditer(prose(cell)):
+                target = link["target"] or link["html"]
+                if not leads_somewhere(target, notebook):
+                    yield f"cell {cell.id} links to {target}, which does not exist"
+            for image in IMAGE.finditer(prose(cell)):
+                if not leads_somewhere(image["target"], notebook):
+                    yield f"cell {cell.id} shows {image['target']}, which does not exist"
+
+
+def leads_somewhere(target: str, notebook) -> bool:
+    path, _, anchor = target.partition("#")
+    for host in (COLAB, f"{REPOSITORY}/blob/main/", f"{REPOSITORY}/tree/main/"):
+        if target.startswith(host):
+            return (ROOT / path.removeprefix(host)).exists()
+    if "://" in target:
+        return target.startswith("https://")
+    if path:
+        return (ROOT / "notebooks" / path).exists()
+    headings = re.findall(r"^#+ (.+)$", "\n".join(prose(c) for c in notebook.cells if c.cell_type == "markdown"), re.M)
+    return anchor in {heading.strip().replace(" ", "-") for heading in headings}
+
+
+def names(notebook, name: str) -> Iterator[str]:
+    """Every name of pwlib, in code, in solutions and in the text's `code`, exists; so does every file it names."""
+    bound: dict[str, object] = {}
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            yield from (f"cell {cell.id} uses {fault}" for fault in unknown_names(cell.source, bound))
+            continue
+        for language, block in FENCE.findall(cell.source):
+            if language == "python":
+                yield from (f"cell {cell.id} uses {fault}" for fault in unknown_names(block, dict(bound)))
+        for code in INLINE_CODE.findall(prose(cell)):
+            for dotted in DOTTED.findall(code):
+                if not resolves(dotted):
+                    yield f"cell {cell.id} names {dotted}, which does not exist"
+            if FILE.match(code) and not (ROOT / code).exists():
+                yield f"cell {cell.id} names the file {code}, which does not exist"
+
+
+def unknown_names(source: str, bound: dict[str, object]) -> Iterator[str]:
+    """Names of pwlib that a cell imports or reaches by dots and that do not exist; `bound` carries over cells."""
+    lines = ["" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines()]
+    # A magic that was a block's only line leaves the block empty; `...` stands in for it.
+    text = "\n".join(
+        re.match(r"\s*", old)[0] + "..." if old.strip() and not new else new
+        for old, new in zip(source.splitlines(), lines, strict=True)
+    )
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "pwlib":
+            for alias in node.names:
+                found = look_up(f"{node.module}.{alias.name}")
+                if found is None:
+                    yield f"{node.module}.{alias.name}, which does not exist"
+                bound[alias.asname or alias.name] = found
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.partition(".")[0] == "pwlib":
+                    found = look_up(alias.name)
+                    if found is None:
+                        yield f"{alias.name}, which does not exist"
+                    bound[alias.asname or "pwlib"] = found if alias.asname else importlib.import_module("pwlib")
+    rebound = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    rebound |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    for node in ast.walk(tree):
+        chain = dotted_chain(node)
+        if chain and chain[0] in bound and chain[0] not in rebound:
+            found = bound[chain[0]]
+            for attribute in chain[1:]:
+                if not isinstance(found, ModuleType):
+                    break
+                if member(found, attribute) is None:
+                    yield f"{'.'.join(chain)}, which does not exist"
+                    break
+                found = member(found, attribute)
+
+
+def dotted_chain(node: ast.AST) -> list[str]:
+    """["data", "load"] of the expression data.load; [] of anything else."""
+    attributes: list[str] = []
+    while isinstance(node, ast.Attribute):
+        attributes.append(node.attr)
+        node = node.value
+    return [node.id, *reversed(attributes)] if attributes and isinstance(node, ast.Name) else []
+
+
+def resolves(dotted: str) -> bool:
+    return look_up(dotted) is not None
+
+
+def look_up(dotted: str) -> object:
+    """The module, class, function or attribute that a dotted name of pwlib means; None if there is none."""
+    first, *rest = dotted.split(".")
+    found: object = importlib.import_module(first)
+    for attribute in rest:
+        found = member(found, attribute)
+        if found is None:
+            return None
+    return found
+
+
+def member(owner: object, attribute: str) -> object:
+    if hasattr(owner, attribute):
+        value = getattr(owner, attribute)
+        return "None" if value is None else value
+    if isinstance(owner, ModuleType):
+        try:
+            return importlib.import_module(f"{owner.__name__}.{attribute}")
+        except ModuleNotFoundError:
+            return None
+    if inspect.isclass(owner):  # attributes that instances get: annotated, or set through self
+        annotated = any(attribute in vars(base).get("__annotations__", {}) for base in owner.__mro__)
+        in_source = any(
+            re.search(rf"\bself\.{attribute}\b[^=\n]*=", inspect.getsource(base))
+            for base in owner.__mro__
+            if base.__module__.startswith("pwlib")
+        )
+        return "attribute" if annotated or in_source else None
+    return None
+
+
+def anatomy(notebook, name: str) -> Iterator[str]:
+    """The parts that a reader finds in every notebook, where they expect them."""
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    if not notebook.cells[0].source.startswith(f"# {name[:2]}"):
+        yield f"the first cell is not the title # {name[:2]} · …"
+    for part in (
+        "What you will be able to do",
+        "What you need",
+        "Time",
+        "What to remember",
+        "Where it is in the paper",
+    ):
+        if part not in text:
+            yield f"there is no part {part!r}"
+    if f"{COLAB}notebooks/{name}.ipynb" not in text:
+        yield "there is no Colab badge that opens this notebook"
+    first = code_cells(notebook)[0]
+    if (
+        "nbval-skip" not in tags(first)
+        or "%pip install" not in first.source
+        or "except ImportError" not in first.source
+    ):
+        yield "the first code cell does not install pwlib where it is missing, or is not tagged nbval-skip"
+    if notebook.metadata.get("kernelspec", {}).get("name") != "python3":
+        yield "its kernel is not python3"
+
+
+def outputs(notebook, name: str) -> Iterator[str]:
+    """Outputs are small, tell nothing of the machine that made them, and none is a warning."""
+    stored = 0
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            text = str(dict(output))
+            stored += len(text)
+            if MACHINE_PATH.search(re.sub(r"[A-Za-z0-9+/=]{200,}", "", text)):
+                yield f"cell {cell.id} shows a path of the machine that ran it"
+            if output.output_type == "stream" and output.name == "stderr" and "Warning" in output.text:
+                yield f"cell {cell.id} shows a warning"
+    explorers = len(str(notebook.metadata.get("widgets", "")))
+    if stored > 1.5e6:
+        yield f"its outputs take {stored / 1e6:.1f} MB; expected at most 1.5"
+    if stored + explorers > 6e6:
+        yield f"its outputs and explorers take {(stored + explorers) / 1e6:.1f} MB; expected at most 6"

@@ -1,0 +1,206 @@
+"""The notebooks as stored keep the rules of notebook_rules.py, and a fault planted in a copy breaks them."""
+
+import copy
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import nbformat
+import pytest
+
+sys.path.insert(0, os.path.dirname(__file__))
+import budgets
+from notebook_rules import COLAB, NOTEBOOK_NAME, ROOT, WIDGET, code_cells, faults, resolves, tags
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+@pytest.fixture
+def first():
+    """A copy of notebook 00 to spoil."""
+    return copy.deepcopy(read(NOTEBOOKS[0]))
+
+
+# ------------------------------------------------------------------------------------------------- the notebooks
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS and NOTEBOOKS[0].stem == "00_why_structure"
+    assert all(NOTEBOOK_NAME.match(path.stem) for path in NOTEBOOKS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[p.stem for p in NOTEBOOKS])
+def test_stored_notebook_keeps_the_rules(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert not faults(notebook, path.stem), "\n".join(faults(notebook, path.stem))
+
+
+def test_every_notebook_has_a_budget_and_the_series_fits():
+    budget = json.loads(budgets.FILE.read_text())
+    assert {path.stem for path in NOTEBOOKS} <= set(budget)
+    assert sum(entry["cpu_minutes"] for entry in budget.values()) <= 15, "the whole series: 15 minutes on two cores"
+
+
+def test_notebooks_follow_one_another():
+    """Each notebook links to the next that is there."""
+    for path, following in itertools.pairwise(NOTEBOOKS):
+        last = "\n".join(cell.source for cell in read(path).cells[-3:])
+        assert f"({following.name})" in last, f"{path.name} does not end with a link to {following.name}"
+
+
+# ---------------------------------------------------------------------------------------- planted faults, as stored
+
+
+def figure_cell(notebook):
+    return next(c for c in code_cells(notebook) if any("image/png" in o.get("data", {}) for o in c.outputs))
+
+
+def not_executed(notebook):
+    code_cells(notebook)[5].execution_count = None
+
+
+def out_of_order(notebook):
+    cells = code_cells(notebook)
+    cells[4].execution_count, cells[5].execution_count = cells[5].execution_count, cells[4].execution_count
+
+
+def stored_exception(notebook):
+    error = nbformat.v4.new_output("error", ename="KeyError", evalue="'paint'", traceback=[])
+    code_cells(notebook)[3].outputs.append(error)
+
+
+def figure_without_alt(notebook):
+    cell = figure_cell(notebook)
+    next(o for o in cell.outputs if "image/png" in o.get("data", {})).metadata = nbformat.NotebookNode()
+
+
+def figure_with_an_empty_alt(notebook):
+    cell = figure_cell(notebook)
+    next(o for o in cell.outputs if "image/png" in o.get("data", {})).metadata["image/png"]["alt"] = "figure"
+
+
+def lonely_widget(notebook):
+    for cell in code_cells(notebook):
+        cell.outputs = []
+    view = nbformat.v4.new_output("display_data", data={WIDGET: {"model_id": "1"}})
+    code_cells(notebook)[3].outputs = [view]
+
+
+def write(text):
+    def plant(notebook):
+        notebook.cells[0].source += text
+
+    return plant
+
+
+def run(code):
+    def plant(notebook):
+        code_cells(notebook)[2].source += code
+
+    return plant
+
+
+def shows(text, name="stdout"):
+    def plant(notebook):
+        code_cells(notebook)[3].outputs.append(nbformat.v4.new_output("stream", name=name, text=text))
+
+    return plant
+
+
+def without(pattern, instead=""):
+    def plant(notebook):
+        for cell in notebook.cells:
+            cell.source = re.sub(pattern, instead, cell.source)
+
+    return plant
+
+
+@pytest.mark.parametrize(
+    "plant, fault",
+    [
+        (not_executed, "was not executed"),
+        (out_of_order, "out of order"),
+        (stored_exception, "ended with KeyError"),
+        (figure_without_alt, "figure without alt text"),
+        (figure_with_an_empty_alt, "figure without alt text"),
+        (lonely_widget, "no static figure"),
+        (write("\n![](https://example.org/a.png)"), "image without alt text"),
+        (write('\n<img src="a.png">'), "<img> without alt text"),
+        (write("\n[next](99_nowhere.ipynb)"), "99_nowhere.ipynb, which does not exist"),
+        (write("\n[there](#No-such-heading)"), "#No-such-heading, which does not exist"),
+        (write(f"\n[x]({COLAB}notebooks/99.ipynb)"), "99.ipynb, which does not exist"),
+        (write("\nsee `pwlib.crf.SparseCRF`"), "pwlib.crf.SparseCRF, which does not exist"),
+        (write("\nsee `pwlib.crf.DenseCRF.log_v`"), "log_v, which does not exist"),
+        (write("\nsee `pwlib/crfs.py`"), "the file pwlib/crfs.py"),
+        (write("\n\n```python\nfrom pwlib.crf import TreeCRF\n```"), "pwlib.crf.TreeCRF"),
+        (run("\nfrom pwlib import nothing"), "pwlib.nothing, which does not exist"),
+        (run("\nimport pwlib.nowhere"), "pwlib.nowhere, which does not exist"),
+        (run("\ndata.unload('scenes')"), "data.unload, which does not exist"),
+        (shows("/home/me/pwlib/notebooks"), "path of the machine"),
+        (shows("x" * 2_000_000), "expected at most 1.5"),
+        (shows("UserWarning: no", "stderr"), "shows a warning"),
+        (without("What to remember"), "no part 'What to remember'"),
+        (without("%pip install", "pass  #"), "does not install pwlib"),
+        (without("colab"), "no Colab badge"),
+        (without("^# 00.*"), "not the title"),
+    ],
+)
+def test_a_planted_fault_is_found(first, plant, fault):
+    before = faults(first, "00_why_structure")
+    plant(first)
+    assert any(fault in found for found in faults(first, "00_why_structure") if found not in before)
+
+
+@pytest.mark.parametrize("name", ["pwlib.VOID", "pwlib.crf.Trace.q", "pwlib.crf.DenseCRF.log_w", "pwlib.data.palettes"])
+def test_names_that_exist_resolve(name):
+    assert resolves(name)
+
+
+def test_a_slow_notebook_is_over_budget():
+    budget = {"00": {"cpu_minutes": 1.0, "gpu_minutes": 0.1}}
+    assert not budgets.over_budget({"00": 100.0}, budget, "cpu")
+    assert "00 took 300 s" in budgets.over_budget({"00": 300.0}, budget, "cpu")[0]
+    assert "00 took 100 s" in budgets.over_budget({"00": 100.0}, budget, "gpu")[0]
+    assert "no budget" in budgets.over_budget({"01": 1.0}, budget, "cpu")[0]
+
+
+# ------------------------------------------------------------------------------------------ planted faults, as run
+
+
+@pytest.mark.slow
+def test_running_a_notebook_finds_an_exception_and_a_changed_number(first, tmp_path):
+    """nbval, as `make notebooks` calls it, on notebook 00's imports and a verdict: as they are, and spoilt."""
+    verdict = [c for c in code_cells(first) if "nbval-check-output" in tags(c)][-1]
+    first.cells = [code_cells(first)[1], verdict]
+    spoilt = {"sound": first}
+    for name in ("raises", "changed", "untagged"):
+        spoilt[name] = copy.deepcopy(first)
+    spoilt["raises"].cells[0].source += "\nraise KeyError('planted')"
+    number = re.compile(r"\d\.\d")
+    for name in ("changed", "untagged"):
+        output = spoilt[name].cells[1].outputs[0]
+        assert number.search(output.text), "the verdict that is spoilt here holds no number"
+        output.text = number.sub("0.7", output.text, count=1)
+    spoilt["untagged"].cells[1].metadata.tags = []
+    for name, notebook in spoilt.items():
+        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+    options = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300", "--junitxml=report.xml", "-q"]
+    options += ["--nbval-sanitize-with", str(ROOT / "tests" / "nbval.cfg"), "-p", "no:cacheprovider"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "pytest", *options, "."], cwd=tmp_path, env=environment, capture_output=True)
+    failed = {}
+    for case in ElementTree.parse(tmp_path / "report.xml").iter("testcase"):
+        failed.setdefault(case.get("classname").removesuffix(".ipynb").split(".")[-1], []).append(
+            case.find("failure") is not None
+        )
+    assert failed == {"sound": [False, False], "raises": [True, False], "changed": [False, True],
+                      "untagged": [False, False]}  # fmt: skip
