@@ -48,7 +48,8 @@ def train(args: argparse.Namespace) -> None:
     train_set = load_split(config, "train", root=args.root, download=args.download)
     val_set = load_split(config, "val", root=args.root)
     config["classes"], config["palette"] = list(train_set.class_names), train_set.palette.tolist()
-    if main:
+    loaders.wait()  # all have found the folder empty before the first writes into it
+    if main and not args.resume:
         out.mkdir(parents=True, exist_ok=True)
         checkpoints.save_json(out / "config.json", config)
 
@@ -119,7 +120,7 @@ def _configuration(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     arguments = {"data": args.data, "profile": profile, "size": args.size, "epochs": args.epochs, "seed": seed}
     return {
         "arguments": arguments,
-        "data": {"name": args.data, "root": str(args.root)},
+        "data": {"name": args.data, "root": str(Path(args.root).resolve())},
         "settings": settings,
         "seed": seed,
         "torch": torch.__version__,

@@ -21,6 +21,12 @@ def process() -> tuple[int, int]:
     return 0, 1
 
 
+def wait() -> None:
+    """Until every process is here."""
+    if process()[1] > 1:
+        torch.distributed.barrier()
+
+
 def derive_seed(*parts: int) -> int:
     """One seed from several numbers; neighbours give unrelated streams."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()

@@ -84,8 +84,11 @@ class PiecewiseTrainedModel(nn.Module):
         """
         height, width = image.shape[-2:]
         image = image.to(next(self.parameters()).device)[None]
+        training = self.training
+        self.eval()
         scale = short_side / min(height, width) if short_side else 1.0
         logits = self.unary_logits(resize_image(image, _scaled(height, width, scale)))
+        self.train(training)
         crf_scale = min(1.0, crf_long_side / max(height, width))
         size = _scaled(height, width, crf_scale)
         logits = resize_logits(logits, size)

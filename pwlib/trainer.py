@@ -106,6 +106,8 @@ class PiecewiseTrainer:
         _one_of("crf_loss", crf_loss, CRF_LOSSES)
         if num_classes != model.num_classes:
             raise ValueError(f"num_classes is {num_classes}; the model has {model.num_classes}")
+        if class_weights is not None and class_weights.shape != (num_classes,):
+            raise ValueError(f"class_weights has shape {list(class_weights.shape)}; expected [{num_classes}]")
         if not learning_rate > 0:
             raise ValueError(f"learning_rate is {learning_rate}; expected a positive number")
         if patience is not None and patience < 1:
@@ -372,7 +374,7 @@ class PiecewiseTrainer:
         path = self.out / f"{name}-last.pt"
         state = checkpoints.load_model(path, self.model)
         for key in [*self.config, "epochs", "batches"]:
-            there, here = ({**side["config"], **side}[key] for side in (state, plan))
+            there, here = ({**side, **side["config"]}.get(key) for side in (state, plan))
             if there != here:
                 raise ValueError(f"{path} was made with {key} = {there}, this run has {here}: it cannot be resumed")
         return state
