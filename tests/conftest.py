@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import finished, photographs, pictures  # noqa: F401 (fixtures)
+from cli_fixtures import finished, photographs, pictures  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks"

@@ -10,8 +10,8 @@ import time
 import numpy as np
 import pytest
 import torch
+from cli_fixtures import CLASSES, python
 from PIL import Image
-from runs import CLASSES, python
 
 from pwlib.__main__ import main
 from pwlib.data import voc_palette
