@@ -5,11 +5,13 @@ the same stem with SegNet's eleven classes and 11 for what has no label.
 """
 
 import hashlib
+import http.client
 import re
 import shutil
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -128,7 +130,7 @@ def _download(url: str, path: Path, progress: bool) -> None:
                         raise OSError(f"more than {_LARGEST_ARCHIVE} bytes")
             if file.tell() < total:
                 raise OSError(f"cut short after {file.tell()} of {total} bytes")
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise OSError(f"camvid: {url} could not be downloaded ({error}); nothing was kept") from error
 
 
@@ -153,7 +155,7 @@ def _unpack(archive: Path, target: Path) -> None:
                 # Bytes into a new regular file: a member that is a link stays harmless.
                 with file.open(member) as source, (folder / match[2]).open("wb") as sink:
                     shutil.copyfileobj(source, sink)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise ValueError(
             f"camvid: what was downloaded is not a whole zip archive ({error}); nothing was kept"
         ) from error

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .images import VOID, check_size, resize_pair
+from .images import VOID, check_size, resize_image, resize_label
 
 
 class SegmentationDataset(Dataset):
@@ -77,8 +77,8 @@ class SegmentationDataset(Dataset):
                 f"{where}: label value {int(wrong[0])} is outside the {self.num_classes} classes "
                 f"(expected 0..{self.num_classes - 1}, or {VOID} for void)"
             )
-        if self.size is not None:
-            image, label = resize_pair(image, label, self.size)
+        if self.size not in (None, tuple(label.shape)):
+            image, label = resize_image(image, self.size), resize_label(label, self.size)
         if self._cache is not None:
             self._cache[source] = image, label
         return image, label

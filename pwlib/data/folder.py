@@ -39,6 +39,8 @@ def load(
             sizes = ["{}x{}".format(*image_size(path)) for path in (image, label)]
             raise ValueError(f"folder: {image} is {sizes[0]} but its label {label} is {sizes[1]} (height x width)")
 
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"folder: num_classes={num_classes}; expected at least one")
     if palette is not None:
         palette = np.asarray(palette, np.uint8)
         num_classes = num_classes or len(palette) - 1

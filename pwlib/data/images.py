@@ -26,17 +26,17 @@ _BROKEN = (
 )
 
 
-def _open(path, what: str) -> Image.Image:
-    """Open and decode the whole file; a missing one is FileNotFoundError, a broken one ValueError."""
+def _decode(path, what: str, upright: bool) -> Image.Image:
+    """The whole file, turned by its EXIF tag if `upright`. FileNotFoundError if missing, ValueError if broken."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected {what}")
     try:
-        picture = Image.open(path)
-        picture.load()
+        with Image.open(path) as picture:
+            picture.load()
+            return ImageOps.exif_transpose(picture) if upright else picture
     except _BROKEN as error:
         raise ValueError(f"{path}: cannot be read whole as {what} ({error})") from error
-    return picture
 
 
 def _eight_bits(picture: Image.Image, path) -> Image.Image:
@@ -55,8 +55,7 @@ def _eight_bits(picture: Image.Image, path) -> Image.Image:
 
 def read_image_uint8(path) -> torch.Tensor:
     """As `read_image`, in uint8: what the data sets resize and cache."""
-    picture = _open(path, "an image")
-    picture = _eight_bits(ImageOps.exif_transpose(picture), path)
+    picture = _eight_bits(_decode(path, "an image", upright=True), path)
     if picture.has_transparency_data:
         page = Image.new("RGBA", picture.size, (255, 255, 255, 255))
         picture = Image.alpha_composite(page, picture.convert("RGBA"))
@@ -80,7 +79,7 @@ def read_label(path, palette=None) -> torch.Tensor:
     by `palette` (uint8 [K+1, 3], last row void) if one is given. ValueError if the file is broken, has values above
     255, is in colour with no palette, or shows a colour that is not in it.
     """
-    picture = _open(path, "a label map")
+    picture = _decode(path, "a label map", upright=False)
     if picture.mode in ("L", "P", "1") or picture.mode.startswith("I"):
         index = np.array(picture)
         if index.dtype == bool:
@@ -123,10 +122,16 @@ def check_size(size, name: str) -> tuple[int, int]:
     return int(size[0]), int(size[1])
 
 
-def resize_pair(image: torch.Tensor, label: torch.Tensor, size) -> tuple[torch.Tensor, torch.Tensor]:
-    """Resize uint8 image [3, H, W] (bilinear, antialiased) and label [H, W] (nearest) to size (H, W)."""
-    size = list(size)
-    if list(image.shape[-2:]) == size:
-        return image, label
-    image = F.resize_image(image, size, interpolation=F.InterpolationMode.BILINEAR, antialias=True)
-    return image, F.resize_mask(label[None], size)[0]
+def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """[3, H, W] to `size`, bilinear and antialiased."""
+    return F.resize_image(image, list(size), interpolation=F.InterpolationMode.BILINEAR, antialias=True)
+
+
+def resize_label(label: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """[H, W] to `size`: each pixel the label under its centre.
+
+    (torchvision's resize of masks takes the label under the pixel's corner, half a source pixel or more from where the
+    image has it; torch calls this one nearest-exact.)
+    """
+    rows, columns = (((torch.arange(new) + 0.5) * old / new).long() for new, old in zip(size, label.shape, strict=True))
+    return label[rows[:, None], columns]

@@ -5,7 +5,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from .images import VOID, check_size
+from .images import VOID, check_size, resize_image, resize_label
 
 
 class Augment(v2.Transform):
@@ -41,6 +41,8 @@ class Augment(v2.Transform):
         self._worker = None
 
     def forward(self, image: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if image.shape[-2:] != label.shape:
+            raise ValueError(f"Augment: image {list(image.shape)} and label {list(label.shape)} differ in size")
         image, label = super().forward(tv_tensors.Image(image), tv_tensors.Mask(label))
         return image.as_subclass(torch.Tensor), label.as_subclass(torch.Tensor)
 
@@ -71,7 +73,8 @@ class Augment(v2.Transform):
 
     def transform(self, inpt: torch.Tensor, params: dict) -> torch.Tensor:
         is_image = isinstance(inpt, tv_tensors.Image)
-        inpt = F.resize(inpt, params["scaled"], antialias=True)
+        resize = resize_image if is_image else resize_label
+        inpt = tv_tensors.wrap(resize(inpt.as_subclass(torch.Tensor), params["scaled"]), like=inpt)
         if params["flip"]:
             inpt = F.horizontal_flip(inpt)
         inpt = self._window(inpt, *params["box"], fill=0.5 if is_image else VOID)
