@@ -62,7 +62,7 @@ def load(root, split: str, *, download: bool = False, **options) -> Segmentation
     if found is None:
         raise FileNotFoundError(
             f"camvid: neither {root / split} nor {root / 'camvid' / split} is a folder; "
-            "give root= the folder that holds SegNet's train/ and trainannot/, or download=True to fetch it (about 200 MB)"
+            "give root= the folder that holds SegNet's train/ and trainannot/, or download=True (about 200 MB)"
         )
     images, labels = pair_files(found / split, found / f"{split}annot", "camvid")
     names = [path.stem for path in images]
