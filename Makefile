@@ -2,30 +2,43 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
+# Every code cell runs; cells tagged nbval-check-output have to print what is stored. Two notebooks at a time, each on one
+# core, are faster than one after the other on two.
+NBVAL := -p tests.budgets --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval.cfg -n 2 --dist loadscope -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test quick lint format clean
+.PHONY: help setup lab test quick notebooks full html lint format clean
 
 help: ## Show this help
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.ready ## Make .venv with all that the notebooks and the tests need
 
 .venv/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "pwlib needs Python 3.10 or newer; $(PYTHON) is older. Name another: make PYTHON=python3.11 setup"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[notebooks,test]'
+	$(BIN)/python -m pip install --quiet --editable '.[notebooks,test,site]'
 	@$(BIN)/python -m pip install --quiet --editable '.[bench]' || echo "pydensecrf2 was not installed (it wants a C++ compiler): the tests that compare with it will be skipped."
 	@touch $@
 
 lab: setup ## Open JupyterLab on the first notebook
 	$(BIN)/jupyter lab notebooks/00_why_structure.ipynb
 
-test: setup lint ## Run every test: library, command line, notebooks, browser
+test: setup lint ## Run every test: library, command line, browser, notebooks
 	$(BIN)/python -m pytest
+	$(MAKE) notebooks
 
 quick: setup lint ## Run the tests that take under two minutes
 	$(BIN)/python -m pytest -m "not slow and not browser" -x -q
+
+notebooks: setup ## Run the notebooks' cells in the quick profile, and hold them to their budgets
+	PWLIB_PROFILE=quick OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(NBVAL) --nbval-cell-timeout=600 notebooks
+
+full: setup ## Run the notebooks' cells in the full profile (hours on a CPU)
+	PWLIB_PROFILE=full $(BIN)/python -m pytest $(NBVAL) --nbval-cell-timeout=14400 notebooks
+
+html: setup ## Render the executed notebooks into one static site, build/html
+	$(BIN)/python docs/build.py build/html
 
 lint: setup ## Check style with ruff
 	$(BIN)/ruff check .

@@ -1,0 +1,86 @@
+"""Build the site: `python docs/build.py OUTPUT [--sources FOLDER]`.
+
+Copies the executed notebooks with what a page without a kernel needs: explorers as HTML, pictures with their alt text,
+remote badges as words; lays MathJax beside them; runs Sphinx.
+"""
+
+import argparse
+import html
+import re
+import shutil
+from pathlib import Path
+
+import mathjax
+import nbformat
+from sphinx.cmd.build import main as sphinx
+
+from pwlib.explore import embed_notebook
+
+HERE = Path(__file__).parent
+NOTEBOOKS = HERE.parent / "notebooks"
+REMOTE_IMAGE = re.compile(r"!\[([^\]]*)\]\(https?://[^)]*\)")
+SKILLS = re.compile(r"What you will be able to do\W*\n+((?:[-*] .*\n(?:  .*\n)*)+)")
+
+
+def page(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook as its page wants it."""
+    notebook = embed_notebook(notebook)
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = REMOTE_IMAGE.sub(r"\1", cell.source)
+        elif "nbval-skip" in cell.metadata.get("tags", []):
+            cell.metadata["tags"] = ["remove-cell"]
+        for output in cell.get("outputs", []):
+            png = output.get("data", {}).get("image/png")
+            if png:
+                alt = html.escape(output.metadata.get("image/png", {}).get("alt", ""))
+                picture = f'<img alt="{alt}" src="data:image/png;base64,{png.strip()}">'
+                output["data"] = {"text/html": picture, "text/plain": alt}
+    return notebook
+
+
+def contents(notebooks: dict[str, nbformat.NotebookNode]) -> str:
+    """The contents page: every notebook with what it teaches, and the tree that Sphinx wants."""
+    lines = []
+    for name, notebook in notebooks.items():
+        text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+        lines += ["", f"**[{notebook.cells[0].source.splitlines()[0].lstrip('# ')}](notebooks/{name}.ipynb)**", ""]
+        if skills := SKILLS.search(text + "\n"):
+            lines += skills[1].rstrip().splitlines()
+    return "\n".join([*lines, "", "```{toctree}", ":hidden:", *(f"notebooks/{name}" for name in notebooks), "```", ""])
+
+
+def lay_sources(folder: Path) -> None:
+    """Everything Sphinx reads, into an empty folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "notebooks").mkdir(parents=True)
+    notebooks = {path.stem: nbformat.read(path, 4) for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))}
+    for name, notebook in notebooks.items():
+        nbformat.write(page(notebook), folder / "notebooks" / f"{name}.ipynb")
+    shutil.copy(HERE / "conf.py", folder)
+    index = (HERE / "index.md").read_text("utf-8")
+    (folder / "index.md").write_text(index.replace("```{contents-of-the-course}\n```\n", contents(notebooks)), "utf-8")
+    static = folder / "_static"
+    static.mkdir()
+    shutil.copy(HERE / "course.css", static)
+    es5 = Path(mathjax.__file__).parent / "static" / "mathjax" / "es5"
+    fonts = Path("output", "chtml", "fonts", "woff-v2")
+    shutil.copytree(es5 / fonts, static / "mathjax" / fonts)
+    shutil.copy(es5 / "tex-mml-chtml.js", static / "mathjax")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Build the course's static site.")
+    parser.add_argument("output", type=Path, help="the site's folder, build/html for example")
+    parser.add_argument("--sources", type=Path, help="where to lay Sphinx's sources (default: beside the output)")
+    options = parser.parse_args()
+    sources = options.sources or options.output.with_name(options.output.name + "-sources")
+    lay_sources(sources)
+    status = sphinx(["-q", "-b", "html", str(sources), str(options.output)])
+    print(f"The site is {options.output / 'index.html'}" if status == 0 else "Sphinx failed")
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

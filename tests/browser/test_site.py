@@ -1,0 +1,90 @@
+"""`make html`: the site as a reader opens it from disk, in a browser, with no other host in reach."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> Path:
+    pytest.importorskip("sphinx")
+    output = tmp_path_factory.mktemp("site") / "html"
+    build = subprocess.run([sys.executable, ROOT / "docs" / "build.py", output], capture_output=True, text=True)
+    assert build.returncode == 0, build.stderr
+    # That notebooks link to what exists is test_notebooks.py's to say.
+    warnings = [line for line in build.stderr.splitlines() if "WARNING" in line and "xref_missing" not in line]
+    assert not warnings, warnings
+    return output
+
+
+def title(path: Path) -> str:
+    return nbformat.read(path, 4).cells[0].source.splitlines()[0].lstrip("# ")
+
+
+def test_contents_name_every_notebook(site, open_page):
+    page = open_page((site / "index.html").as_uri())
+    listed = page.locator("article").inner_text()
+    for path in NOTEBOOKS:
+        assert title(path) in listed
+        assert page.locator(f"article a[href='notebooks/{path.stem}.html']").count() == 1
+    page.locator("article a[href='notebooks/00_why_structure.html']").click()
+    assert page.locator("h1").first.inner_text().startswith("00")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[p.stem for p in NOTEBOOKS])
+def test_page_of_a_notebook(site, open_page, path):
+    """Mathematics set, pictures there and described, explorers alive, links to other notebooks not dead."""
+    page = open_page((site / "notebooks" / f"{path.stem}.html").as_uri())
+    notebook = nbformat.read(path, 4)
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    if "$" in re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S):
+        page.wait_for_function("document.querySelectorAll('mjx-container').length > 0")
+        page.evaluate("MathJax.startup.promise")
+        assert page.locator("mjx-merror, [data-mjx-error]").count() == 0
+        assert page.locator(".math:not(:has(mjx-container))").count() == 0
+        paragraphs = page.locator("article p:not(:has(code)), article li:not(:has(code))").all_inner_texts()
+        assert not [text for text in paragraphs if "$" in text], "mathematics left as it was typed"
+    pictures = page.locator(".cell_output img")
+    drawn = pictures.evaluate_all("all => all.map(i => [i.complete && i.naturalWidth > 0, i.alt.length])")
+    stored = sum("image/png" in o.get("data", {}) for cell in notebook.cells for o in cell.get("outputs", []))
+    assert len(drawn) >= stored
+    assert all(loaded and length >= 20 for loaded, length in drawn)
+    explorers = str(notebook.cells).count("application/vnd.jupyter.widget-view+json")
+    assert page.locator(".pwlib-explorer").count() == explorers
+    for target in page.locator("article a[href$='.html']").evaluate_all("all => all.map(a => a.href)"):
+        assert Path(target.removeprefix("file://")).exists(), target
+    raw = page.locator("article a[href$='.ipynb']").evaluate_all("all => all.map(a => a.href)")
+    assert not [a for a in raw if a.startswith("file:") and Path(a).stem in {p.stem for p in NOTEBOOKS}]
+
+
+def test_an_explorer_steps_on_the_page(site, open_page):
+    with_explorer = [p for p in NOTEBOOKS if "widget-view+json" in p.read_text("utf-8")]
+    if not with_explorer:
+        pytest.skip("no notebook stores an explorer yet")
+    page = open_page((site / "notebooks" / f"{with_explorer[0].stem}.html").as_uri())
+    slider = page.locator(".pwlib-explorer").first.locator("input[type=range]").first
+    before = slider.input_value()
+    slider.focus()
+    slider.press("ArrowRight" if before != slider.get_attribute("max") else "ArrowLeft")
+    assert slider.input_value() != before
+
+
+def test_search_finds_a_word(site, open_page):
+    page = open_page((site / "search.html").as_uri() + "?q=independence")
+    page.wait_for_selector("#search-results li a")
+    found = page.locator("#search-results li a").evaluate_all("all => all.map(a => a.getAttribute('href'))")
+    assert any("00_why_structure" in href for href in found)
+
+
+def test_a_reader_with_a_narrow_screen_needs_no_sideways_scrolling(site, open_page):
+    page = open_page((site / "notebooks" / "00_why_structure.html").as_uri(), width=400, height=800)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 410
