@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 
@@ -43,8 +44,8 @@ def test_notebooks_extra_holds_what_notebooks_import():
     installed = {re.match(r"[\w-]+", entry)[0].lower().replace("-", "_") for entry in wanted}
     installed |= {"pwlib", "ipython", "pil"} | {name.lower() for name in sys.stdlib_module_names}
     for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"):
-        text = path.read_text("utf-8")
-        for name in re.findall(r'"(?:from|import) (\w+)', text):
+        code = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
+        for name in re.findall(r"^\s*(?:from|import) (\w+)", code, re.M):
             assert name.lower() in installed, f"{path.name} imports {name}"
 
 
