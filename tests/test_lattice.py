@@ -1,0 +1,286 @@
+"""The permutohedral lattice against a dictionary in plain Python, dense matrices, finite differences and exact sums."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import cbook
+from PIL import Image
+
+from pwlib import lattice
+from pwlib.crf import DenseCRF
+from pwlib.filters import ExactFilter, GridPositions
+from pwlib.lattice import LatticeBank, LatticeFilter
+
+SWITCHES = list(itertools.product(("symmetric", "row", "none"), (True, False)))
+
+
+def features(points, dims, *, spread=2.0, batch=1, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return spread * torch.randn(batch, points, dims, generator=generator, dtype=dtype)
+
+
+def values(batch, points, channels, dtype=torch.float64, seed=1):
+    return torch.rand(batch, points, channels, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def portrait(height, width):
+    """A photograph as bilateral features at the usual bandwidths, scaled to its size: [1, H*W, 5]."""
+    with Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as file:
+        image = np.asarray(file.convert("RGB").resize((width, height)), dtype=np.float32)
+    positions = GridPositions(height, width, torch.tensor(80.0 * height / 375)).features()
+    return torch.cat([positions, torch.from_numpy(image.reshape(1, -1, 3)) / 13], -1)
+
+
+def dictionary_matrix(points):
+    """The lattice's K as a dense float64 matrix, point by point, from the paper's description and nothing of pwlib.
+
+    Vertices are integer tuples in a dictionary; simplices are found by sorting, the blur walks tuples.
+    """
+    n, d = points.shape
+    scale = np.sqrt(2 / 3) * (d + 1) / np.sqrt(np.arange(1, d + 1) * np.arange(2, d + 2))
+    # Columns of E: an orthogonal basis of the plane sum = 0, the j-th is (1, .., 1, -j, 0, .., 0).
+    basis = np.array([[1.0] * j + [-j] + [0.0] * (d - j) for j in range(1, d + 1)])
+    vertices, splat = {}, []
+    for y in (points * scale) @ basis:
+        base = np.round(y / (d + 1)) * (d + 1)
+        excess = round(base.sum() / (d + 1))
+        by_rest = np.argsort(-(y - base), kind="stable")
+        if excess > 0:
+            base[by_rest[len(y) - excess :]] -= d + 1
+        else:
+            base[by_rest[:-excess]] += d + 1
+        rest = y - base
+        by_rest = np.argsort(-rest, kind="stable")
+        row = {}
+        for k in range(d + 1):
+            vertex = base + k
+            vertex[by_rest[d + 1 - k :]] -= d + 1
+            drop = rest[by_rest[d - k]] - rest[by_rest[d - k + 1]] if k else rest[by_rest[d]] - rest[by_rest[0]] + d + 1
+            row[vertices.setdefault(tuple(vertex.astype(int)), len(vertices))] = drop / (d + 1)
+        splat.append(row)
+    matrix = np.zeros((n, len(vertices)))
+    for i, row in enumerate(splat):
+        for vertex, weight in row.items():
+            matrix[i, vertex] = weight
+    blurred = matrix.T
+    for direction in range(d + 1):
+        blur = np.eye(len(vertices))
+        for vertex, here in vertices.items():
+            step = np.full(d + 1, -1)
+            step[direction] = d
+            for sign in (1, -1):
+                there = vertices.get(tuple(np.array(vertex) + sign * step))
+                if there is not None:
+                    blur[here, there] = 0.5
+        blurred = blur @ blurred
+    return torch.from_numpy(matrix @ blurred / (1 + 2.0**-d))
+
+
+def normalised(k, normalization, self_message):
+    n = k.sum(1, keepdim=True)
+    if not self_message:
+        k = k - torch.diag(k.diag())
+    return {"none": k, "row": k / n, "symmetric": k / (n * n.T).sqrt()}[normalization]
+
+
+@pytest.mark.parametrize(("dims", "spread"), [(1, 3.0), (2, 2.0), (3, 1.0), (5, 0.7), (6, 1.5)])
+@pytest.mark.parametrize("normalization", ["symmetric", "row", "none"])
+def test_equals_the_dictionary_lattice(dims, spread, normalization):
+    f = features(120, dims, spread=spread)
+    v = values(1, 120, 4)
+    expected = normalised(dictionary_matrix(f[0].numpy()), normalization, True) @ v[0]
+    torch.testing.assert_close(LatticeFilter(f, normalization=normalization)(v)[0], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_own_weight_is_the_lattice_s_diagonal_where_all_vertices_exist():
+    # A fine grid of points fills the lattice: away from its border no vertex is missing.
+    grid = GridPositions(24, 24, torch.tensor(4.0, dtype=torch.float64))
+    f = LatticeFilter(grid.features(), normalization="none", self_message=False)
+    own = f.own.view(24, 24)[8:16, 8:16]
+    diagonal = dictionary_matrix(grid.features()[0].numpy()).diag().view(24, 24)[8:16, 8:16]
+    torch.testing.assert_close(own, diagonal, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("normalization", "self_message"), SWITCHES)
+def test_gradients_match_finite_differences(normalization, self_message):
+    f, shared = features(25, 3, batch=2).requires_grad_(), features(25, 2, seed=5).requires_grad_()
+    v, w, mu = (
+        values(2, 25, 3).requires_grad_(),
+        values(1, 1, 2)[0, 0].requires_grad_(),
+        values(1, 3, 3)[0].requires_grad_(),
+    )
+
+    def messages(f, shared, v, w, mu):
+        return LatticeBank([shared, f], normalization=normalization, self_message=self_message)(v, w, mu)
+
+    # A step this small stays inside every simplex: the operator is smooth there.
+    assert torch.autograd.gradcheck(messages, (f, shared, v, w, mu), eps=1e-7, atol=1e-5, fast_mode=True)
+
+
+@pytest.mark.parametrize("normalization", ["symmetric", "row", "none"])
+def test_backward_is_the_adjoint(normalization):
+    f = LatticeFilter(portrait(24, 32).double(), normalization=normalization)
+    v, u = values(1, 768, 3).requires_grad_(), values(1, 768, 3, seed=2)
+    eye = torch.eye(768, dtype=torch.float64)[None]
+    transposed = f(eye)[0].T @ u[0]
+    (f(v) * u).sum().backward()
+    torch.testing.assert_close(v.grad[0], transposed, rtol=1e-6, atol=1e-6 * transposed.abs().max().item())
+
+
+@pytest.mark.slow
+def test_bandwidth_gradients_are_near_the_exact_filter_s():
+    """A stated bound on a hard case, few pixels and high contrast; benchmarks/crf/gradients.json has photographs."""
+    height, width = 96, 128
+    f = portrait(height, width)
+    # Regions of like brightness, seen through noise: bandwidths matter, and smoothing helps.
+    grey = torch.nn.functional.avg_pool2d(f[..., 2:].sum(-1).view(1, 1, height, width), 5, 1, 2)
+    label = (grey[0] / grey.max() * 3.99).long()
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.nn.functional.one_hot(label, 4).float()
+    q = torch.softmax(2 * truth + torch.randn(truth.shape, generator=generator), -1).view(1, -1, 4)
+    uphill = q - truth.view(1, -1, 4)
+    gradients = []
+    for kind in (ExactFilter, LatticeFilter):
+        log_theta = torch.zeros(2, requires_grad=True)
+        scaled = torch.cat([f[..., :2] / log_theta[0].exp(), f[..., 2:] / log_theta[1].exp()], -1)
+        (kind(scaled)(q) * uphill).sum().backward()
+        gradients.append(log_theta.grad)
+    exact, approximate = gradients
+    assert torch.nn.functional.cosine_similarity(exact, approximate, dim=0) > 0.9
+    assert 1 / 3 < approximate.norm() / exact.norm() < 3
+
+
+def test_a_batch_is_its_images_and_shared_features_serve_every_image():
+    f, shared, v = features(60, 5, batch=3), features(60, 2, seed=3), values(3, 60, 4)
+    w = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    together = LatticeBank([shared, f])(v, w)
+    apart = torch.cat([LatticeBank([shared, f[i : i + 1]])(v[i : i + 1], w) for i in range(3)])
+    torch.testing.assert_close(together, apart, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(LatticeBank([shared])(v, w[:1])[1], 2 * LatticeFilter(shared)(v[1:2])[0])
+
+
+def test_bank_is_the_weighted_sum_of_its_messages():
+    bank = LatticeBank([features(80, 2), features(80, 5, seed=4)], self_message=False)
+    v, w, mu = values(1, 80, 3), torch.tensor([0.5, 2.0], dtype=torch.float64), values(1, 3, 3, seed=9)[0]
+    one, two = bank.messages(v)
+    torch.testing.assert_close(bank(v, w), 0.5 * one + 2 * two)
+    torch.testing.assert_close(bank(v, w, mu), (0.5 * one + 2 * two) @ mu)
+
+
+@pytest.mark.parametrize(("normalization", "self_message"), SWITCHES)
+@pytest.mark.parametrize("labels", [2, 5, 8, 21])
+def test_mean_field_without_a_gradient_is_mean_field_with_one(normalization, self_message, labels):
+    generator = torch.Generator().manual_seed(labels)
+    mu = 1 - torch.eye(labels) + 0.1 * torch.rand(labels, labels, generator=generator)
+    crf = DenseCRF(
+        labels, compatibility=mu, filtering="lattice", normalization=normalization, self_message=self_message
+    )
+    if normalization == "none":
+        torch.nn.init.constant_(crf.log_w, -4.0)
+    logits, image = (
+        torch.randn(2, labels, 12, 15, generator=generator),
+        torch.rand(2, 3, 12, 15, generator=generator) / 4,
+    )
+    with torch.no_grad():
+        fast = crf(logits, image)
+    torch.testing.assert_close(fast, crf(logits, image).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_same_input_same_bits():
+    f, v = portrait(60, 80), values(1, 4800, 7, dtype=torch.float32)
+    torch.testing.assert_close(LatticeFilter(f)(v), LatticeFilter(f)(v), rtol=0, atol=0)
+
+
+def test_positions_are_embedded_once_a_size_and_bandwidth():
+    positions = GridPositions(9, 11, torch.tensor(3.0))
+    first, second = (LatticeBank([positions]).filters[0] for _ in range(2))
+    assert first is second
+    other = LatticeBank([GridPositions(9, 11, torch.tensor(3.5))]).filters[0]
+    assert other is not first
+    learned = torch.tensor(3.0, requires_grad=True)
+    filtered = LatticeBank([GridPositions(9, 11, learned)])(values(1, 99, 2, torch.float32), torch.ones(1))
+    filtered[0, 0, 0].backward()
+    assert learned.grad.abs() > 0
+    for size in range(2, 12):
+        LatticeBank([GridPositions(size, 5, torch.tensor(3.0))])
+    assert len(lattice._grids) <= 4
+
+
+def test_positions_first_seen_under_inference_mode_still_train():
+    positions = GridPositions(7, 13, torch.tensor(2.0))
+    with torch.inference_mode():
+        LatticeBank([positions])
+    v = values(1, 91, 2, torch.float32).requires_grad_()
+    LatticeBank([positions])(v, torch.ones(1)).sum().backward()
+    assert torch.isfinite(v.grad).all()
+
+
+def usual(theta_alpha=80 * 48 / 375, theta_beta=13.0):
+    f = portrait(48, 36)
+    return torch.cat([f[..., :2] * (80 * 48 / 375) / theta_alpha, f[..., 2:] * 13 / theta_beta], -1)
+
+
+DEGENERATE = {
+    "photograph": usual(),
+    "constant image": usual() * torch.tensor([1.0, 1, 0, 0, 0]),
+    "two pixels": usual()[:, :2],
+    "one pixel": usual()[:, :1],
+    "one colour channel": usual()[..., :3],
+    "one dimension": usual()[..., 2:3],
+    "identical points": torch.full((1, 500, 5), 0.3),
+    "identical points at 1e6": torch.full((1, 500, 5), 1e6),
+    "positions at 1e6": usual()[..., :2] + 1e6,
+    "everything at 1e6": usual() + 1e6,
+    **{f"theta_beta {theta}": usual(theta_beta=theta) for theta in (0.1, 1.0, 10.0, 100.0, 1000.0)},
+    **{f"theta_alpha {theta}": usual(theta_alpha=theta) for theta in (0.1, 1.0, 10.0, 100.0, 1000.0)},
+    **{f"both {theta}": usual(theta, theta) for theta in (0.1, 1.0, 10.0, 100.0, 1000.0)},
+}
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+@pytest.mark.parametrize("normalization", ["symmetric", "row"])
+def test_degenerate_inputs_stay_within_bounds_of_the_exact_filter(name, normalization):
+    """Values in [0, 1]: the mean error stays below 0.03, without self-messages below 0.08."""
+    f = DEGENERATE[name]
+    v = values(1, f.shape[1], 3, torch.float32)
+    for self_message, bound in ((True, 0.03), (False, 0.08)):
+        options = {"normalization": normalization, "self_message": self_message}
+        approximate = LatticeFilter(f, **options)(v)
+        assert torch.isfinite(approximate).all()
+        assert (approximate - ExactFilter(f, **options)(v)).abs().mean() < bound
+
+
+def test_gradients_of_degenerate_inputs_are_finite():
+    for name, f in DEGENERATE.items():
+        f = f.clone().requires_grad_()
+        LatticeFilter(f)(values(1, f.shape[1], 2, torch.float32)).square().sum().backward()
+        assert torch.isfinite(f.grad).all(), name
+
+
+def test_keys_too_wide_to_carry_a_position_sort_all_the_same():
+    # Two far clusters: 2^59 keys and 200 corners do not fit 63 bits together, the keys alone do.
+    near, v = features(20, 3, dtype=torch.float64), values(1, 40, 2)
+    f = torch.cat([near, near + torch.tensor([4e5, 3e5, 2e5], dtype=torch.float64)], 1)
+    got = LatticeFilter(f, normalization="none")(v)[0]
+    torch.testing.assert_close(got, dictionary_matrix(f[0].numpy()) @ v[0], rtol=1e-6, atol=1e-6)
+
+
+def test_more_cells_than_keys_are_refused_in_words():
+    with pytest.raises(ValueError, match=r"lattice cells, more than 62 bits can number; expected bandwidths"):
+        LatticeFilter(features(50, 5, spread=1e6))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.full((1, 4, 2), float("nan")), "NaN or infinity"),
+        (torch.full((1, 4, 2), float("inf")), "NaN or infinity"),
+        (torch.zeros(4, 2), "expected \\[B, N, D\\]"),
+        (torch.zeros(1, 0, 2), "expected \\[B, N, D\\]"),
+    ],
+)
+def test_bad_features_are_refused_in_words(bad, message):
+    with pytest.raises(ValueError, match=message):
+        LatticeFilter(bad)
