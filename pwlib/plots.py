@@ -79,7 +79,7 @@ def history(history: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         axes.set_xlabel("epoch")
         axes.set_ylabel(title)
         axes.spines[["top", "right"]].set_visible(False)
-    if right.lines:
+    if right.get_legend_handles_labels()[0]:
         right.legend(frameon=False, fontsize=8)
     return fig
 
