@@ -12,7 +12,7 @@ with which pixels send their mass to one another are worked out there. So a save
 
 A notebook stores an explorer's data once, in its metadata's widget state (nbclient and JupyterLab save it there). To
 strip other metadata and keep the explorers: `nbstripout --keep-output --keep-metadata-keys metadata.widgets`.
-JupyterLab shows a stored explorer before any cell is run once the notebook is trusted, and its one-line text until then.
+JupyterLab shows a stored explorer before any cell is run if the notebook is trusted; otherwise its one-line text.
 """
 
 from __future__ import annotations
