@@ -196,7 +196,9 @@ def evaluate_run(args: argparse.Namespace) -> None:
     result = {}
     for stage in stages:
         checkpoints.load_model(run / f"{stage}-best.pt", model)
-        scores = evaluate(model, loader, apply_crf=stage != "stage1")
+        scores = evaluate(model, loader)
+        if stage == "stage1":  # its CRF is the one the run started with: what learning has to beat
+            scores["untuned_crf"] = scores.pop("crf")
         keys = [key for key, _ in COLUMNS] + ["per_class_iou"]
         result[stage] = {part: {key: values[key] for key in keys} for part, values in scores.items()}
     if args.json is None:
