@@ -51,11 +51,12 @@ def pull(notebook) -> Callable:
 
     def find(name: str, function: str) -> Callable:
         if name not in loaded:
-            loaded[name] = dict(given)
+            namespace = dict(given)
             for cell in notebook(name).cells:
                 tags = cell.metadata.get("tags", [])
                 if cell.cell_type == "code" and "nbval-skip" not in tags and "exercise" not in tags:
-                    run_definitions(cell.source, loaded[name], functions="from-scratch" in tags)
+                    run_definitions(cell.source, namespace, functions="from-scratch" in tags)
+            loaded[name] = namespace
         if function not in loaded[name]:
             raise LookupError(f"notebook {name} has no cell tagged from-scratch that defines {function}")
         return loaded[name][function]
@@ -77,6 +78,11 @@ def run_definitions(source: str, namespace: dict, *, functions: bool) -> None:
         if isinstance(node, ast.Import | ast.ImportFrom) or constant or (functions and definition):
             kept.append(node)
     exec(compile(ast.Module(kept, type_ignores=[]), "<notebook>", "exec"), namespace)
+
+
+def _name(node: ast.expr) -> bool:
+    names = node.elts if isinstance(node, ast.Tuple) else [node]
+    return all(isinstance(name, ast.Name) for name in names)
 
 
 def _literal(node: ast.expr) -> bool:

@@ -12,6 +12,8 @@ from xml.etree import ElementTree
 import nbformat
 import pytest
 
+from pwlib import plots
+
 sys.path.insert(0, os.path.dirname(__file__))
 import budgets
 from notebook_rules import COLAB, NOTEBOOK_NAME, ROOT, WIDGET, code_cells, faults, resolves, tags
@@ -55,6 +57,14 @@ def test_notebooks_follow_one_another():
     for path, following in itertools.pairwise(NOTEBOOKS):
         last = "\n".join(cell.source for cell in read(path).cells[-3:])
         assert f"({following.name})" in last, f"{path.name} does not end with a link to {following.name}"
+
+
+def test_line_colours_are_told_apart_with_any_colour_vision():
+    """The colours of curves and bars, seen through the eyes that judge the palettes."""
+    from test_data import DICHROMACY, closest
+
+    colours = [[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in plots.COLOURS.values()]
+    assert min(closest(colours, vision) for vision in DICHROMACY) > 0.05
 
 
 # ---------------------------------------------------------------------------------------- planted faults, as stored
