@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 FILE = Path(__file__).parents[1] / "notebooks" / "budget.json"
-SLACK, GRACE = 3.0, 30.0
+SLACK, GRACE = 4.0, 60.0
 
 
 def over_budget(seconds: dict[str, float], budget: dict[str, dict], device: str) -> list[str]:

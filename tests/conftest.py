@@ -80,11 +80,6 @@ def run_definitions(source: str, namespace: dict, *, functions: bool) -> None:
     exec(compile(ast.Module(kept, type_ignores=[]), "<notebook>", "exec"), namespace)
 
 
-def _name(node: ast.expr) -> bool:
-    names = node.elts if isinstance(node, ast.Tuple) else [node]
-    return all(isinstance(name, ast.Name) for name in names)
-
-
 def _literal(node: ast.expr) -> bool:
     try:
         ast.literal_eval(node)
