@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,8 +37,8 @@ LARGE = 2**12  # beyond it float32 has too few digits left to place a point insi
 class Lattice:
     """Where P points of dimension d meet the lattice; integers only, nothing here has a gradient.
 
-    corner [P, d+1] int32: the vertex at each corner of each point's simplex. order [P(d+1)] int64: the positions in
-    corner.flatten(), sorted by vertex; point = order // (d+1), int32. offsets [M+1] int32: the points of vertex v are
+    corner [P, d+1] int32: the vertex at each corner of each point's simplex. order [P(d+1)] int32: the positions in
+    corner.flatten(), sorted by vertex; point = order // (d+1). offsets [M+1] int32: the points of vertex v are
     point[offsets[v]:offsets[v+1]]. neighbours [d+1, M, 3] int32: per direction the vertex itself and the two beside it;
     taps [d+1, M, 3]: 1, 1/2, 1/2, or 0 where the lattice has no such vertex.
     """
@@ -114,7 +115,7 @@ def barycentric(elevated: Tensor, base: Tensor, rank: Tensor) -> Tensor:
     """Barycentric coordinates [P, d+1] of the points in their simplices, differentiable in `elevated`."""
     axes = len(elevated)
     rest = (elevated - base * axes) * (1 / axes)
-    rest = torch.zeros_like(rest).scatter(0, rank, rest)  # descending along dim 0
+    rest = torch.empty_like(rest).scatter(0, rank, rest)  # descending along dim 0
     return torch.cat([(1 + rest[-1] - rest[0])[None], (rest[:-1] - rest[1:]).flip(0)]).T.contiguous()
 
 
@@ -138,11 +139,12 @@ def build(base: Tensor, rank: Tensor, images: int, dtype: torch.dtype) -> Lattic
             "expected bandwidths that are not so small beside the features' range"
         )
     stride = torch.tensor([*strides[:d], 0], device=device)
-    keys = torch.zeros(axes, points, dtype=torch.int64, device=device)
-    if images > 1:
-        keys[0] = torch.arange(images, device=device).repeat_interleave(points // images) * strides[d]
-    for i in range(d):
+    keys = torch.empty(axes, points, dtype=torch.int64, device=device)
+    torch.mul((base[0] - low[0]).long(), strides[0], out=keys[0])
+    for i in range(1, d):
         keys[0].add_((base[i] - low[i]).long(), alpha=strides[i])
+    if images > 1:
+        keys[0] += torch.arange(images, device=device).repeat_interleave(points // images) * strides[d]
     # From remainder k-1 to k: one more in every coordinate, d+1 less in the one whose turn it is by rank.
     turn = torch.empty_like(rank).scatter_(0, rank, (1 - stride)[:, None].expand_as(rank))
     for k in range(1, axes):
@@ -156,7 +158,10 @@ def build(base: Tensor, rank: Tensor, images: int, dtype: torch.dtype) -> Lattic
 
     # One step in direction j: one less in every coordinate, d+1 more in coordinate j.
     wanted = keys + torch.where(keys % axes > 0, -1, d - sum(strides[:d])) + stride[:, None]
-    found = torch.searchsorted(keys, wanted).clamp_(max=vertices - 1)
+    if device.type == "cpu":  # the wanted keys are sorted too, which numpy's search makes use of
+        found = torch.from_numpy(np.searchsorted(keys.numpy(), wanted.numpy())).clamp_(max=vertices - 1)
+    else:
+        found = torch.searchsorted(keys, wanted).clamp_(max=vertices - 1)
     present = keys.index_select(0, found.flatten()).view_as(found) == wanted
     me = torch.arange(vertices, device=device).expand(axes, -1)
     behind = torch.arange(vertices + 1, device=device).repeat(axes, 1)
@@ -164,7 +169,8 @@ def build(base: Tensor, rank: Tensor, images: int, dtype: torch.dtype) -> Lattic
     neighbours = torch.stack([me, torch.where(present, found, me), behind[:, :-1]], 2).int()
     taps = (neighbours != neighbours[..., :1]).to(dtype) / 2
     taps[..., 0] = 1
-    return Lattice(corner, order, (order // axes).int(), offsets, neighbours, taps)
+    order = order.int()
+    return Lattice(corner, order, order // axes, offsets, neighbours, taps)
 
 
 def _sort(keys: Tensor, bound: int) -> tuple[Tensor, Tensor]:
@@ -193,16 +199,20 @@ def bag_sum(table: Tensor, index: Tensor, offsets: Tensor, weight: Tensor) -> Te
 
 
 class Weights:
-    """Weights of the corners of several lattices over the same points, as slicing reads them and as splatting does."""
+    """Weights [P, corners] of the corners of several lattices over the same points, as they are sliced and splatted."""
 
-    def __init__(self, parts: Sequence[Tensor], lattices: Sequence[Lattice]):
-        self.rows = torch.cat(list(parts), 1) if len(parts) > 1 else parts[0]
-        self.parts, self.lattices = parts, lattices
+    def __init__(self, rows: Tensor, lattices: Sequence[Lattice]):
+        self.rows, self.lattices = rows, lattices
 
     @cached_property
     def sorted(self) -> Tensor:
-        pairs = zip(self.parts, self.lattices, strict=True)
-        return torch.cat([part.detach().flatten().index_select(0, lattice.order) for part, lattice in pairs])
+        parts = self.rows.detach().split([lattice.corner.shape[1] for lattice in self.lattices], 1)
+        pairs = zip(parts, self.lattices, strict=True)
+        return _cat([part.reshape(-1).index_select(0, lattice.order) for part, lattice in pairs])
+
+
+def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return torch.cat(list(parts), dim) if len(parts) > 1 else parts[0]
 
 
 class Joint:
@@ -210,16 +220,15 @@ class Joint:
 
     def __init__(self, lattices: Sequence[Lattice]):
         self.lattices, self.sizes = lattices, [lattice.size for lattice in lattices]
-        corners, points, offsets, vertices, entries = [], [], [], 0, 0
+        corners, offsets, vertices, entries = [], [], 0, 0
         for lattice in lattices:
-            corners.append(lattice.corner + vertices)
-            points.append(lattice.point)
+            corners.append(lattice.corner + vertices if vertices else lattice.corner)
             offsets.append(lattice.offsets[:-1] + entries)
             vertices, entries = vertices + lattice.size, entries + len(lattice.point)
-        corner = torch.cat(corners, 1)
+        corner = _cat(corners, 1)
         self.points, self.corners = corner.shape
         self.corner = corner.flatten()
-        self.point = torch.cat(points)
+        self.point = _cat([lattice.point for lattice in lattices])
         self.offsets = torch.cat([*offsets, offsets[0].new_tensor([entries])])
 
     def _steps(self, count: int, step: int) -> Tensor:
@@ -275,7 +284,7 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, splat_rows, slice_rows, mixing, joint, splat_weights, slice_weights):
         blurred = joint.blur(joint.splat(values, splat_weights))
-        table = torch.cat([_mix(part, m) for part, m in zip(blurred, mixing, strict=True)])
+        table = _cat([_mix(part, m) for part, m in zip(blurred, mixing, strict=True)])
         ctx.extras = joint, splat_weights, slice_weights
         ctx.save_for_backward(values, mixing, table, *blurred)
         return joint.slice(table, slice_weights)
@@ -294,8 +303,8 @@ class _Apply(torch.autograd.Function):
             pairs = zip(blurred, parts, strict=True)
             to_mixing = torch.stack([b.T @ p if mixing.ndim > 1 else (b * p).sum() for b, p in pairs])
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            mixed = torch.cat([_mix(part, m.T if m.ndim else m) for part, m in zip(parts, mixing, strict=True)])
-            back = torch.cat(joint.blur(mixed, reverse=True))
+            mixed = _cat([_mix(part, m.T if m.ndim else m) for part, m in zip(parts, mixing, strict=True)])
+            back = _cat(joint.blur(mixed, reverse=True))
             if ctx.needs_input_grad[0]:
                 to_values = joint.slice(back, splat_weights)
             if ctx.needs_input_grad[1]:
@@ -328,7 +337,7 @@ class LatticeFilter(GaussianFilter):
         self.lattice = build(base, rank, self.batch, features.dtype)
         self.weight = barycentric(elevated, base, rank).to(features.dtype)
         self.gain = 1 / (1 + 2.0**-d)  # the reference code's alpha: what an isolated vertex hears of itself is 1 + 2^-d
-        weights, one = Weights([self.weight], [self.lattice]), torch.ones_like(self.weight[:, :1])
+        weights, one = Weights(self.weight, [self.lattice]), torch.ones_like(self.weight[:, :1])
         n = _Apply.apply(one, weights.rows, weights.rows, one[0] * self.gain, Joint([self.lattice]), weights, weights)
         self.n = n.view(self.batch, pixels, 1)
         if not self_message:
@@ -385,8 +394,8 @@ class LatticeBank(FilterBank):
         lattices = [f.lattice.repeat(n) for f, n in zip(self.filters, copies, strict=True)]
         self.joint = Joint(lattices)
         write, read = zip(*(f.ends(n) for f, n in zip(self.filters, copies, strict=True)), strict=True)
-        self.write = Weights(write, lattices)
-        self.read = self.write if read[0] is write[0] else Weights(read, lattices)
+        self.write = Weights(_cat(write, 1), lattices)
+        self.read = self.write if read[0] is write[0] else Weights(_cat(read, 1), lattices)
         self.gain = self.write.rows.new_tensor([f.gain for f in self.filters])
 
     def __call__(self, values: Tensor, weights: Tensor, compatibility: Tensor | None = None) -> Tensor:
@@ -422,16 +431,19 @@ class LatticeBank(FilterBank):
         if not self.filters[0].self_message:
             own = sum(w * f.own_share() for w, f in zip(weights, self.filters, strict=True)).expand(self.batch, -1, -1)
             own = own.reshape(-1, 1)
-        logits, q = -unary, torch.empty_like(unary)
+        logits = -unary
         for _ in range(iterations):
-            torch.softmax(logits, -1, out=q)
+            q = torch.softmax(logits, -1, out=logits)  # row by row, so in place; one large array less
             blurred = self.joint.blur(self.joint.splat(q, self.write))
             for part, matrix, rows in zip(blurred, mixing, table.split(self.joint.sizes), strict=True):
                 torch.mm(part, matrix, out=rows)
+            own_votes = None if own is None else (q * own) @ F.pad(compatibility, (0, spare, 0, spare))
+            del q, logits  # their memory serves the next
             logits = self.joint.slice(table, self.read).sub_(unary)
             if own is not None:
-                logits += (q * own) @ F.pad(compatibility, (0, spare, 0, spare))
-        return torch.log_softmax(logits[:, :labels], -1).view(self.batch, -1, labels)
+                logits += own_votes
+        del unary, table
+        return torch.log_softmax(logits, -1)[:, :labels].view(self.batch, -1, labels)
 
 
 def _self_weight(weight: Tensor) -> Tensor:
