@@ -1,0 +1,42 @@
+"""What notebook 01 builds in the open, against the library, torch and plain loops."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pwlib.unary import DeepLabLargeFOV, resize_logits
+
+
+@pytest.mark.parametrize("dilation, padding, kernel", [(1, 0, 3), (2, 2, 3), (12, 12, 3), (3, 1, 5), (1, 0, 1)])
+@pytest.mark.parametrize("name", ["dilated_conv2d", "dilated_conv2d_as_product"])
+def test_dilated_convolution(pull, name, dilation, padding, kernel):
+    generator = torch.Generator().manual_seed(dilation)
+    x = torch.randn(2, 3, 17, 22, generator=generator, dtype=torch.float64)
+    weight = torch.randn(4, 3, kernel, kernel, generator=generator, dtype=torch.float64)
+    bias = torch.randn(4, generator=generator, dtype=torch.float64)
+    wanted = F.conv2d(x, weight, bias, dilation=dilation, padding=padding)
+    torch.testing.assert_close(pull("01", name)(x, weight, bias, dilation, padding), wanted)
+
+
+def test_large_fov_is_the_librarys(pull):
+    library = DeepLabLargeFOV(6, width=0.0625, batch_norm=True).eval()
+    network = pull("01", "large_fov")(6, width=0.0625).eval()
+    for ours, theirs in zip(network.state_dict().values(), library.state_dict().values(), strict=True):
+        assert ours.shape == theirs.shape
+    network.load_state_dict(dict(zip(network.state_dict(), library.state_dict().values(), strict=True)))
+    image = torch.rand(1, 3, 61, 90)
+    with torch.no_grad():
+        torch.testing.assert_close(network(library.normalize(image)), library.coarse(image))
+
+
+@pytest.mark.parametrize("size", [(64, 96), (61, 100), (8, 8), (3, 17)])
+def test_upsample(pull, size):
+    coarse = torch.randn(2, 5, -(-size[0] // 8), -(-size[1] // 8))
+    ours = pull("01", "upsample")(coarse, size)
+    torch.testing.assert_close(ours, resize_logits(coarse, size, stride=8))
+    # A ramp of cell centres comes back as the pixels' own coordinates wherever two cells surround a pixel.
+    centres = 8.0 * torch.arange(coarse.shape[2]) + 3.5
+    ramp = pull("01", "upsample")(centres[None, None, :, None].expand(1, 1, -1, 2), (size[0], 16))[0, 0, :, 0]
+    pixels = torch.arange(size[0]).float()
+    inner = (pixels >= centres[0]) & (pixels <= centres[-1])
+    torch.testing.assert_close(ramp[inner], pixels[inner])
