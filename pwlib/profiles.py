@@ -59,7 +59,9 @@ _LARGE = Profile(
 PROFILES: dict[tuple[str, str], Profile] = {
     ("scenes", "quick"): Profile(size=(64, 96), epochs=(16, 2, 1), crf=SMALL_CRF | {"theta_beta": 20.0}),
     ("scenes", "full"): Profile(size=(96, 144), epochs=(60, 8, 10), width=0.5, crf=SMALL_CRF | {"theta_beta": 20.0}),
-    ("camvid", "quick"): Profile(size=(90, 120), epochs=(32, 3, 2), crf=SMALL_CRF),
+    ("camvid", "quick"): Profile(
+        size=(90, 120), epochs=(32, 3, 2), scale=(0.7, 1.4), dropout=0.1, weight_decay=1e-2, crf=SMALL_CRF
+    ),
     ("camvid", "full"): replace(_LARGE, size=(360, 480), crop=None, epochs=(100, 8, 20), class_balance=0.5),
     ("voc2012", "quick"): Profile(size=None, crop=(112, 112), scale=(0.25, 0.4), epochs=(15, 2, 2), crf=SMALL_CRF),
     ("voc2012", "full"): _LARGE,
