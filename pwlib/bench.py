@@ -307,6 +307,7 @@ def run(args: argparse.Namespace) -> int:
         "machine": {
             "processor": _processor(),
             "threads": torch.get_num_threads(),
+            "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
             "torch": torch.__version__,
             "copy_gb_per_s": rate / 1e9,
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
