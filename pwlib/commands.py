@@ -71,7 +71,15 @@ def train(args: argparse.Namespace) -> None:
         settings["learning_rate"],
         **{
             key: settings[key]
-            for key in ("crf_learning_rate", "stage3_factor", "optimizer", "schedule", "weight_decay", "held_out")
+            for key in (
+                "crf_learning_rate",
+                "stage3_factor",
+                "optimizer",
+                "schedule",
+                "weight_decay",
+                "held_out",
+                "stage1_keeps",
+            )
         },
         class_weights=weights,
         out=out,

@@ -14,13 +14,15 @@ from pwlib.model import PiecewiseTrainedModel
 
 
 def best_record(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """A stage's best epoch: the highest validation mIoU, of the CRF where it was scored (the first of equals); the last
-    epoch where nothing was validated."""
+    """The epoch a stage hands on: the one marked "kept"; else the highest validation mIoU, of the CRF where it was
+    scored (the first of equals); the last epoch where nothing was validated."""
 
     def key(record: dict[str, Any]) -> float:
         scores = record["val"].get("crf") or record["val"]["unary"]
         return -1.0 if scores["miou"] is None else scores["miou"]
 
+    if kept := [record for record in records if record.get("kept")]:
+        return kept[-1]
     scored = [record for record in records if "val" in record]
     return max(scored, key=key) if scored else records[-1]
 

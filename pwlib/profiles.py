@@ -33,6 +33,7 @@ class Profile:
     weight_decay: float = 5e-4
     class_balance: float = 0.5  # class weights: (share of the pixels) to the power of minus this; 0: none
     held_out: float = 0.25
+    stage1_keeps: str = "best"
     crf: dict[str, float | str] = field(default_factory=dict)
 
 
@@ -60,7 +61,13 @@ PROFILES: dict[tuple[str, str], Profile] = {
     ("scenes", "quick"): Profile(size=(64, 96), epochs=(16, 2, 1), crf=SMALL_CRF | {"theta_beta": 20.0}),
     ("scenes", "full"): Profile(size=(96, 144), epochs=(60, 8, 10), width=0.5, crf=SMALL_CRF | {"theta_beta": 20.0}),
     ("camvid", "quick"): Profile(
-        size=(90, 120), epochs=(32, 3, 2), scale=(0.7, 1.4), dropout=0.1, weight_decay=1e-2, crf=SMALL_CRF
+        size=(90, 120),
+        epochs=(32, 3, 2),
+        scale=(0.7, 1.4),
+        dropout=0.1,
+        weight_decay=1e-2,
+        crf=SMALL_CRF,
+        stage1_keeps="last",
     ),
     ("camvid", "full"): replace(_LARGE, size=(360, 480), crop=None, epochs=(100, 8, 20), class_balance=0.5),
     ("voc2012", "quick"): Profile(size=None, crop=(112, 112), scale=(0.25, 0.4), epochs=(15, 2, 2), crf=SMALL_CRF),

@@ -59,6 +59,8 @@ class PiecewiseTrainer:
         clip: largest norm of the gradient (None: any).
         train_iterations, test_iterations: mean field's; fewer in training cost less and learn as well.
         held_out: share of the training set kept for stage 2, where no `crf_loader` is given.
+        stage1_keeps: "best", or "last": under a rate that falls to nothing the last epoch is the one that has settled,
+            and an earlier peak on the validation split is partly luck.
         patience: stop a stage after so many epochs without a better validation score (None: never).
         out: folder for checkpoints, history.json (None: keep all in memory). resume: go on with what `out` holds.
         seed: of order, dropout and augmentation. An epoch's randomness depends on (seed, stage, epoch) only; transforms
@@ -94,6 +96,7 @@ class PiecewiseTrainer:
         train_iterations: int = 5,
         test_iterations: int = 10,
         held_out: float = 0.25,
+        stage1_keeps: str = "best",
         patience: int | None = None,
         out: str | Path | None = None,
         resume: bool = False,
@@ -104,6 +107,7 @@ class PiecewiseTrainer:
         _one_of("optimizer", optimizer, OPTIMIZERS)
         _one_of("schedule", schedule, SCHEDULES)
         _one_of("crf_loss", crf_loss, CRF_LOSSES)
+        _one_of("stage1_keeps", stage1_keeps, ("best", "last"))
         if num_classes != model.num_classes:
             raise ValueError(f"num_classes is {num_classes}; the model has {model.num_classes}")
         if class_weights is not None and class_weights.shape != (num_classes,):
@@ -135,6 +139,7 @@ class PiecewiseTrainer:
             "train_iterations": train_iterations,
             "test_iterations": test_iterations,
             "held_out": held_out,
+            "stage1_keeps": stage1_keeps,
             "patience": patience,
             "seed": seed,
         }
@@ -231,6 +236,10 @@ class PiecewiseTrainer:
 
         def keep(optimizer_too: bool) -> None:
             nonlocal best
+            if stage == 1 and self.config["stage1_keeps"] == "last":
+                for record in records:
+                    record.pop("kept", None)
+                records[-1]["kept"] = True
             if best_record(records) is records[-1]:
                 best = {key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()}
                 self._save(f"{name}-best.pt", {**plan, "epoch": records[-1]["epoch"], "model": best})

@@ -187,6 +187,23 @@ def test_the_best_epoch_is_what_is_kept(whole_run):
     json.dumps(trainer.history, allow_nan=False)
 
 
+def test_stage_1_can_keep_its_last_epoch_instead(tmp_path):
+    """With no labelled pixel to validate on all epochs are equal: "best" keeps the first of them, "last" the last."""
+    val = [(torch.rand(2, 3, *SIZE), torch.full((2, *SIZE), 255))]
+    batches = [(torch.rand(2, 3, *SIZE), torch.randint(0, K, (2, *SIZE))) for _ in range(2)]
+    kept = {}
+    for keeps in ("best", "last"):
+        trainer = trainer_of(tiny_model(), stage1_keeps=keeps, out=tmp_path / keeps)
+        records = trainer.train_stage1(batches, 3, val_loader=val)["stage1"]
+        kept[keeps] = best_record(records)["epoch"]
+        stored = torch.load(tmp_path / keeps / "stage1-best.pt", weights_only=True)
+        assert stored["epoch"] == kept[keeps]
+        last = torch.load(tmp_path / keeps / "stage1-last.pt", weights_only=True)["model"]
+        same = all(torch.equal(value, last[key]) for key, value in trainer.model.state_dict().items())
+        assert same == (keeps == "last")
+    assert kept == {"best": 1, "last": 3}
+
+
 def test_patience_stops_a_stage_that_no_longer_improves():
     model = tiny_model()
     val = DataLoader(load("scenes", "val", size=SIZE, length=2), batch_size=2)
