@@ -11,7 +11,7 @@ steps. A seed sets the training images, the initial weights and the order of the
 test images: no early stopping, no best epoch; each run is scored once, as its last step leaves it.
 
     python benchmarks/three_stages/run.py                  about 20 minutes on one free CPU core; resumes where it was
-    python benchmarks/three_stages/run.py --seeds 2 --budgets 60 --rates 1 --out /tmp/small.json
+    python benchmarks/three_stages/run.py --seeds 2 --budgets 60 --rates 1 --out small.json
 
 The result is written after every run. Notebook 05 draws it.
 """
