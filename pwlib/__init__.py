@@ -6,6 +6,8 @@ trainer.
 
 from pwlib.crf import DenseCRF, Kernel, Trace, dense_crf, probabilities_from_labels
 from pwlib.data import VOID, load
+from pwlib.model import PiecewiseTrainedModel
+from pwlib.trainer import PiecewiseTrainer
 from pwlib.unary import DeepLabLargeFOV
 
 __all__ = [
@@ -13,6 +15,8 @@ __all__ = [
     "DeepLabLargeFOV",
     "DenseCRF",
     "Kernel",
+    "PiecewiseTrainedModel",
+    "PiecewiseTrainer",
     "Trace",
     "dense_crf",
     "load",
