@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-import time
 
 import pytest
 import torch
@@ -55,21 +54,26 @@ def test_contenders_answer_the_same_question(name):
 
 def test_iterations_are_timed_apart_from_what_surrounds_them(monkeypatch):
     """A contender that takes 20 ms to start, 10 ms an iteration and 5 ms to set up is reported as such."""
+    clock = [0.0]  # one that only moves when told to: a busy machine must not decide this test
+
+    def sleep(seconds):
+        clock[0] += seconds
 
     def sleeper(image, logits):
         def infer(state, iterations):
-            time.sleep(0.02 + 0.01 * iterations)
+            sleep(0.02 + 0.01 * iterations)
             return torch.softmax(logits, 1)[0]
 
-        return (lambda: time.sleep(0.005)), infer
+        return (lambda: sleep(0.005)), infer
 
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(bench, "contenders", lambda pixels, peers: {"sleeper": sleeper})
     monkeypatch.setattr(bench, "peak_memory", lambda *problem: None)
     args = argparse.Namespace(repeats=3, iterations=4, peers=False)
     (row,) = bench.measure(8, 8, 2, args, 1e9, bench.tqdm(disable=True))
-    assert 10 <= row["iteration_ms"] < 14
-    assert 5 <= row["set_up_ms"] < 9
-    assert 65 <= row["total_ms"] < 80
+    assert row["iteration_ms"] == pytest.approx(10)
+    assert row["set_up_ms"] == pytest.approx(5)
+    assert row["total_ms"] == pytest.approx(65)
 
 
 @pytest.mark.slow
