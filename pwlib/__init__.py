@@ -1,11 +1,12 @@
 """CNN + CRF segmentation you can read: the library under a course on piecewise training of deep structured models.
 
-The modules read in the order data flows: data, unary, filters (and lattice), crf, exact, losses, metrics, model,
+The modules read in the order data flows: data, unary (and featmap), filters (and lattice), crf, exact, losses, metrics, model,
 trainer.
 """
 
 from pwlib.crf import DenseCRF, Kernel, Trace, dense_crf, probabilities_from_labels
 from pwlib.data import VOID, load
+from pwlib.featmap import FeatMapNet
 from pwlib.model import PiecewiseTrainedModel
 from pwlib.trainer import PiecewiseTrainer
 from pwlib.unary import DeepLabLargeFOV
@@ -14,6 +15,7 @@ __all__ = [
     "VOID",
     "DeepLabLargeFOV",
     "DenseCRF",
+    "FeatMapNet",
     "Kernel",
     "PiecewiseTrainedModel",
     "PiecewiseTrainer",

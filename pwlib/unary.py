@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pwlib.data import VOID
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # channels and 3x3 convolutions of each block
 
@@ -81,16 +83,29 @@ def vgg_blocks(*, width: float = 1.0, batch_norm: bool = False, output_stride: i
     return nn.Sequential(*blocks)
 
 
+def check_vgg_options(num_classes: int, width: float, weights: str | None) -> None:
+    """ValueError for a number of classes, a width or weights that no network on VGG-16 can have."""
+    if num_classes < 2:
+        raise ValueError(f"num_classes is {num_classes}; expected at least 2 (a softmax over one class says nothing)")
+    if not width > 0:
+        raise ValueError(f"width is {width}; expected a positive multiplier of VGG's channels")
+    if weights not in (None, "imagenet"):
+        raise ValueError(f'weights is {weights!r}; expected "imagenet" or None')
+    if weights and width != 1:
+        raise ValueError(f"width is {width}; ImageNet weights exist for width=1 only (or pass weights=None)")
+
+
 class DeepLabLargeFOV(nn.Module):
     """DeepLab-LargeFOV on VGG-16 (Chen et al. 2015): image [B, 3, H, W] in [0, 1] -> logits [B, K, H, W].
 
     Any H, W >= 1. `width` multiplies every layer's channels (0.25 trains on a laptop). `batch_norm` follows every
     convolution but the classifier. `dropout` acts behind fc6 and fc7 in training. `weights="imagenet"` downloads
     torchvision's VGG-16 (with batch norm: VGG-16-BN) and needs `width=1`; None starts from He's initialisation.
-    `coarse` gives the logits before resizing, one cell per 8 px: [B, K, ceil(H/8), ceil(W/8)].
+    `coarse` gives the logits before resizing, one cell per 8 px: [B, K, ceil(H/8), ceil(W/8)]; it is `head` of
+    `features`, [B, feature_channels, ceil(H/8), ceil(W/8)].
     """
 
-    output_stride = 8
+    output_stride = cell_size = 8  # cell_size: px that a cell of `coarse` stands for
 
     def __init__(
         self,
@@ -102,16 +117,7 @@ class DeepLabLargeFOV(nn.Module):
         dropout: float = 0.5,
     ):
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(
-                f"num_classes is {num_classes}; expected at least 2 (a softmax over one class says nothing)"
-            )
-        if not width > 0:
-            raise ValueError(f"width is {width}; expected a positive multiplier of VGG's channels")
-        if weights not in (None, "imagenet"):
-            raise ValueError(f'weights is {weights!r}; expected "imagenet" or None')
-        if weights and width != 1:
-            raise ValueError(f"width is {width}; ImageNet weights exist for width=1 only (or pass weights=None)")
+        check_vgg_options(num_classes, width, weights)
         self.num_classes, self.width, self.batch_norm = num_classes, width, batch_norm
         features, hidden = max(1, round(512 * width)), max(1, round(1024 * width))
         self.normalize = Normalize()
@@ -127,8 +133,19 @@ class DeepLabLargeFOV(nn.Module):
         if weights:
             self.load_vgg(download_vgg(batch_norm))
 
+    @property
+    def feature_channels(self) -> int:
+        return self.classifier.in_channels
+
+    @property
+    def head(self) -> nn.Module:
+        return self.classifier
+
+    def features(self, image: Tensor) -> Tensor:
+        return self.fc7(self.fc6(self.blocks(self.normalize(image))))
+
     def coarse(self, image: Tensor) -> Tensor:
-        return self.classifier(self.fc7(self.fc6(self.blocks(self.normalize(image)))))
+        return self.head(self.features(image))
 
     def forward(self, image: Tensor) -> Tensor:
         return resize_logits(self.coarse(image), image.shape[-2:], stride=self.output_stride)
@@ -146,10 +163,8 @@ class DeepLabLargeFOV(nn.Module):
         12, so the taps sit where VGG's did. fc7 keeps every fourth input and output. Nothing is rescaled.
         """
         load_vgg_blocks(self.blocks, state)
-        fc6, fc7 = (_entry(state, f"classifier.{i}.weight") for i in (0, 3))
-        fc6 = fc6.reshape(len(fc6), 512, 7, 7)[::4, :, ::3, ::3]
-        _copy(self.fc6[0].weight, fc6, "classifier.0.weight")
-        _copy(self.fc6[0].bias, _entry(state, "classifier.0.bias")[::4], "classifier.0.bias")
+        load_vgg_fc6(self.fc6[0], state)
+        fc7 = _entry(state, "classifier.3.weight")
         _copy(self.fc7[0].weight, fc7[::4, ::4, None, None], "classifier.3.weight")
         _copy(self.fc7[0].bias, _entry(state, "classifier.3.bias")[::4], "classifier.3.bias")
 
@@ -173,6 +188,15 @@ def load_vgg_blocks(blocks: nn.Sequential, state: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"VGG weights hold {extra[0]!r}, unknown to these blocks; expected vgg16, or vgg16_bn with batch norm"
         )
+
+
+def load_vgg_fc6(convolution: nn.Conv2d, state: Mapping[str, Tensor]) -> None:
+    """VGG's first fully connected layer, 4096 outputs of 7x7 cells, as a 3x3 convolution: every third tap and every
+    fourth output."""
+    fc6 = _entry(state, "classifier.0.weight")
+    fc6 = fc6.reshape(len(fc6), 512, 7, 7)[::4, :, ::3, ::3]
+    _copy(convolution.weight, fc6, "classifier.0.weight")
+    _copy(convolution.bias, _entry(state, "classifier.0.bias")[::4], "classifier.0.bias")
 
 
 def download_vgg(batch_norm: bool = False) -> Mapping[str, Tensor]:
@@ -230,6 +254,22 @@ def resize_logits(logits: Tensor, size: tuple[int, int], *, stride: int | None =
     return logits[..., :height, :width].contiguous()
 
 
+def cell_labels(label: Tensor, cells: tuple[int, int], *, cell_size: int | None = None) -> Tensor:
+    """The label under each cell's centre: [B, H, W] -> [B, h, w], cells = (h, w).
+
+    The counterpart of `resize_logits`: cells lie where its map's cells lie. Without `cell_size` they cover the image
+    exactly; with it, cell (i, j) covers the pixels from (i, j) * cell_size on. A cell that has its centre beyond the
+    image is void.
+    """
+    rows, columns = (
+        ((torch.arange(count, device=label.device) + 0.5) * (cell_size or side / count)).long()
+        for count, side in zip(cells, label.shape[-2:], strict=True)
+    )
+    inside = (rows < label.shape[-2])[:, None] & (columns < label.shape[-1])
+    picked = label[:, rows.clamp(max=label.shape[-2] - 1)[:, None], columns.clamp(max=label.shape[-1] - 1)]
+    return picked.masked_fill(~inside, VOID)
+
+
 def receptive_field(module: nn.Module) -> int:
     """Side, in input px, of what one output cell of a chain of convolutions and poolings can see.
 
@@ -283,13 +323,14 @@ class AsUnary(nn.Module):
 
 
 def as_unary(module: nn.Module, *, num_classes: int | None = None, normalize: bool = False) -> nn.Module:
-    """Adapt any image -> logits module to the library's convention; DeepLabLargeFOV and adapted ones pass unchanged.
+    """Adapt any image -> logits module to the library's convention; the library's own networks (what has a `coarse`)
+    and adapted ones pass unchanged.
 
     normalize: whether the module wants ImageNet-normalised pixels rather than RGB in [0, 1]. torchvision's
     segmentation models do.
     """
     return (
         module
-        if isinstance(module, (DeepLabLargeFOV, AsUnary))
+        if isinstance(module, AsUnary) or hasattr(module, "coarse")
         else AsUnary(module, num_classes=num_classes, normalize=normalize)
     )
