@@ -238,6 +238,7 @@ def main() -> None:
     parser.add_argument("--rates-at", type=float, default=150, help="the budget rates are varied at (default 150)")
     parser.add_argument("--long", type=int, default=2, help="seeds of joint training at equal steps (default 2)")
     parser.add_argument("--long-at", type=float, default=300, help="the budget of that comparison (default 300)")
+    parser.add_argument("--swaps-at", type=float, default=300, help="the budget whose CRFs are exchanged (default 300)")
     parser.add_argument("--out", type=Path, default=HERE / "result.json", help="the result, JSON")
     parser.add_argument("--work", type=Path, default=Path("runs/three_stages"), help="folder for weights")
     given = parser.parse_args()
@@ -279,7 +280,7 @@ def main() -> None:
             names = {("piecewise", "stage2"), ("piecewise", "stage3"), ("joint", "stage3")}
 
             def keep(stage, model, job=job, names=names):
-                if job["budget"] == max(budgets) and job["rate"] == 1 and (job["method"], stage) in names:
+                if job["budget"] == given.swaps_at and job["rate"] == 1 and (job["method"], stage) in names:
                     checkpoints.save(
                         given.work / f"{job['method']}-{stage}-{job['seed']}.pt", {"model": model.state_dict()}
                     )
@@ -292,7 +293,7 @@ def main() -> None:
             result["runs"].append({**job, "steps": steps, **outcome})
             checkpoints.save_json(given.out, result)
     seeds = list(range(given.seeds))
-    if len(seeds) > 1 and len(result.get("swaps", [])) != 3 * len(seeds) ** 2:
+    if len(seeds) > 1 and given.swaps_at in budgets and len(result.get("swaps", [])) != 3 * len(seeds) ** 2:
         result["swaps"] = swaps(seeds, given.work, batches)
         checkpoints.save_json(given.out, result)
     print(f"{len(result['runs'])} runs in {given.out}")
