@@ -1,9 +1,10 @@
 """CNN + CRF segmentation you can read: the library under a course on piecewise training of deep structured models.
 
-The modules read in the order data flows: data, unary (and featmap), filters (and lattice), crf, exact, losses, metrics, model,
-trainer.
+The modules read in the order data flows: data, unary (and featmap), filters (and lattice), crf, exact, losses,
+likelihoods, context, metrics, model, trainer.
 """
 
+from pwlib.context import ContextualCRF
 from pwlib.crf import DenseCRF, Kernel, Trace, dense_crf, probabilities_from_labels
 from pwlib.data import VOID, load
 from pwlib.featmap import FeatMapNet
@@ -13,6 +14,7 @@ from pwlib.unary import DeepLabLargeFOV
 
 __all__ = [
     "VOID",
+    "ContextualCRF",
     "DeepLabLargeFOV",
     "DenseCRF",
     "FeatMapNet",

@@ -103,10 +103,12 @@ def structured(
     return unary + pair_weight * pairwise_nll(crf.pair_energy(image, first, second), *ends)
 
 
-def pairwise_nll(energy: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def pairwise_nll(energy: Tensor, first: Tensor, second: Tensor, *, class_weights: Tensor | None = None) -> Tensor:
     """Mean of -log P_V(y_i, y_j), P_V = softmax over K*K of -energy; pairs with a void end are skipped.
 
-    energy [B, P, K, K], the first end's label first; first, second: labels of both ends, int64 [B, P].
+    energy [B, P, K, K], the first end's label first; first, second: labels of both ends, int64 [B, P]. class_weights
+    [K]: a pair counts w[y_i] w[y_j], so that P_V leans to rare classes just as a unary with these weights does, at both
+    ends: log P_V(a, b) - log P_U(a) - log P_U(b) is then what it is without any weights.
     """
     if energy.ndim != 4 or energy.shape[2] != energy.shape[3] or not energy.shape[:2] == first.shape == second.shape:
         raise ValueError(
@@ -116,8 +118,12 @@ def pairwise_nll(energy: Tensor, first: Tensor, second: Tensor) -> Tensor:
     num_classes = energy.shape[-1]
     log_p = torch.log_softmax(-energy.flatten(2), dim=-1)
     known = (first != VOID) & (second != VOID)
-    joint = torch.where(known, first * num_classes + second, 0)
-    return _mean(-log_p.gather(2, joint[..., None])[..., 0], known.to(log_p.dtype))
+    first, second = first.where(known, 0), second.where(known, 0)
+    weight = known.to(log_p.dtype)
+    if class_weights is not None:
+        class_weights = class_weights.to(log_p)
+        weight = weight * class_weights[first] * class_weights[second]
+    return _mean(-log_p.gather(2, (first * num_classes + second)[..., None])[..., 0], weight)
 
 
 def sample_pairs(label: Tensor, pairs: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
