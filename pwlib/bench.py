@@ -95,20 +95,20 @@ def ours(filtering: str, device: str) -> Callable[..., tuple[Step, Callable[[Any
         @torch.no_grad()
         def set_up():
             lattice._grids.clear()  # the spatial lattice counts: nothing is left from the run before
-            unary = -torch.log_softmax(logits.flatten(2).transpose(1, 2), -1)
-            filters = crf.filters(pixels)
+            log_p, image = crf._prepare(logits, pixels)
+            filters = crf.filters(image)
             _wait(device)
-            return unary, filters
+            return log_p, filters
 
         @torch.no_grad()
         def infer(state, iterations):
-            unary, filters = state
+            log_p, filters = state
             if isinstance(filters, lattice.LatticeBank):
-                log_q = filters.mean_field(unary, crf.log_w.exp(), crf.compatibility.T, iterations)
+                log_q = filters.mean_field(log_p, crf.log_w.exp(), crf.compatibility.T, iterations)
             else:
-                log_q = -unary
+                log_q = log_p
                 for _ in range(iterations):
-                    log_q = torch.log_softmax(-unary - crf.pairwise(filters, log_q.exp()), -1)
+                    log_q = torch.log_softmax(log_p - crf.pairwise(filters, log_q.exp()), -1)
             q = log_q.exp().transpose(1, 2).reshape(logits.shape)[0]
             _wait(device)
             return q

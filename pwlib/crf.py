@@ -226,7 +226,7 @@ class DenseCRF(nn.Module):
             steps = self.iterations if iterations is None else iterations
             if isinstance(filters, LatticeBank) and not torch.is_grad_enabled():
                 # The same update, with fewer passes over memory.
-                log_q, steps = filters.mean_field(unary, self.log_w.exp(), self.compatibility.T, steps), 0
+                log_q, steps = filters.mean_field(log_q, self.log_w.exp(), self.compatibility.T, steps), 0
             for _ in range(steps):
                 log_q = torch.log_softmax(-unary - self.pairwise(filters, log_q.exp()), dim=-1)
         # Contiguous: nll_loss refuses to run backward through a transposed view.
@@ -325,8 +325,8 @@ class DenseCRF(nn.Module):
             raise ValueError(
                 "logits hold NaN or infinity; expected finite numbers (did the network's training diverge?)"
             )
-        rows = logits.to(self.compatibility).flatten(2).transpose(1, 2)
-        return torch.log_softmax(rows, dim=-1), image.to(self.compatibility)
+        log_p = torch.log_softmax(logits.to(self.compatibility).flatten(2), dim=1)
+        return log_p.transpose(1, 2).contiguous(), image.to(self.compatibility)
 
 
 def _log_parameter(name: str, value: float | Sequence[float]) -> nn.Parameter:

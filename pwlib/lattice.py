@@ -16,6 +16,7 @@ The conventions are those of Kraehenbuehl & Koltun's reference code, whose margi
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ from torch import Tensor
 from pwlib.filters import FilterBank, GaussianFilter, GridPositions
 
 EPS = 1e-20  # the reference code's guard against an empty row
+HANDS = 8  # a power of 2
+CACHE = 2**21  # bytes that a CPU's caches hold with ease
 LARGE = 2**12  # beyond it float32 has too few digits left to place a point inside its simplex
 
 
@@ -39,8 +42,8 @@ class Lattice:
 
     corner [P, d+1] int32: the vertex at each corner of each point's simplex. order [P(d+1)] int32: the positions in
     corner.flatten(), sorted by vertex; point = order // (d+1). offsets [M+1] int32: the points of vertex v are
-    point[offsets[v]:offsets[v+1]]. neighbours [d+1, M, 3] int32: per direction the vertex itself and the two beside it;
-    taps [d+1, M, 3]: 1, 1/2, 1/2, or 0 where the lattice has no such vertex.
+    point[offsets[v]:offsets[v+1]]. neighbours [d+1, M, 3] int32: per direction the vertex itself and the two beside it.
+    The last vertex stands for all that no point touches: it has no points, and is the neighbour of those at the border.
     """
 
     corner: Tensor
@@ -48,7 +51,6 @@ class Lattice:
     point: Tensor
     offsets: Tensor
     neighbours: Tensor
-    taps: Tensor
 
     @property
     def size(self) -> int:
@@ -70,7 +72,6 @@ class Lattice:
             tile(self.point, len(self.corner)),
             torch.cat([tile(self.offsets[:-1], len(self.order)), self.offsets[-1:] * copies]),
             torch.stack([tile(direction, self.size) for direction in self.neighbours]),
-            self.taps.repeat(1, copies, 1),
         )
 
 
@@ -93,34 +94,35 @@ def elevate(features: Tensor) -> Tensor:
 def enclosing_simplex(elevated: Tensor) -> tuple[Tensor, Tensor]:
     """The simplex around each point: its remainder-0 vertex over d+1, and the rank of each coordinate, largest first.
 
-    Both [d+1, P]: base in the dtype of `elevated` (whole numbers), rank int64.
+    Both [d+1, P]: base in the dtype of `elevated` (whole numbers), rank int8.
     """
     axes = len(elevated)
     base = torch.round(elevated * (1 / axes))
     rest = elevated - base * axes
     # Comparing pairs of rows is cheaper than sorting columns, and bytes are cheaper than words.
     rank = torch.arange(axes, dtype=torch.int8, device=base.device)[:, None].repeat(1, base.shape[1])
-    for i in range(axes):
-        for j in range(i + 1, axes):
-            below = (rest[i] < rest[j]).view(torch.int8)
-            rank[i] += below
-            rank[j] -= below
+    for i in range(axes - 1):
+        below = (rest[i] < rest[i + 1 :]).view(torch.int8)
+        rank[i + 1 :] -= below
+        for row in below:
+            rank[i] += row
     # Rounding may leave the plane by a few steps: put the coordinates that were rounded furthest back onto it.
     rank += base.sum(0).to(torch.int8)
     shift = (rank < 0).view(torch.int8) - (rank >= axes).view(torch.int8)
-    return base + shift, (rank + axes * shift).long()
+    return base.add_(shift), rank.add_(shift, alpha=axes)
 
 
-def barycentric(elevated: Tensor, base: Tensor, rank: Tensor) -> Tensor:
+def barycentric(elevated: Tensor, base: Tensor) -> Tensor:
     """Barycentric coordinates [P, d+1] of the points in their simplices, differentiable in `elevated`."""
     axes = len(elevated)
-    rest = (elevated - base * axes) * (1 / axes)
-    rest = torch.empty_like(rest).scatter(0, rank, rest)  # descending along dim 0
-    return torch.cat([(1 + rest[-1] - rest[0])[None], (rest[:-1] - rest[1:]).flip(0)]).T.contiguous()
+    rest = list((elevated - base * axes) * (1 / axes))
+    for i, j in itertools.combinations(range(axes), 2):  # sorted in descending order, by exchange
+        rest[i], rest[j] = torch.maximum(rest[i], rest[j]), torch.minimum(rest[i], rest[j])
+    return torch.stack([1 + rest[-1] - rest[0], *(a - b for a, b in reversed([*itertools.pairwise(rest)]))], 1)
 
 
 @torch.no_grad()
-def build(base: Tensor, rank: Tensor, images: int, dtype: torch.dtype) -> Lattice:
+def build(base: Tensor, rank: Tensor, images: int) -> Lattice:
     """Number the vertices that the simplices touch, and link them to their points and to their neighbours.
 
     A vertex of remainder k has coordinates (d+1) c_i + k, with c_i = base_i or base_i - 1, so c_0 .. c_{d-1} and k name
@@ -133,63 +135,96 @@ def build(base: Tensor, rank: Tensor, images: int, dtype: torch.dtype) -> Lattic
     # One spare value a digit: a step out of the box, on either side, lands on it and finds nothing.
     spans = [int(span) for span in (base[:d].amax(1) - low + 2).tolist()]
     strides = [axes * math.prod(spans[:i]) for i in range(axes)]
-    if strides[d] * images >= 2**62:
+    bound = strides[d] * images
+    if bound >= 2**60:
         raise ValueError(
-            f"features spread over {' x '.join(map(str, spans))} lattice cells, more than 62 bits can number; "
+            f"features spread over {' x '.join(map(str, spans))} lattice cells, more than 60 bits can number; "
             "expected bandwidths that are not so small beside the features' range"
         )
-    stride = torch.tensor([*strides[:d], 0], device=device)
-    keys = torch.empty(axes, points, dtype=torch.int64, device=device)
-    torch.mul((base[0] - low[0]).long(), strides[0], out=keys[0])
-    for i in range(1, d):
-        keys[0].add_((base[i] - low[i]).long(), alpha=strides[i])
+    key = torch.zeros(points, dtype=torch.int64, device=device)
+    for i in range(d):
+        key.add_((base[i] - low[i]).long(), alpha=strides[i])
     if images > 1:
-        keys[0] += torch.arange(images, device=device).repeat_interleave(points // images) * strides[d]
-    # From remainder k-1 to k: one more in every coordinate, d+1 less in the one whose turn it is by rank.
-    turn = torch.empty_like(rank).scatter_(0, rank, (1 - stride)[:, None].expand_as(rank))
-    for k in range(1, axes):
-        torch.add(keys[k - 1], turn[axes - k], out=keys[k])
+        key += torch.arange(images, device=device).repeat_interleave(points // images) * strides[d]
 
-    keys, order = _sort(keys, strides[d] * images)
-    keys, vertex, counts = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
+    # Neighbouring pixels share their simplex: first find the different ones, to sort the corners of those only.
+    bits = d.bit_length()
+    if bound < 2 ** (62 - bits * d):
+        simplex = key << bits * d
+        for i in range(d):
+            simplex.add_(rank[i], alpha=1 << bits * i)
+        simplex, members = _sort(simplex, bound << bits * d)
+        _, simplex, counts = torch.unique_consecutive(simplex, return_inverse=True, return_counts=True)
+        simplex = torch.empty_like(simplex).scatter_(0, members, simplex)
+    else:
+        simplex = members = torch.arange(points, device=device)
+        counts = torch.ones_like(members)
+    starts = counts.cumsum(0) - counts
+    first, simplices = members.index_select(0, starts), len(starts)
+
+    # From remainder k-1 to k: one more in every coordinate, d+1 less in the one whose turn it is by rank.
+    stride = torch.tensor([*strides[:d], 0], device=device)
+    ranks = torch.stack([row.index_select(0, first) for row in rank]).long()
+    turn = torch.empty_like(ranks).scatter_(0, ranks, (1 - stride)[:, None].expand_as(ranks))
+    keys = torch.cat([key.index_select(0, first)[None], turn.flip(0)[:-1]]).cumsum_(0)
+
+    keys, corners = _sort(_deal(keys, bound).flatten(), HANDS * bound)  # corners: k * simplices + simplex
+    keys, vertex, shared = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
     vertices = len(keys)
-    corner = torch.empty_like(order).scatter_(0, order, vertex).view(points, axes).int()
-    offsets = F.pad(counts.cumsum(0), (1, 0)).int()
+    corner = torch.empty_like(vertex).scatter_(0, corners, vertex).view(axes, -1).int().T.contiguous()
+    # The points of a simplex are neighbours in `members`: what a vertex hears is a few runs of it.
+    k, home = corners // simplices, corners % simplices
+    lengths = counts.index_select(0, home)
+    offsets = lengths.cumsum(0).index_select(0, shared.cumsum(0) - 1)
+    runs = _runs(k * points + starts.index_select(0, home), lengths, axes * points)
+    order = (members * axes + torch.arange(axes, device=device)[:, None]).int().flatten().index_select(0, runs)
+    point = members.int().repeat(axes).index_select(0, runs)
 
     # One step in direction j: one less in every coordinate, d+1 more in coordinate j.
-    wanted = keys + torch.where(keys % axes > 0, -1, d - sum(strides[:d])) + stride[:, None]
-    if device.type == "cpu":  # the wanted keys are sorted too, which numpy's search makes use of
-        found = torch.from_numpy(np.searchsorted(keys.numpy(), wanted.numpy())).clamp_(max=vertices - 1)
-    else:
-        found = torch.searchsorted(keys, wanted).clamp_(max=vertices - 1)
-    present = keys.index_select(0, found.flatten()).view_as(found) == wanted
+    here = keys % bound
+    wanted = _deal(here + torch.where(here % axes > 0, -1, d - sum(strides[:d])) + stride[:, None], bound)
+    ahead = torch.searchsorted(keys, wanted).clamp_(max=vertices - 1)
+    ahead = ahead.where(keys.index_select(0, ahead.flatten()).view_as(ahead) == wanted, vertices)
     me = torch.arange(vertices, device=device).expand(axes, -1)
-    behind = torch.arange(vertices + 1, device=device).repeat(axes, 1)
-    behind.scatter_(1, torch.where(present, found, vertices), me)
-    neighbours = torch.stack([me, torch.where(present, found, me), behind[:, :-1]], 2).int()
-    taps = (neighbours != neighbours[..., :1]).to(dtype) / 2
-    taps[..., 0] = 1
-    order = order.int()
-    return Lattice(corner, order, order // axes, offsets, neighbours, taps)
+    behind = torch.full((axes, vertices + 1), vertices, device=device).scatter_(1, ahead, me)
+    behind[:, vertices] = vertices
+    me, ahead = F.pad(me, (0, 1), value=vertices), F.pad(ahead, (0, 1), value=vertices)
+    return Lattice(
+        corner.index_select(0, simplex),
+        order,
+        point,
+        torch.cat([offsets.new_zeros(1), offsets, offsets[-1:]]).int(),
+        torch.stack([me, ahead, behind], 2).int(),
+    )
+
+
+def _deal(keys: Tensor, bound: int) -> Tensor:
+    """Keys below `bound`, to be sorted by hands like cards: threads that share the vertices get like loads then."""
+    return keys + (keys & (HANDS - 1)) * bound
 
 
 def _sort(keys: Tensor, bound: int) -> tuple[Tensor, Tensor]:
-    """Keys [d+1, P] below `bound`, sorted, and the position of each in the transpose, [P, d+1]."""
-    axes = len(keys)
-    bits = (keys.numel() - 1).bit_length()
+    """Keys [P] below `bound`, sorted, and the place each had before."""
+    bits = (len(keys) - 1).bit_length()
     if bound >= 2 ** (63 - bits):
-        return keys.T.flatten().sort(stable=True)
-    # Plain integers sort much faster than pairs (numpy has SIMD for them): carry the position in the low bits.
-    position = torch.arange(0, keys.numel(), axes, device=keys.device)
-    keys <<= bits
-    for k in range(axes):
-        keys[k] += position + k
-    keys = keys.flatten()
+        return keys.sort(stable=True)
+    # Plain integers sort much faster than pairs (numpy has SIMD for them): carry the place in the low bits.
+    keys = (keys << bits).add_(torch.arange(len(keys), device=keys.device))
     if keys.is_cuda:
         keys = keys.sort().values
     else:
         keys.numpy().sort()
-    return keys >> bits, keys & ((1 << bits) - 1)
+    return keys >> bits, keys.bitwise_and_((1 << bits) - 1)
+
+
+def _runs(starts: Tensor, lengths: Tensor, total: int) -> Tensor:
+    """starts[0], starts[0] + 1, .. lengths[0] of them, then starts[1], ..: int32 [total]."""
+    shift = (starts - lengths.cumsum(0) + lengths).int()
+    if shift.is_cuda:
+        shift = shift.repeat_interleave(lengths, output_size=total)
+    else:
+        shift = torch.from_numpy(np.repeat(shift.numpy(), lengths.numpy()))
+    return shift.add_(torch.arange(total, dtype=torch.int32, device=shift.device))
 
 
 def bag_sum(table: Tensor, index: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
@@ -239,8 +274,8 @@ class Joint:
         return self._steps(self.points, self.corners)
 
     @cached_property
-    def blur_offsets(self) -> list[Tensor]:
-        return [self._steps(size, 3) for size in self.sizes]
+    def blur_offsets(self) -> Tensor:
+        return self._steps(max(self.sizes), 3)
 
     @cached_property
     def owner(self) -> Tensor:
@@ -253,16 +288,19 @@ class Joint:
     def blur(self, table: Tensor, reverse: bool = False) -> list[Tensor]:
         """[M, C], a part a lattice: each is blurred along its own directions."""
         parts = []
-        for lattice, offsets, part in zip(self.lattices, self.blur_offsets, table.split(self.sizes), strict=True):
-            for direction in range(len(lattice.taps))[:: -1 if reverse else 1]:
-                index, taps = lattice.neighbours[direction].flatten(), lattice.taps[direction].flatten()
-                part = bag_sum(part, index, offsets, taps)
+        taps = table.new_tensor([1, 0.5, 0.5]).repeat(max(self.sizes))
+        for lattice, part in zip(self.lattices, table.split(self.sizes), strict=True):
+            offsets, taps_here = self.blur_offsets[: lattice.size + 1], taps[: 3 * lattice.size]
+            for neighbours in lattice.neighbours.flip(0) if reverse else lattice.neighbours:
+                part = bag_sum(part, neighbours.flatten(), offsets, taps_here)
             parts.append(part)
         return parts
 
-    def slice(self, table: Tensor, weights: Weights) -> Tensor:
-        """[M, C] -> [P, C]"""
-        return bag_sum(table, self.corner, self.slice_offsets, weights.rows.detach().flatten())
+    def slice(self, table: Tensor, weights: Weights, first: int = 0, last: int | None = None) -> Tensor:
+        """[M, C] -> [P, C], or those of the points first <= p < last only"""
+        rows = weights.rows.detach()[first:last]
+        corner = self.corner.view(-1, self.corners)[first:last]
+        return bag_sum(table, corner.flatten(), self.slice_offsets[: len(rows) + 1], rows.flatten())
 
     def dots(self, values: Tensor, table: Tensor) -> Tensor:
         """values[p] . table[corner[p, k]], [P, corners]: the gradient of a splat's and of a slice's weights."""
@@ -334,8 +372,8 @@ class LatticeFilter(GaussianFilter):
         self.batch, pixels, d = features.shape
         elevated = elevate((features.double() if largest > LARGE else features).reshape(-1, d))
         base, rank = enclosing_simplex(elevated)
-        self.lattice = build(base, rank, self.batch, features.dtype)
-        self.weight = barycentric(elevated, base, rank).to(features.dtype)
+        self.lattice = build(base, rank, self.batch)
+        self.weight = barycentric(elevated, base).to(features.dtype)
         self.gain = 1 / (1 + 2.0**-d)  # the reference code's alpha: what an isolated vertex hears of itself is 1 + 2^-d
         weights, one = Weights(self.weight, [self.lattice]), torch.ones_like(self.weight[:, :1])
         n = _Apply.apply(one, weights.rows, weights.rows, one[0] * self.gain, Joint([self.lattice]), weights, weights)
@@ -414,36 +452,41 @@ class LatticeBank(FilterBank):
         return out - (own if compatibility is None else own @ compatibility)
 
     @torch.no_grad()
-    def mean_field(self, unary: Tensor, weights: Tensor, compatibility: Tensor, iterations: int) -> Tensor:
-        """log_q [B, N, K] after `iterations` of q <- softmax(-unary - (sum_m weights[m] message_m(q)) @ compatibility).
+    def mean_field(self, logits: Tensor, weights: Tensor, compatibility: Tensor, iterations: int) -> Tensor:
+        """log_q [B, N, K] after `iterations` of q <- softmax(logits - (sum_m weights[m] message_m(q)) @ compatibility).
 
         What `__call__` does inside a loop, without a gradient and with fewer passes over memory.
         """
-        if len(unary) != self.batch:
-            self._join(len(unary))
-        labels = unary.shape[-1]
+        batch, pixels, labels = logits.shape
+        if batch != self.batch:
+            self._join(batch)
         # Rows that fill whole vector registers: the added labels have probability zero.
-        spare = -labels % 8 if unary.dtype == torch.float32 and labels > 4 else 0
-        unary = F.pad(unary.reshape(-1, labels), (0, spare), value=1e30)
-        mixing = F.pad(-(weights * self.gain)[:, None, None] * compatibility, (0, spare, 0, spare))
-        table = unary.new_empty(sum(self.joint.sizes), labels + spare)
+        spare = -labels % 8 if logits.dtype == torch.float32 and labels > 4 else 0
+        rows = F.pad(logits, (0, spare), value=-1e30)
+        costs = F.pad(compatibility, (0, spare, 0, spare))
+        mixing = -(weights * self.gain)[:, None, None] * costs
         own = None
         if not self.filters[0].self_message:
-            own = sum(w * f.own_share() for w, f in zip(weights, self.filters, strict=True)).expand(self.batch, -1, -1)
-            own = own.reshape(-1, 1)
-        logits = -unary
-        for _ in range(iterations):
-            q = torch.softmax(logits, -1, out=logits)  # row by row, so in place; one large array less
-            blurred = self.joint.blur(self.joint.splat(q, self.write))
-            for part, matrix, rows in zip(blurred, mixing, table.split(self.joint.sizes), strict=True):
-                torch.mm(part, matrix, out=rows)
-            own_votes = None if own is None else (q * own) @ F.pad(compatibility, (0, spare, 0, spare))
-            del q, logits  # their memory serves the next
-            logits = self.joint.slice(table, self.read).sub_(unary)
-            if own is not None:
-                logits += own_votes
-        del unary, table
-        return torch.log_softmax(logits, -1)[:, :labels].view(self.batch, -1, labels)
+            own = sum(w * f.own_share() for w, f in zip(weights, self.filters, strict=True)).expand(batch, -1, -1)
+        q, log_q = torch.softmax(rows, -1), logits.mT.contiguous()
+        table = rows.new_empty(sum(self.joint.sizes), labels + spare)
+        # On a CPU so many pixels at a time that what is done to them is done in its cache.
+        chunk = pixels if logits.is_cuda else max(1, CACHE // (4 * (labels + spare)))
+        for step in range(iterations):
+            parts = self.joint.splat(q.view(-1, labels + spare), self.write)
+            for part, matrix, out in zip(self.joint.blur(parts), mixing, table.split(self.joint.sizes), strict=True):
+                torch.mm(part, matrix, out=out)
+            for image, first in itertools.product(range(batch), range(0, pixels, chunk)):
+                some = slice(first, min(first + chunk, pixels))
+                energy = self.joint.slice(table, self.read, image * pixels + some.start, image * pixels + some.stop)
+                score = energy.add_(rows[image, some])
+                if own is not None:
+                    score += (q[image, some] * own[image, some]) @ costs
+                if step + 1 < iterations:
+                    torch.softmax(score, -1, out=q[image, some])
+                else:
+                    log_q[image, :, some] = score[:, :labels].T
+        return torch.log_softmax(log_q, 1).mT
 
 
 def _self_weight(weight: Tensor) -> Tensor:
