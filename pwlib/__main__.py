@@ -12,6 +12,7 @@ EXIT_CODES = "exit codes: 0 done, 1 failed while running, 2 wrong usage or input
 TRAIN_EXAMPLES = """examples:
   python -m pwlib train --data scenes --out runs/scenes
   python -m pwlib train --data camvid --root data --download --profile quick --out runs/camvid
+  python -m pwlib train --data scenes --context --out runs/paper
   python -m pwlib train --data folder --root my_images --size 96x128 --epochs 30,4,4 --out runs/mine
   python -m pwlib train --out runs/camvid --resume                    after a kill or Ctrl-C
   torchrun --nproc-per-node=2 -m pwlib train --data voc2012 --profile full --out runs/voc
@@ -76,6 +77,12 @@ def parser(argv: list[str]) -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="continue the run in RUN where it stopped")
     train.add_argument("--seed", type=natural, metavar="N", help="of weights, order and augmentation (default: 0)")
     train.add_argument("--size", type=size, metavar="HxW", help="resize images to this (default: the profile's)")
+    train.add_argument(
+        "--context",
+        action="store_const",
+        const=True,
+        help="the paper's model: FeatMap-Net and a contextual CRF before the dense one",
+    )
     train.add_argument("--epochs", type=epochs, metavar="A,B,C", help="of stages 1, 2, 3 (default: the profile's)")
 
     evaluate = command("evaluate", "Score every stage of a run; JSON on standard output.", EVALUATE_EXAMPLES)

@@ -81,6 +81,7 @@ def train(args: argparse.Namespace) -> None:
                 "stage1_keeps",
             )
         },
+        joint_pieces=bool(settings.get("context")),
         class_weights=weights,
         out=out,
         resume=args.resume,
@@ -103,13 +104,15 @@ def train(args: argparse.Namespace) -> None:
 
 def _configuration(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """The run's configuration: from the arguments; when resuming, from config.json, which they must not contradict."""
-    given = {key: getattr(args, key) for key in ("data", "profile", "size", "epochs", "seed")}
+    given = {key: getattr(args, key) for key in ("data", "profile", "size", "epochs", "seed", "context")}
     if args.resume:
         stored = read_config(out)
         for key, value in given.items():
-            if value is not None and stored["arguments"][key] != (list(value) if isinstance(value, tuple) else value):
+            if value is not None and stored["arguments"].get(key) != (
+                list(value) if isinstance(value, tuple) else value
+            ):
                 raise ValueError(
-                    f"--{key} is {value} here and {stored['arguments'][key]} in {out / 'config.json'}: "
+                    f"--{key} is {value} here and {stored['arguments'].get(key)} in {out / 'config.json'}: "
                     "resume with the settings the run was started with"
                 )
         args.root = args.root or stored["data"]["root"]
@@ -124,8 +127,11 @@ def _configuration(args: argparse.Namespace, out: Path) -> dict[str, Any]:
         settings |= {"size": args.size, "crop": None}
     if args.epochs is not None:
         settings["epochs"] = args.epochs
+    if not args.context:
+        settings["context"] = None
     args.root = args.root or "data"
     arguments = {"data": args.data, "profile": profile, "size": args.size, "epochs": args.epochs, "seed": seed}
+    arguments["context"] = args.context
     return {
         "arguments": arguments,
         "data": {"name": args.data, "root": str(Path(args.root).resolve())},
@@ -162,7 +168,7 @@ def table(history: dict[str, list[dict[str, Any]]]) -> str:
         for part, scores in best["val"].items():
             rows.append((f"{stage} {'CRF' if part == 'crf' else part}", best["epoch"], scores))
         if stage == "stage2":
-            rows.insert(-2, ("stage1 CRF, untuned", "-", records[0]["val"]["crf"]))
+            rows.insert(len(rows) - len(best["val"]), ("stage1 CRF, untuned", "-", records[0]["val"]["crf"]))
     lines = [f"{'':20} {'epoch':>5}" + "".join(f" {title:>13}" for _, title in COLUMNS)]
     for name, epoch, scores in rows:
         cells = (f" {100 * scores[key]:13.2f}" if scores[key] is not None else f" {'-':>13}" for key, _ in COLUMNS)

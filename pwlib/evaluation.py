@@ -40,22 +40,24 @@ def evaluate(
 ) -> dict[str, Any]:
     """{"unary": scores, "crf": scores} over all the loader's images, ready for JSON (`SegmentationScores.result`).
 
-    "crf" is left out without `apply_crf`. Classes are named by the loader's data set if it names them. In several
-    processes each scores its share of the images, and all get the scores over all of them. The model is put into
-    evaluation mode and back.
+    "crf" is left out without `apply_crf`; a model with a context has "context" between the two. Classes are named by
+    the loader's data set if it names them. In several processes each scores its share of the images, and all get the
+    scores over all of them. The model is put into evaluation mode and back.
     """
     device = next(model.parameters()).device
     loader = loaders.rebuilt(loader, even=False)
     class_names = class_names or getattr(getattr(loader, "dataset", None), "class_names", None)
-    names = ("unary", "crf") if apply_crf else ("unary",)
+    context = ("context",) if model.context is not None else ()
+    names = ("unary", *context, "crf") if apply_crf else ("unary",)
     scores = {n: SegmentationScores(model.num_classes, class_names, boundary_width, device=device) for n in names}
     training = model.training
     model.eval()
     try:
         for image, label in bar(loader):
-            outputs = model(image.to(device), apply_crf, iterations=iterations)
-            for part, output in zip(scores.values(), outputs, strict=False):
-                part.update(output.argmax(1), label.to(device))
+            image, label = image.to(device), label.to(device)
+            outputs = model.outputs(image, iterations=iterations) if apply_crf else {"unary": model.unary_logits(image)}
+            for name, part in scores.items():
+                part.update(outputs[name].argmax(1), label)
     finally:
         model.train(training)
     return {name: part.all_reduce().result() for name, part in scores.items()}

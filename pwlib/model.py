@@ -1,9 +1,11 @@
-"""The whole model: a network's unary logits, and the dense CRF that refines them.
+"""The whole model: a network's unary logits, and the CRFs that refine them.
 
     image [B, 3, H, W] -> unary network -> logits [B, K, H, W] -> dense CRF -> log-marginals [B, K, H, W]
 
 Either part can be replaced: the network by any `nn.Module` from image to logits, the CRF by any module with
-`DenseCRF`'s call.
+`DenseCRF`'s call. With a `context`, as in the paper, the network's coarse map goes through that first:
+
+    features [B, C, h, w] and their logits -> contextual CRF -> log-marginals [B, K, h, w] -> [B, K, H, W] -> dense CRF
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ class PiecewiseTrainedModel(nn.Module):
         num_classes: K, at least 2.
         crf_iterations: mean-field iterations where a call names none. A `crf` of your own is called with this number.
         unary: any module from image to logits; see `pwlib.unary.as_unary`. None: `DeepLabLargeFOV(num_classes)`.
+        context: a `ContextualCRF` between the two, or None. It wants a network that shows its map, as `FeatMapNet` and
+            `DeepLabLargeFOV` do: `features`, their `head`, `feature_channels` and `cell_size`.
         crf: module called as crf(logits, image, iterations=n) -> log-marginals. None: `DenseCRF(num_classes)`.
     """
 
@@ -35,6 +39,7 @@ class PiecewiseTrainedModel(nn.Module):
         crf_iterations: int = 10,
         *,
         unary: nn.Module | None = None,
+        context: nn.Module | None = None,
         crf: nn.Module | None = None,
     ):
         super().__init__()
@@ -46,11 +51,33 @@ class PiecewiseTrainedModel(nn.Module):
         self.crf_iterations = crf_iterations
         unary = DeepLabLargeFOV(num_classes) if unary is None else unary
         self.unary = as_unary(unary, num_classes=num_classes)
+        if context is not None:
+            channels = getattr(self.unary, "feature_channels", None)
+            if (channels, num_classes) != (context.in_channels, context.num_classes):
+                raise ValueError(
+                    f"context is for {context.in_channels} features and {context.num_classes} classes; the network "
+                    f"gives {'none' if channels is None else channels} for {num_classes} classes"
+                )
+        self.context = context
         self.crf = crf if crf is not None else DenseCRF(num_classes)
 
     def unary_logits(self, image: Tensor) -> Tensor:
         """Logits [B, K, H, W] of the image [B, 3, H, W], float RGB in [0, 1]; H x W is the image's own size."""
         return self.unary(image)
+
+    def maps(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The network's coarse map, which the context works on: features [B, C, h, w] and their logits [B, K, h, w]."""
+        features = self.unary.features(image)
+        return features, self.unary.head(features)
+
+    def to_pixels(self, scores: Tensor, size: tuple[int, int]) -> Tensor:
+        """Scores of the coarse map, [B, K, h, w], as scores of the image's pixels, [B, K, H, W]."""
+        return resize_logits(scores, size, stride=self.unary.cell_size)
+
+    def contextual(self, logits: Tensor, features: Tensor, *, frozen: bool = False) -> Tensor:
+        """Log-marginals [B, K, h, w] by the context, in float32 (or wider) whatever autocast says."""
+        with torch.autocast(logits.device.type, enabled=False):
+            return self.context(logits, features, frozen=frozen)
 
     def refine(self, logits: Tensor, image: Tensor, *, iterations: int | None = None) -> Tensor:
         """Log-marginals [B, K, H, W] by the CRF, in float32 (or wider) whatever autocast says: exponents of differences
@@ -68,8 +95,22 @@ class PiecewiseTrainedModel(nn.Module):
         Either's `argmax(dim=1)` is a labelling [B, H, W]. Raises ValueError for an image or logits of another shape,
         and where the CRF meets logits that are not finite.
         """
-        logits = self.unary_logits(image)
-        return logits, self.refine(logits, image, iterations=iterations) if apply_crf else None
+        if not apply_crf:
+            return self.unary_logits(image), None
+        outputs = self.outputs(image, iterations=iterations)
+        return outputs["unary"], outputs["crf"]
+
+    def outputs(self, image: Tensor, *, apply_crf: bool = True, iterations: int | None = None) -> dict[str, Tensor]:
+        """What each part says, [B, K, H, W] each, in order: "unary", "context" where there is one, and "crf"."""
+        if self.context is None:
+            outputs = {"unary": self.unary_logits(image)}
+        else:
+            size, (features, logits) = image.shape[-2:], self.maps(image)
+            outputs = {"unary": self.to_pixels(logits, size)}
+            outputs["context"] = self.to_pixels(self.contextual(logits, features), size)
+        if apply_crf:
+            outputs["crf"] = self.refine(list(outputs.values())[-1], image, iterations=iterations)
+        return outputs
 
     @torch.no_grad()
     def predict(
@@ -80,14 +121,15 @@ class PiecewiseTrainedModel(nn.Module):
         The network sees objects as large as in training: the image is shrunk or enlarged until its shorter side is
         `short_side` (None: left as it is). Its logits are resized to the image, where the CRF finds the borders, with
         its bandwidths in pixels multiplied as the image was (`scaled_bandwidths`). An image longer than `crf_long_side`
-        is labelled at that length and the probabilities enlarged.
+        is labelled at that length and the probabilities enlarged. Without `apply_crf`, the network alone.
         """
         height, width = image.shape[-2:]
         image = image.to(next(self.parameters()).device)[None]
         training = self.training
         self.eval()
         scale = short_side / min(height, width) if short_side else 1.0
-        logits = self.unary_logits(resize_image(image, _scaled(height, width, scale)))
+        small = resize_image(image, _scaled(height, width, scale))
+        logits = list(self.outputs(small, apply_crf=False).values())[-1] if apply_crf else self.unary_logits(small)
         self.train(training)
         crf_scale = min(1.0, crf_long_side / max(height, width))
         size = _scaled(height, width, crf_scale)

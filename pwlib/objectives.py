@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pwlib.losses import cross_entropy, structured
 from pwlib.model import PiecewiseTrainedModel
+from pwlib.unary import cell_labels
 
 SCHEDULES = ("poly", "onecycle", "constant")
 CRF_LOSSES = ("marginal", "piecewise")
@@ -35,12 +36,27 @@ class Objective(nn.Module):
     stage 1   loss(logits)
     stage 2   -log q(label), or the piecewise likelihood; no gradient reaches the network
     stage 3   -log q(label) + loss(logits): the second term keeps the unary a classifier in its own right
+
+    Where the model has a context, its pieces' likelihood is added in stages 2 and 3, and with `joint_pieces` in stage
+    1. In stage 2 the dense CRF refines what inference makes of the pieces as they are: -log q(label) then teaches the
+    pieces nothing, only how much they count.
     """
 
-    def __init__(self, model: PiecewiseTrainedModel, stage: int, loss: Callable, crf_loss: str, iterations: int, amp):
+    def __init__(
+        self,
+        model: PiecewiseTrainedModel,
+        stage: int,
+        loss: Callable,
+        crf_loss: str,
+        iterations: int,
+        amp: torch.dtype | None,
+        class_weights: Tensor | None = None,
+        joint_pieces: bool = False,
+    ):
         super().__init__()
         self.model, self.stage, self.loss, self.crf_loss = model, stage, loss, crf_loss
-        self.iterations, self.amp = iterations, amp
+        self.iterations, self.amp, self.class_weights = iterations, amp, class_weights
+        self.pieces = model.context is not None and (stage > 1 or joint_pieces)
 
     def train(self, mode: bool = True) -> Objective:
         super().train(mode)
@@ -51,12 +67,28 @@ class Objective(nn.Module):
     def forward(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(image.device.type, dtype=self.amp, enabled=self.amp is not None):
             with torch.set_grad_enabled(self.stage != 2):
-                logits = self.model.unary_logits(image)
+                if self.pieces:
+                    features, coarse = self.model.maps(image)
+                    logits = self.model.to_pixels(coarse, image.shape[-2:])
+                else:
+                    logits = self.model.unary_logits(image)
         logits = logits.float()
+        pieces = self._pair_loss(features, coarse, label) if self.pieces else 0.0
         if self.stage == 1:
-            return self.loss(logits, label), logits
+            return self.loss(logits, label) + pieces, logits
         if self.stage == 2 and self.crf_loss == "piecewise":
-            return structured(logits, label, image, self.model.crf), logits
-        log_q = self.model.refine(logits, image, iterations=self.iterations)
-        likelihood = cross_entropy(log_q, label)
+            return structured(logits, label, image, self.model.crf) + pieces, logits
+        evidence = logits
+        if self.pieces:
+            marginals = self.model.contextual(coarse, features, frozen=self.stage == 2)
+            evidence = self.model.to_pixels(marginals, image.shape[-2:])
+        log_q = self.model.refine(evidence, image, iterations=self.iterations)
+        likelihood = cross_entropy(log_q, label) + pieces
         return (likelihood if self.stage == 2 else likelihood + self.loss(logits, label)), log_q
+
+    def _pair_loss(self, features: Tensor, coarse: Tensor, label: Tensor) -> Tensor:
+        context = self.model.context
+        label = cell_labels(label, coarse.shape[-2:], cell_size=self.model.unary.cell_size)
+        loss = context.pair_loss(coarse, features, label, class_weights=self.class_weights)
+        # Nothing, but part of the graph: DistributedDataParallel wants a gradient for every parameter.
+        return loss + 0 * (context.log_weight.sum() + context.log_temperature)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from torch import nn
-
+from pwlib.context import ContextualCRF
 from pwlib.crf import DenseCRF
+from pwlib.featmap import FeatMapNet
 from pwlib.model import PiecewiseTrainedModel
 from pwlib.unary import DeepLabLargeFOV
 
@@ -35,7 +35,12 @@ class Profile:
     held_out: float = 0.25
     stage1_keeps: str = "best"
     crf: dict[str, float | str] = field(default_factory=dict)
+    context: dict | None = field(default_factory=lambda: SMALL_CONTEXT)  # with `train --context`; None without
 
+
+# What `--context` puts in place: FeatMap-Net's options and the contextual CRF's.
+SMALL_CONTEXT = {"network": {"output_stride": 8, "dilation": 1}, "crf": {"hidden": 64, "neighbours": 24}}
+LARGE_CONTEXT = {"network": {"output_stride": 16}, "crf": {"hidden": 512, "neighbours": 24}}
 
 # The CRF each run starts from, untuned. Bandwidths suit the size in pixels, theta_beta is a difference of grey levels.
 SMALL_CRF = {"theta_alpha": 20.0, "theta_beta": 10.0, "theta_gamma": 1.5, "w_bilateral": 3.0, "w_spatial": 1.0}
@@ -55,6 +60,7 @@ _LARGE = Profile(
     crf_learning_rate=0.1,
     class_balance=0.0,
     crf=LARGE_CRF,
+    context=LARGE_CONTEXT,
 )
 
 PROFILES: dict[tuple[str, str], Profile] = {
@@ -79,11 +85,11 @@ PROFILES: dict[tuple[str, str], Profile] = {
 
 def build_model(settings: dict, num_classes: int, *, imagenet: bool = False) -> PiecewiseTrainedModel:
     """The model a run's settings describe, with fresh weights."""
-    unary: nn.Module = DeepLabLargeFOV(
-        num_classes,
-        width=settings["width"],
-        batch_norm=settings["batch_norm"],
-        dropout=settings["dropout"],
-        weights="imagenet" if imagenet else None,
-    )
-    return PiecewiseTrainedModel(num_classes, unary=unary, crf=DenseCRF(num_classes, **settings["crf"]))
+    options = {key: settings[key] for key in ("width", "batch_norm", "dropout")}
+    options["weights"] = "imagenet" if imagenet else None
+    crf = DenseCRF(num_classes, **settings["crf"])
+    if not settings.get("context"):
+        return PiecewiseTrainedModel(num_classes, unary=DeepLabLargeFOV(num_classes, **options), crf=crf)
+    unary = FeatMapNet(num_classes, **options, **settings["context"]["network"])
+    context = ContextualCRF(num_classes, unary.feature_channels, **settings["context"]["crf"])
+    return PiecewiseTrainedModel(num_classes, unary=unary, context=context, crf=crf)

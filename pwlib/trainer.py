@@ -1,7 +1,7 @@
 """Training in three stages, and the evaluation that goes with it.
 
     stage 1   the unary network alone                                          on the training images
-    stage 2   the CRF alone, on the frozen network's logits                    on images stage 1 was not fitted to
+    stage 2   the CRFs alone, on the frozen network's logits                    on images stage 1 was not fitted to
     stage 3   everything together, in smaller steps                            on the training images
 
 "Piecewise" means two things, and both are here. Stage by stage: CRF-as-RNN (Zheng et al., ICCV 2015) and DeepLab train
@@ -55,7 +55,9 @@ class PiecewiseTrainer:
         optimizer: "sgd" (momentum 0.9) or "adamw"; schedule: "poly", "onecycle" or "constant", over each stage.
         weight_decay: on the network's weights; never on biases, norms or the CRF.
         loss: the network's, a name, names with weights, or a function (see `pwlib.losses.make_loss`); class_weights [K]
-            act on it alone. crf_loss: "marginal" or "piecewise", in stage 2.
+            act on it alone, and on a context's pieces. crf_loss: "marginal" or "piecewise", in stage 2.
+        joint_pieces: whether stage 1 trains the model's context with the network, as the paper does; if not, its pieces
+            are learned in stage 2 on the network's frozen features.
         clip: largest norm of the gradient (None: any).
         train_iterations, test_iterations: mean field's; fewer in training cost less and learn as well.
         held_out: share of the training set kept for stage 2, where no `crf_loader` is given.
@@ -91,6 +93,7 @@ class PiecewiseTrainer:
         weight_decay: float = 5e-4,
         loss: str | Mapping[str, float] | Callable = "cross_entropy",
         crf_loss: str = "marginal",
+        joint_pieces: bool = False,
         class_weights: Tensor | None = None,
         clip: float | None = 5.0,
         train_iterations: int = 5,
@@ -143,6 +146,9 @@ class PiecewiseTrainer:
             "patience": patience,
             "seed": seed,
         }
+        if model.context is not None:
+            self.config["joint_pieces"] = joint_pieces
+        self.joint_pieces = joint_pieces
         self.amp = self._precision(amp)
         self.progress = progress
         self.resume = resume
@@ -253,7 +259,14 @@ class PiecewiseTrainer:
             self._say_epoch(stage, epochs)
             keep(optimizer_too=False)
         module = objective = Objective(
-            self.model, stage, self.loss, self.config["crf_loss"], self.config["train_iterations"], self.amp
+            self.model,
+            stage,
+            self.loss,
+            self.config["crf_loss"],
+            self.config["train_iterations"],
+            self.amp,
+            self.class_weights,
+            self.joint_pieces,
         )
         if loaders.process()[1] > 1:
             module = DistributedDataParallel(objective)
@@ -333,8 +346,10 @@ class PiecewiseTrainer:
     # -------------------------------------------------------------------------------------------------------- parts
 
     def _parts(self, stage: int, trained: bool) -> list[nn.Module]:
-        names = {1: {"unary"}, 2: {"crf"}, 3: {"unary", "crf"}}[stage]
-        return [getattr(self.model, name) for name in ("unary", "crf") if (name in names) == trained]
+        names = {1: {"unary"}, 2: {"context", "crf"}, 3: {"unary", "context", "crf"}}[stage]
+        names |= {"context"} if self.joint_pieces else set()
+        parts = {name: getattr(self.model, name) for name in ("unary", "context", "crf")}
+        return [part for name, part in parts.items() if part is not None and (name in names) == trained]
 
     def _optimizer(self, stage: int) -> torch.optim.Optimizer:
         """Groups with their peak rates: the network's weights (with decay), its other parameters, and the CRF's."""
@@ -342,9 +357,10 @@ class PiecewiseTrainer:
         factor = config["stage3_factor"] if stage == 3 else 1.0
         decay, plain, crf = [], [], []
         for part in self._parts(stage, trained=True):
-            for parameter in part.parameters():
+            for name, parameter in part.named_parameters():
                 if parameter.requires_grad:
-                    (crf if part is self.model.crf else decay if parameter.ndim > 1 else plain).append(parameter)
+                    of_crf = part is self.model.crf or (part is self.model.context and name.startswith("log_"))
+                    (crf if of_crf else decay if parameter.ndim > 1 else plain).append(parameter)
         groups = [
             {"params": decay, "peak": factor * config["learning_rate"], "weight_decay": config["weight_decay"]},
             {"params": plain, "peak": factor * config["learning_rate"], "weight_decay": 0.0},

@@ -323,14 +323,14 @@ class AsUnary(nn.Module):
 
 
 def as_unary(module: nn.Module, *, num_classes: int | None = None, normalize: bool = False) -> nn.Module:
-    """Adapt any image -> logits module to the library's convention; the library's own networks (what has a `coarse`)
-    and adapted ones pass unchanged.
+    """Adapt any image -> logits module to the library's convention; adapted ones pass unchanged, and so does what
+    names the `cell_size` of its map, as the library's own networks do: it answers at the image's size already.
 
     normalize: whether the module wants ImageNet-normalised pixels rather than RGB in [0, 1]. torchvision's
     segmentation models do.
     """
     return (
         module
-        if isinstance(module, AsUnary) or hasattr(module, "coarse")
+        if isinstance(module, AsUnary) or hasattr(module, "cell_size")
         else AsUnary(module, num_classes=num_classes, normalize=normalize)
     )

@@ -1,0 +1,186 @@
+"""The contextual CRF as a part of the model: what each stage trains, what survives on disk, the command line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cli_fixtures import CLASSES
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+
+from pwlib import checkpoints
+from pwlib.__main__ import main
+from pwlib.context import ContextualCRF
+from pwlib.crf import DenseCRF
+from pwlib.data import load
+from pwlib.featmap import FeatMapNet
+from pwlib.model import PiecewiseTrainedModel
+from pwlib.objectives import Objective
+from pwlib.trainer import PiecewiseTrainer
+from pwlib.unary import DeepLabLargeFOV, cell_labels, resize_logits
+
+SIZE, K = (24, 36), 10
+
+
+def model_of(unary=None, **options):
+    torch.manual_seed(0)
+    if unary is None:
+        unary = FeatMapNet(K, scales=(1.0, 0.5), pyramid=(3,), width=1 / 32, output_stride=8, dilation=1)
+    context = ContextualCRF(K, unary.feature_channels, hidden=8, **options)
+    crf = DenseCRF(K, theta_alpha=6.0, theta_beta=20.0, theta_gamma=1.5, w_bilateral=3.0, w_spatial=1.0)
+    return PiecewiseTrainedModel(K, 2, unary=unary, context=context, crf=crf)
+
+
+def scenes(split="train", length=6):
+    return DataLoader(load("scenes", split, size=SIZE, length=length), batch_size=3, shuffle=split == "train")
+
+
+def trainer_of(model, **options):
+    options = {"optimizer": "adamw", "train_iterations": 2, "test_iterations": 2, "progress": False, **options}
+    return PiecewiseTrainer(model, "cpu", K, 1e-2, **options)
+
+
+def changed(model, train):
+    before = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    train()
+    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def names(model, *parts):
+    return {name for name, _ in model.named_parameters() if name.startswith(parts)}
+
+
+@pytest.mark.parametrize("unary", [None, "deeplab"])
+def test_parts_follow_one_another(unary):
+    """Network, context on its map, resize, dense CRF; at a size that is no whole number of cells."""
+    model = model_of(unary and DeepLabLargeFOV(K, width=1 / 32)).eval()
+    model.context.networks["surrounding"].scores.bias.data.normal_()
+    image = torch.rand(2, 3, 27, 37)
+    with torch.no_grad():
+        outputs = model.outputs(image)
+        features = model.unary.features(image)
+        logits = model.unary.head(features)
+        log_q = model.context(logits, features)
+        stride = 8 if unary else None
+        torch.testing.assert_close(outputs["unary"], model.unary(image))
+        torch.testing.assert_close(outputs["unary"], resize_logits(logits, (27, 37), stride=stride))
+        torch.testing.assert_close(outputs["context"], resize_logits(log_q, (27, 37), stride=stride))
+        torch.testing.assert_close(outputs["crf"], model.crf(outputs["context"], image, iterations=2))
+        assert (outputs["context"].softmax(1) - outputs["unary"].softmax(1)).abs().max() > 0.01
+        pair = model(image)
+        assert torch.equal(pair[0], outputs["unary"]) and torch.equal(pair[1], outputs["crf"])
+        assert model(image, apply_crf=False)[1] is None
+        torch.testing.assert_close(model.predict(image[0]), outputs["crf"][0].softmax(0))
+        torch.testing.assert_close(model.predict(image[0], apply_crf=False), outputs["unary"][0].softmax(0))
+
+
+def test_a_context_for_another_network_is_refused():
+    context = ContextualCRF(K, 7)
+    for unary, says in [(FeatMapNet(K, width=1 / 64), "gives 72 for 10"), (nn.Conv2d(3, K, 1), "gives none for 10")]:
+        with pytest.raises(ValueError, match=says):
+            PiecewiseTrainedModel(K, unary=unary, context=context)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_stage_1_trains_the_pieces_only_if_told(joint):
+    model = model_of()
+    found = changed(model, lambda: trainer_of(model, joint_pieces=joint).train_stage1(scenes(), 1))
+    assert found == names(model, "unary.", "context.networks" if joint else "unary.")
+
+
+@pytest.mark.parametrize("crf_loss", ["marginal", "piecewise"])
+def test_stage_2_trains_pieces_and_crfs_and_not_a_bit_of_the_network(crf_loss, monkeypatch):
+    model = model_of()
+    expected = names(model, "context.", "crf.")
+    if crf_loss == "piecewise":  # without inference: none is run, and what only inference teaches stays
+        expected -= {"context.log_weight", "context.log_temperature"}
+        monkeypatch.setattr(ContextualCRF, "forward", lambda *_: pytest.fail("inference was run"))
+        monkeypatch.setattr(DenseCRF, "forward", lambda *_: pytest.fail("inference was run"))
+    assert changed(model, lambda: trainer_of(model, crf_loss=crf_loss).train_stage2(scenes(), 1)) == expected
+
+
+def test_stage_3_trains_everything():
+    model = model_of()
+    assert changed(model, lambda: trainer_of(model).train_stage3(scenes(), 1)) == {
+        n for n, _ in model.named_parameters()
+    }
+
+
+def test_what_the_pieces_teach_the_features():
+    """In stage 1 the gradient of the joint loss is the network's own plus the pieces'; in stage 2 the pieces' networks
+    learn from the pieces alone, whatever the marginals say."""
+    image, label = (torch.stack(part) for part in zip(*load("scenes", "train", size=SIZE, length=2), strict=True))
+    weights = torch.linspace(0.5, 2, K)
+
+    def gradient(module, loss):
+        module.zero_grad()
+        loss.backward()
+        return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+    model = model_of().eval()
+
+    def network_loss(logits, label):
+        return F.cross_entropy(logits, label, ignore_index=255)
+
+    def objective(stage, joint=False):
+        return Objective(model, stage, network_loss, "marginal", 2, None, weights, joint).eval()
+
+    alone = gradient(model, objective(1)(image, label)[0])
+    both = gradient(model, objective(1, joint=True)(image, label)[0])
+    features, logits = model.maps(image)
+    cells = cell_labels(label, logits.shape[-2:])
+    pieces = gradient(model, model.context.pair_loss(logits, features, cells, class_weights=weights))
+    for name, total in both.items():
+        expected = sum(part.get(name, torch.zeros_like(total)) for part in (alone, pieces))
+        torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-4)
+    assert pieces["unary.blocks.0.0.weight"].abs().max() > 0 and "unary.head.0.weight" not in pieces
+    stage2 = gradient(model, objective(2)(image, label)[0])
+    assert not any(name.startswith("unary.") for name in stage2)
+    for name in names(model, "context.networks"):
+        torch.testing.assert_close(stage2[name], pieces[name], atol=1e-6, rtol=1e-4)
+    assert stage2["context.log_weight"].abs().max() > 0
+
+
+def test_a_run_is_resumed_and_loaded(tmp_path):
+    def run(out, stages, **options):
+        model = model_of()
+        trainer = trainer_of(model, out=out, joint_pieces=True, **options)
+        trainer.train_stage1(scenes(), 1)
+        if stages > 1:
+            trainer.train_stage2(scenes(), 1, scenes("val", 3))
+        return model, trainer
+
+    whole, trainer = run(tmp_path / "a", 2)
+    assert list(trainer.history["stage2"][-1]["val"]) == ["unary", "context", "crf"]
+    run(tmp_path / "b", 1)
+    resumed, _ = run(tmp_path / "b", 2, resume=True)
+    other = model_of()
+    checkpoints.load_model(tmp_path / "a" / "stage2-best.pt", other)
+    for one in (resumed, other):
+        for name, value in whole.state_dict().items():
+            assert torch.equal(value, one.state_dict()[name]), name
+    with pytest.raises(ValueError, match="joint_pieces = True, this run has False"):
+        trainer_of(model_of(), out=tmp_path / "a", resume=True).train_stage1(scenes(), 1)
+
+
+def test_the_command_line_trains_scores_and_predicts_with_context(pictures, tmp_path, capsys):
+    run = str(tmp_path / "run")
+    command = ["train", "--data", "folder", "--root", str(pictures), "--size", "24x36", "--epochs", "1,1,0", "--quiet"]
+    assert main([*command, "--context", "--out", run]) == 0
+    rows = [line[:20].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("stage")]
+    assert rows == ["stage1 unary", "stage1 CRF, untuned", "stage2 unary", "stage2 context", "stage2 CRF"]
+    assert main(["evaluate", run]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert {stage: list(parts) for stage, parts in scores.items()} == {
+        "stage1": ["unary", "context", "untuned_crf"],
+        "stage2": ["unary", "context", "crf"],
+    }
+    picture = next((pictures / "val" / "images").iterdir())
+    assert main(["predict", run, str(picture), "--out", str(tmp_path / "out")]) == 0
+    label = np.asarray(Image.open(tmp_path / "out" / f"{picture.stem}-label.png"))
+    assert label.shape == (24, 36) and label.max() < len(CLASSES)
+    assert main(["train", "--out", run, "--resume", "--quiet"]) == 0  # nothing is left to do, and the folder says all
+    assert capsys.readouterr().out.count("stage2 context") == 1
