@@ -27,6 +27,13 @@ def wait() -> None:
         torch.distributed.barrier()
 
 
+def summed(values: Tensor) -> Tensor:
+    """`values` added up over all processes."""
+    if process()[1] > 1:
+        torch.distributed.all_reduce(values)
+    return values
+
+
 def derive_seed(*parts: int) -> int:
     """One seed from several numbers; neighbours give unrelated streams."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from pwlib.loaders import summed
 from pwlib.losses import cross_entropy, structured
 from pwlib.model import PiecewiseTrainedModel
 from pwlib.unary import cell_labels
@@ -28,6 +29,28 @@ def rate(schedule: str, progress: float) -> float:
         low, high, t = (1 / 25, 1, progress / 0.3) if progress < 0.3 else (1, 4e-7, (progress - 0.3) / 0.7)
         return high + (low - high) * (1 + math.cos(math.pi * t)) / 2
     return 1.0
+
+
+def calibrated(log_q: Tensor, label: Tensor, steps: int = 20) -> float:
+    """The temperature under which log-marginals [N, K] make the labels [N] likeliest; one number over all processes.
+
+    Temperature scaling (Guo et al., ICML 2017): -log softmax(log_q / T) is convex in 1 / T, so Newton's steps find it.
+    Kept between 1/20 and 20: where every label is right, the best T would be 0. 1 where there is no label.
+    """
+    sharpness = 1.0
+    for _ in range(steps):
+        p = torch.softmax(sharpness * log_q, dim=-1)
+        mean = (p * log_q).sum(-1)
+        slope = (mean - log_q.gather(-1, label[:, None])[:, 0]).sum()
+        curvature = (p * (log_q - mean[:, None]).square()).sum()
+        slope, curvature = summed(torch.stack([slope, curvature])).tolist()
+        if curvature <= 0:
+            break
+        before, step = sharpness, sharpness - slope / curvature
+        sharpness = min(max(step, sharpness / 2, 1 / 20), sharpness * 2, 20.0)
+        if abs(sharpness - before) < 1e-5:
+            break
+    return 1 / sharpness
 
 
 class Objective(nn.Module):

@@ -72,6 +72,7 @@ PROFILES: dict[tuple[str, str], Profile] = {
         scale=(0.7, 1.4),
         dropout=0.1,
         weight_decay=1e-2,
+        crf_learning_rate=5e-3,
         crf=SMALL_CRF,
         stage1_keeps="last",
     ),

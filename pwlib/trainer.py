@@ -11,11 +11,14 @@ under mean field's marginals.
 
 Why stage 2 has images of its own: on those the network was fitted to it hardly errs, so there is nothing for a CRF to
 correct, and it learns that it is not needed. Why it has no class weights: they ask for a prior that the pixels do not
-have, and the CRF, which sees whole regions, follows it further than a network does.
+have, and the CRF, which sees whole regions, follows it further than a network does. Why it begins by fitting one
+temperature: mean field's marginals are surer than they are right, and a likelihood mends that first, by whatever means
+it has. Given a temperature, it need not weaken the kernels.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import time
@@ -36,7 +39,7 @@ from pwlib.loaders import Batches
 from pwlib.losses import make_loss
 from pwlib.metrics import ConfusionMatrix
 from pwlib.model import PiecewiseTrainedModel
-from pwlib.objectives import CRF_LOSSES, SCHEDULES, Objective, rate
+from pwlib.objectives import CRF_LOSSES, SCHEDULES, Objective, calibrated, rate
 
 OPTIMIZERS = ("sgd", "adamw")
 CRF_LEARNING_RATE = {"sgd": 0.1, "adamw": 0.02}
@@ -268,8 +271,12 @@ class PiecewiseTrainer:
             self.class_weights,
             self.joint_pieces,
         )
+        if stage == 2 and last is None:
+            self._calibrate(objective, loader)
         if loaders.process()[1] > 1:
-            module = DistributedDataParallel(objective)
+            # The pieces have no marginals, so no use for their temperature.
+            unused = stage == 2 and self.config["crf_loss"] == "piecewise"
+            module = DistributedDataParallel(objective, find_unused_parameters=unused)
         for epoch in range(last["epoch"] + 1 if last else 1, epochs + 1):
             if self._out_of_patience(records):
                 break
@@ -283,6 +290,26 @@ class PiecewiseTrainer:
             self._say_epoch(stage, epochs)
             keep(optimizer_too=True)
         self.model.load_state_dict(best)
+
+    @torch.no_grad()
+    def _calibrate(self, objective: Objective, loader: Batches, batches: int = 4) -> None:
+        """Give the CRF the temperature that the first batches ask for, before anything else of it moves.
+
+        From 1 the likelihood's first steps all go into making over-confident marginals less so, by weaker kernels.
+        """
+        if self.config["crf_loss"] != "marginal" or not hasattr(self.model.crf, "log_temperature"):
+            return
+        seed = loaders.derive_seed(self.config["seed"], 2, 0)
+        loaders.start_epoch(loader, seed)
+        rows, labels = [], []
+        with loaders.seeded(seed + loaders.process()[0], self.device):
+            for image, label in itertools.islice(loader, batches):
+                image, label = image.to(self.device), label.to(self.device)
+                log_q = objective.train()(image, label)[1].movedim(1, -1)
+                rows.append(log_q[label != VOID])
+                labels.append(label[label != VOID])
+        temperature = calibrated(torch.cat(rows), torch.cat(labels))
+        self.model.crf.log_temperature.add_(math.log(temperature))
 
     def _epoch(self, module, optimizer, scaler, loader, stage: int, epoch: int, epochs: int) -> dict[str, Any]:
         module.train()

@@ -21,7 +21,7 @@ from pwlib.crf import DenseCRF
 from pwlib.data import Augment, load
 from pwlib.evaluation import best_record, evaluate
 from pwlib.model import PiecewiseTrainedModel
-from pwlib.objectives import rate
+from pwlib.objectives import calibrated, rate
 from pwlib.trainer import PiecewiseTrainer
 
 TINY_RUN = Path(__file__).with_name("tiny_run.py")
@@ -99,7 +99,10 @@ def test_stage_2_trains_every_parameter_of_the_crf_and_not_a_bit_of_the_network(
     trainer_of(model).train_stage1(scenes(), 1)
     before = weights(model)
     trainer_of(model, crf_loss=crf_loss, optimizer=optimizer).train_stage2(scenes(), 1)
-    assert changed(before, model) == {f"crf.{name}" for name, _ in model.crf.named_parameters()}
+    learned = {f"crf.{name}" for name, _ in model.crf.named_parameters()}
+    if crf_loss == "piecewise":
+        learned.remove("crf.log_temperature")  # of marginals, which the pieces do without
+    assert changed(before, model) == learned
 
 
 def test_stage_3_trains_everything_and_frozen_parameters_of_yours_stay_frozen():
@@ -141,10 +144,12 @@ def test_train_piecewise_holds_out_what_stage_2_learns_on():
     loader = DataLoader(dataset.with_transform(flip), batch_size=3, shuffle=True)
     trainer_of(model).train_piecewise(loader, 1, 1, 1)
     fitted, held, everything = asked[True][:9], asked[False], asked[True][9:]
-    assert len(held) == 3 and all(as_it_is for _, as_it_is in held)
+    # Each held image is seen twice: for the temperature, and in the epoch.
+    assert len(held) == 6 and all(as_it_is for _, as_it_is in held)
     assert not any(as_it_is for _, as_it_is in fitted + everything)
     assert {i for i, _ in fitted}.isdisjoint(i for i, _ in held)
-    assert sorted(i for i, _ in fitted + held) == list(range(12)) == sorted(i for i, _ in everything)
+    seen = sorted(i for i, _ in fitted + held[:3])
+    assert seen == list(range(12)) == sorted(i for i, _ in everything)
 
 
 def test_any_iterable_of_batches_will_do(capsys):
@@ -202,6 +207,51 @@ def test_stage_1_can_keep_its_last_epoch_instead(tmp_path):
         same = all(torch.equal(value, last[key]) for key, value in trainer.model.state_dict().items())
         assert same == (keeps == "last")
     assert kept == {"best": 1, "last": 3}
+
+
+def test_the_temperature_is_the_one_a_search_finds():
+    """Labels drawn from softmax(z / 2.5): brute force over a fine grid, and the truth behind the draws."""
+    generator = torch.Generator().manual_seed(0)
+    z = 4 * torch.randn(20_000, 5, generator=generator)
+    label = torch.multinomial(torch.softmax(z / 2.5, 1), 1, generator=generator)[:, 0]
+    got = calibrated(z, label)
+    grid = torch.arange(1.5, 3.5, 0.002)
+    searched = grid[torch.stack([nn.functional.cross_entropy(z / t, label) for t in grid]).argmin()].item()
+    assert got == pytest.approx(searched, abs=0.003)
+    assert got == pytest.approx(2.5, abs=0.1)
+
+
+@pytest.mark.parametrize(("labels", "temperature"), [("right", 1 / 20), ("wrong", 20.0), ("none", 1.0)])
+def test_a_temperature_without_an_optimum_stays_in_bounds(labels, temperature):
+    z = torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
+    label = {"right": z.argmax(1), "wrong": z.argmin(1), "none": None}[labels]
+    got = calibrated(z[:0], z[:0, 0].long()) if label is None else calibrated(z, label)
+    assert got == pytest.approx(temperature)
+
+
+def test_stage_2_begins_with_the_temperature_its_images_ask_for():
+    """A network twice as sure as it is right, and a CRF with nothing to add: at a rate of next to nothing, T = 2."""
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(8, K, 16, 16, generator=generator)
+    label = torch.multinomial(torch.softmax(z, 1).movedim(1, -1).reshape(-1, K), 1, generator=generator)
+    crf = DenseCRF(K, w_bilateral=1e-6, w_spatial=1e-6, theta_alpha=2.0, filtering="exact")
+    model = PiecewiseTrainedModel(K, unary=Lookup(2 * z), crf=crf)
+    image = torch.arange(8.0)[:, None, None, None].expand(8, 3, 16, 16) / 8
+    data = DataLoader(TensorDataset(image, label.reshape(8, 16, 16)), batch_size=4)
+    trainer_of(model, crf_learning_rate=1e-9).train_stage2(data, 1)
+    assert crf.log_temperature.exp().item() == pytest.approx(2, abs=0.15)
+
+
+class Lookup(nn.Module):
+    """A network that knows its images by heart: logits [8, K, H, W] of the images of constant value i / 8."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.register_buffer("logits", logits)
+        self.unused = nn.Parameter(torch.zeros(()))
+
+    def forward(self, image):
+        return self.logits[(image[:, 0, 0, 0] * 8).round().long()]
 
 
 def test_patience_stops_a_stage_that_no_longer_improves():
@@ -356,7 +406,8 @@ def test_killed_in_every_stage_and_resumed_gives_the_run_that_was_not(tmp_path, 
         return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
     expected = {"stage1-last.pt", "stage1-best.pt", "history.json"}
-    for kill_at, extra in ((8 + 4, set()), (8 + 4 + 2, {"stage2-last.pt", "stage2-best.pt"}), (4 + 12 + 5, None)):
+    # Stage 2 looks at its 4 images once more before its first epoch, for the temperature.
+    for kill_at, extra in ((8 + 4, set()), (8 + 4 + 4 + 2, {"stage2-last.pt", "stage2-best.pt"}), (4 + 12 + 5, None)):
         options = ["--kill-at", str(kill_at)] + (["--resume"] if out.exists() else [])
         assert (process := start(*options)).returncode == -signal.SIGKILL, process.stderr
         expected |= extra if extra is not None else {"stage3-last.pt", "stage3-best.pt"}
