@@ -179,17 +179,22 @@ class ContextualCRF(nn.Module):
         options = {"reach": self.reach, "neighbours": self.neighbours}
         return {r: box_edges(r, height, width, **options).to(self.log_weight.device) for r in self.relations}
 
-    def pieces(self, logits: Tensor, features: Tensor) -> dict[str, Tensor]:
-        """Each relation's log P_V, of logits [B, K, h, w] and features [B, C, h, w] of one map: [B, E_r, K, K]."""
-        rows, pieces = features.to(self.log_weight).flatten(2).transpose(1, 2), {}
+    def pair_scores(self, logits: Tensor, features: Tensor) -> dict[str, Tensor]:
+        """Each relation's z_pq, of logits [B, K, h, w] and features [B, C, h, w] of one map: [B, E_r, K, K]."""
+        rows, result = features.to(self.log_weight).flatten(2).transpose(1, 2), {}
         log_u = self._log_p(logits)
         for relation, edges in self.edges(*features.shape[-2:]).items():
             scores = self.networks[relation](rows, edges)
             if self.residual:
                 first, second = edges.unbind(1)
                 scores = scores + log_u[:, first, :, None] + log_u[:, second, None, :]
-            pieces[relation] = torch.log_softmax(scores.flatten(2), dim=-1).view_as(scores)
-        return pieces
+            result[relation] = scores
+        return result
+
+    def pieces(self, logits: Tensor, features: Tensor) -> dict[str, Tensor]:
+        """Each relation's log P_V: `pair_scores`, a softmax over the K*K of every edge."""
+        scores = self.pair_scores(logits, features)
+        return {r: torch.log_softmax(z.flatten(2), dim=-1).view_as(z) for r, z in scores.items()}
 
     def potentials(self, logits: Tensor, pieces: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """All pieces put together, for inference: unary [B, N, K], edges [E, 2], pair [B, E, K, K].
@@ -234,10 +239,10 @@ class ContextualCRF(nn.Module):
         mend. class_weights are to be those the unary was trained with: see `pwlib.losses.pairwise_nll`.
         """
         self._check(logits, features)
-        pieces = self.pieces(logits.detach(), features)
+        scores = torch.cat(list(self.pair_scores(logits.detach(), features).values()), dim=1)
         edges = torch.cat(list(self.edges(*label.shape[-2:]).values()))
         ends = (label.flatten(1)[:, index] for index in edges.unbind(1))
-        return pairwise_nll(-torch.cat(list(pieces.values()), dim=1), *ends, class_weights=class_weights)
+        return pairwise_nll(-scores, *ends, class_weights=class_weights)
 
     def loss(self, logits: Tensor, features: Tensor, label: Tensor, likelihood: str = "piecewise", **options) -> Tensor:
         """One of `pwlib.likelihoods.LIKELIHOODS` of label [B, h, w], 255 = void, with its options: a scalar.
@@ -247,11 +252,12 @@ class ContextualCRF(nn.Module):
         if likelihood not in LIKELIHOODS:
             raise ValueError(f"likelihood is {likelihood!r}; expected one of {', '.join(LIKELIHOODS)}")
         self._check(logits, features)
-        pieces = self.pieces(logits.detach() if likelihood == "piecewise" else logits, features)
-        unary, edges, pair = self.potentials(logits, pieces)
         if likelihood == "piecewise":
-            unary, pair = self._log_p(logits), torch.cat(list(pieces.values()), dim=1)
-        elif likelihood == "mean_field":
+            unary, edges = self._log_p(logits), torch.cat(list(self.edges(*logits.shape[-2:]).values()))
+            pair = torch.cat(list(self.pair_scores(logits.detach(), features).values()), dim=1)
+        else:
+            unary, edges, pair = self.potentials(logits, self.pieces(logits, features))
+        if likelihood == "mean_field":
             options = {"iterations": self.iterations, "start": self._log_p(logits), **options}
         return LIKELIHOODS[likelihood](unary, edges, pair, label.flatten(1), **options)
 

@@ -251,8 +251,8 @@ def test_pair_loss_is_the_mean_over_edges_of_minus_log_p_v():
 
 def test_gradient_of_the_pieces_is_softmax_minus_one_hot():
     crf, (logits, features, label) = make(), problem(void=0.2)
-    pieces = {name: scores.detach().requires_grad_() for name, scores in crf.pieces(logits, features).items()}
-    crf.pieces = lambda *_: pieces
+    pieces = {name: scores.detach().requires_grad_() for name, scores in crf.pair_scores(logits, features).items()}
+    crf.pair_scores = lambda *_: pieces
     logits.requires_grad_()
     crf.loss(logits, features, label).backward()
     known, flat = label != 255, label.flatten(1)
