@@ -1,0 +1,161 @@
+"""What an SGD step of the contextual CRF costs: piecewise, and through 1, 3, 5, 10 mean-field iterations.
+
+    python benchmarks/piecewise/run.py                                 about a minute; writes result.json and cost.svg
+    python benchmarks/piecewise/run.py --sizes 8x12 --repeats 3 --out small.json
+
+A step: pieces from given features, the loss, and its gradient back to the pieces' networks, the logits and the
+features. All contenders work on one graph, with the same features, labels and networks; they take turns, and the median
+over the repeats counts. "network" is what all of them have to add: FeatMap-Net, forward and backward, for one image
+that gives a map of this size. Memory is what the backward pass keeps: the bytes of all storages that autograd saves,
+each counted once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from pwlib.context import ContextualCRF
+from pwlib.featmap import FeatMapNet
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+CLASSES, HIDDEN, NEIGHBOURS, BATCH = 11, 64, 24, 1
+NETWORK = {"width": 0.25, "batch_norm": True, "output_stride": 8, "dilation": 1}
+ITERATIONS = (1, 3, 5, 10)
+
+
+def contenders(height: int, width: int) -> dict:
+    """Name -> a function that computes one step's loss."""
+    torch.manual_seed(0)
+    network = FeatMapNet(CLASSES, **NETWORK)
+    crf = ContextualCRF(CLASSES, network.feature_channels, hidden=HIDDEN, neighbours=NEIGHBOURS)
+    features = torch.rand(BATCH, crf.in_channels, height, width, requires_grad=True)
+    logits = torch.randn(BATCH, CLASSES, height, width, requires_grad=True)
+    label = torch.randint(0, CLASSES, (BATCH, height, width))
+    image = torch.rand(BATCH, 3, *(round(cells * 8 / 1.2) for cells in (height, width)))
+    assert network.cells(image.shape[-2:], 1.2) == (height, width)
+
+    def through(iterations: int):
+        return lambda: crf.loss(logits, features, label, "mean_field", iterations=iterations)
+
+    steps = {"network": lambda: F.cross_entropy(network.coarse(image), label)}
+    steps["piecewise"] = lambda: crf.loss(logits, features, label)
+    return steps | {f"mean field, {n}": through(n) for n in ITERATIONS}
+
+
+def saved_bytes(step) -> int:
+    """What autograd keeps of one step's forward pass for its backward pass."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(storages.values())
+
+
+def seconds(step) -> float:
+    start = time.perf_counter()
+    step().backward()
+    return time.perf_counter() - start
+
+
+def measure(sizes: list[tuple[int, int]], repeats: int) -> list[dict]:
+    rows = []
+    for height, width in tqdm(sizes, unit="size"):
+        steps = contenders(height, width)
+        times = {name: [] for name in steps}
+        for repeat in range(repeats + 1):
+            for name, step in steps.items():
+                took = seconds(step)
+                if repeat:  # the first round warms up
+                    times[name].append(took)
+        crf = ContextualCRF(CLASSES, 1, neighbours=NEIGHBOURS)
+        for name, step in steps.items():
+            milliseconds = [1000 * t for t in times[name]]
+            rows.append(
+                {
+                    "height": height,
+                    "width": width,
+                    "edges": sum(len(e) for e in crf.edges(height, width).values()),
+                    "contender": name,
+                    "ms": round(statistics.median(milliseconds), 2),
+                    "fastest_ms": round(min(milliseconds), 2),
+                    "slowest_ms": round(max(milliseconds), 2),
+                    "saved_mb": round(saved_bytes(step) / 1e6, 2),
+                }
+            )
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """One line a size: the step's milliseconds, and how many times the piecewise step the others cost."""
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    lines = [f"{'map':>8} {'edges':>7}" + "".join(f" {name:>20}" for name in names)]
+    for size in dict.fromkeys((row["height"], row["width"]) for row in rows):
+        here = {row["contender"]: row for row in rows if (row["height"], row["width"]) == size}
+        unit = here["piecewise"]["ms"]
+        cells = "".join(f" {here[n]['ms']:9.1f} ({here[n]['ms'] / unit:5.1f} x)" for n in names)
+        lines.append(f"{size[0]:>3} x {size[1]:<2} {here['piecewise']['edges']:>7}{cells}")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    # Okabe & Ito's palette, and a marker each, so that colour is not alone in telling them apart.
+    styles = zip(("#000000", "#56B4E9", "#009E73", "#E69F00", "#D55E00"), "os^vD", strict=True)
+    names = [name for name in dict.fromkeys(row["contender"] for row in rows) if name != "network"]
+    for (colour, marker), name in zip(styles, names, strict=True):
+        mine = [row for row in rows if row["contender"] == name]
+        edges = [row["edges"] for row in mine]
+        for axis, key in zip(axes, ("ms", "saved_mb"), strict=True):
+            axis.loglog(edges, [row[key] for row in mine], color=colour, marker=marker, label=name)
+    for axis, title in zip(axes, ("milliseconds", "megabytes kept for the backward pass"), strict=True):
+        axis.set(xlabel="edges", ylabel=title)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    plt.rcParams["svg.hashsalt"] = "pwlib"
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["8x12", "10x14", "15x20", "20x28"], metavar="HxW")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=HERE / "result.json")
+    given = parser.parse_args()
+    rows = measure([tuple(int(side) for side in size.split("x")) for size in given.sizes], given.repeats)
+    torch_version = torch.__version__.split("+")[0]
+    result = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch_version}",
+        "settings": {
+            "classes": CLASSES,
+            "hidden": HIDDEN,
+            "neighbours": NEIGHBOURS,
+            "batch": BATCH,
+            "network": NETWORK,
+        },
+        "repeats": given.repeats,
+        "rows": rows,
+    }
+    given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    plot(rows, given.out.parent / "cost.svg")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
