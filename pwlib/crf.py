@@ -127,10 +127,7 @@ class DenseCRF(nn.Module):
         extra_kernels: more `Kernel`s.
 
     Learnable, all with gradients: `log_w` [M] in the order of `kernel_names`, `compatibility` [K, K],
-    `log_theta_gamma`, `log_theta_alpha`, `log_theta_beta`, and `log_temperature`, 0 at first: what `forward` returns
-    is mean field's log-marginals over this temperature, normalised again. It changes no label. Mean field is more
-    certain than it is right (it knows nothing of how its pixels err together); without a temperature a likelihood can
-    mend that only by weakening the kernels. Positive ones are kept as logarithms. An asymmetric
+    `log_theta_gamma`, `log_theta_alpha`, `log_theta_beta`. Positive ones are kept as logarithms. An asymmetric
     compatibility can be learned (as in Zheng et al., ICCV 2015) but is then a rule of update, not an energy: the pairs
     i < j have no order.
     """
@@ -168,7 +165,6 @@ class DenseCRF(nn.Module):
         self.log_theta_gamma = _log_parameter("theta_gamma", theta_gamma)
         self.log_theta_alpha = _log_parameter("theta_alpha", theta_alpha)
         self.log_theta_beta = _log_parameter("theta_beta", theta_beta)
-        self.log_temperature = _log_parameter("temperature", 1.0)
         self.log_w = _log_parameter("kernel weights", [w_spatial, w_bilateral, *(k.weight for k in extra_kernels)])
         if isinstance(compatibility, str):
             if compatibility != "potts":
@@ -226,23 +222,20 @@ class DenseCRF(nn.Module):
         height, width = image.shape[-2:]
         with torch.autocast(logits.device.type, enabled=False):
             log_q, image = self._prepare(logits, image)
-            unary, filters = -log_q, self.filters(image)
+            filters = self.filters(image)
             steps = self.iterations if iterations is None else iterations
             if isinstance(filters, LatticeBank) and not torch.is_grad_enabled():
                 # The same update, with fewer passes over memory.
                 log_q, steps = filters.mean_field(log_q, self.log_w.exp(), self.compatibility.T, steps), 0
+            log_p = log_q = log_q.contiguous() if steps else log_q
             for _ in range(steps):
-                log_q = torch.log_softmax(-unary - self.pairwise(filters, log_q.exp()), dim=-1)
-            if torch.is_grad_enabled() or self.log_temperature != 0:
-                log_q = torch.log_softmax(log_q / self.log_temperature.exp(), dim=-1)
+                log_q = torch.log_softmax(log_p - self.pairwise(filters, log_q.exp()), dim=-1)
         # Contiguous: nll_loss refuses to run backward through a transposed view.
         return log_q.transpose(1, 2).contiguous().reshape(len(image), self.num_classes, height, width)
 
     @torch.no_grad()
     def trace(self, logits: Tensor, image: Tensor, *, iterations: int | None = None) -> Trace:
         """As `forward`, for one image ([1, ...] or without the batch dimension), keeping everything.
-
-        The marginals are mean field's own, at temperature 1.
 
         free_energy is F(Q) = E_Q[E(x)] - H(Q) = KL(Q || P) - log Z. log Z is unknown, so F is no divergence: it may be
         negative, and only its fall means something. Its pairwise part is 1/2 sum_i sum_l q_i(l) pairwise_i(l); a
@@ -329,12 +322,12 @@ class DenseCRF(nn.Module):
         if image.shape != (len(logits), 3, *logits.shape[-2:]):
             expected = [len(logits), 3, *logits.shape[-2:]]
             raise ValueError(f"image has shape {tuple(image.shape)}; expected {expected}, to lie over the logits")
-        if not torch.isfinite(logits.detach()).all():
+        if not torch.stack(logits.detach().aminmax()).isfinite().all():  # one pass, and NaN wins either
             raise ValueError(
                 "logits hold NaN or infinity; expected finite numbers (did the network's training diverge?)"
             )
         log_p = torch.log_softmax(logits.to(self.compatibility).flatten(2), dim=1)
-        return log_p.transpose(1, 2).contiguous(), image.to(self.compatibility)
+        return log_p.transpose(1, 2), image.to(self.compatibility)
 
 
 def _log_parameter(name: str, value: float | Sequence[float]) -> nn.Parameter:

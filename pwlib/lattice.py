@@ -31,8 +31,8 @@ from torch import Tensor
 from pwlib.filters import FilterBank, GaussianFilter, GridPositions
 
 EPS = 1e-20  # the reference code's guard against an empty row
-HANDS = 8  # a power of 2
-CACHE = 2**21  # bytes that a CPU's caches hold with ease
+BLOCK = 2**14  # points, a power of 2: few enough that their values stay at hand while their bags are summed
+CACHE = 2**21
 LARGE = 2**12  # beyond it float32 has too few digits left to place a point inside its simplex
 
 
@@ -40,15 +40,20 @@ LARGE = 2**12  # beyond it float32 has too few digits left to place a point insi
 class Lattice:
     """Where P points of dimension d meet the lattice; integers only, nothing here has a gradient.
 
-    corner [P, d+1] int32: the vertex at each corner of each point's simplex. order [P(d+1)] int32: the positions in
-    corner.flatten(), sorted by vertex; point = order // (d+1). offsets [M+1] int32: the points of vertex v are
-    point[offsets[v]:offsets[v+1]]. neighbours [d+1, M, 3] int32: per direction the vertex itself and the two beside it.
-    The last vertex stands for all that no point touches: it has no points, and is the neighbour of those at the border.
+    corner [P, d+1] int32: the vertex at each corner of each point's simplex. The other way round, in two steps: a bag
+    holds what one vertex hears from one block of `BLOCK` points. order [P(d+1)] int32: the positions in
+    corner.flatten(), sorted by bag; point = order // (d+1); bags [bags+1] int32: where each begins. heard [bags] int32:
+    the bags, sorted by vertex; offsets [M+1] int32: where each vertex begins.
+
+    neighbours [d+1, M, 3] int32: per direction the vertex itself and the two beside it. The last vertex stands for all
+    that no point touches: it hears nothing, and is the neighbour of those at the border.
     """
 
     corner: Tensor
     order: Tensor
     point: Tensor
+    bags: Tensor
+    heard: Tensor
     offsets: Tensor
     neighbours: Tensor
 
@@ -70,7 +75,9 @@ class Lattice:
             tile(self.corner, self.size),
             tile(self.order, len(self.order)),
             tile(self.point, len(self.corner)),
-            torch.cat([tile(self.offsets[:-1], len(self.order)), self.offsets[-1:] * copies]),
+            torch.cat([tile(self.bags[:-1], len(self.order)), self.bags[-1:] * copies]),
+            tile(self.heard, len(self.heard)),
+            torch.cat([tile(self.offsets[:-1], len(self.heard)), self.offsets[-1:] * copies]),
             torch.stack([tile(direction, self.size) for direction in self.neighbours]),
         )
 
@@ -136,9 +143,9 @@ def build(base: Tensor, rank: Tensor, images: int) -> Lattice:
     spans = [int(span) for span in (base[:d].amax(1) - low + 2).tolist()]
     strides = [axes * math.prod(spans[:i]) for i in range(axes)]
     bound = strides[d] * images
-    if bound >= 2**60:
+    if bound * (points // BLOCK + 1) >= 2**62:
         raise ValueError(
-            f"features spread over {' x '.join(map(str, spans))} lattice cells, more than 60 bits can number; "
+            f"features spread over {' x '.join(map(str, spans))} lattice cells, too many to number in 64 bits; "
             "expected bandwidths that are not so small beside the features' range"
         )
     key = torch.zeros(points, dtype=torch.int64, device=device)
@@ -147,60 +154,80 @@ def build(base: Tensor, rank: Tensor, images: int) -> Lattice:
     if images > 1:
         key += torch.arange(images, device=device).repeat_interleave(points // images) * strides[d]
 
-    # Neighbouring pixels share their simplex: first find the different ones, to sort the corners of those only.
-    bits = d.bit_length()
-    if bound < 2 ** (62 - bits * d):
-        simplex = key << bits * d
-        for i in range(d):
-            simplex.add_(rank[i], alpha=1 << bits * i)
-        simplex, members = _sort(simplex, bound << bits * d)
-        _, simplex, counts = torch.unique_consecutive(simplex, return_inverse=True, return_counts=True)
-        simplex = torch.empty_like(simplex).scatter_(0, members, simplex)
-    else:
-        simplex = members = torch.arange(points, device=device)
-        counts = torch.ones_like(members)
+    members, counts, simplex = _simplices(key, rank, bound)
     starts = counts.cumsum(0) - counts
     first, simplices = members.index_select(0, starts), len(starts)
-
     # From remainder k-1 to k: one more in every coordinate, d+1 less in the one whose turn it is by rank.
     stride = torch.tensor([*strides[:d], 0], device=device)
     ranks = torch.stack([row.index_select(0, first) for row in rank]).long()
     turn = torch.empty_like(ranks).scatter_(0, ranks, (1 - stride)[:, None].expand_as(ranks))
     keys = torch.cat([key.index_select(0, first)[None], turn.flip(0)[:-1]]).cumsum_(0)
 
-    keys, corners = _sort(_deal(keys, bound).flatten(), HANDS * bound)  # corners: k * simplices + simplex
-    keys, vertex, shared = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
-    vertices = len(keys)
+    blocks = (points - 1) // BLOCK + 1
+    keys += first // BLOCK * bound
+    keys, corners = _sort(keys.flatten(), blocks * bound)  # corners: k * simplices + simplex
+    keys, bag, shared = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
+    keys, heard = _sort(keys % bound, bound)
+    keys, vertex, heard_from = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
+    vertex = torch.empty_like(vertex).scatter_(0, heard, vertex).index_select(0, bag)
     corner = torch.empty_like(vertex).scatter_(0, corners, vertex).view(axes, -1).int().T.contiguous()
-    # The points of a simplex are neighbours in `members`: what a vertex hears is a few runs of it.
+    offsets = F.pad(heard_from.cumsum(0), (1, 1), value=0)
+    offsets[-1] = offsets[-2]
+
+    # The points of a simplex are neighbours in `members`: a bag is a few runs of it.
     k, home = corners // simplices, corners % simplices
     lengths = counts.index_select(0, home)
-    offsets = lengths.cumsum(0).index_select(0, shared.cumsum(0) - 1)
+    bags = F.pad(lengths.cumsum(0).index_select(0, shared.cumsum(0) - 1), (1, 0))
     runs = _runs(k * points + starts.index_select(0, home), lengths, axes * points)
-    order = (members * axes + torch.arange(axes, device=device)[:, None]).int().flatten().index_select(0, runs)
-    point = members.int().repeat(axes).index_select(0, runs)
+    members = members.int()
+    order = members * axes + torch.arange(axes, dtype=torch.int32, device=device)[:, None]
+    order, point = order.flatten().index_select(0, runs), members.repeat(axes).index_select(0, runs)
 
     # One step in direction j: one less in every coordinate, d+1 more in coordinate j.
-    here = keys % bound
-    wanted = _deal(here + torch.where(here % axes > 0, -1, d - sum(strides[:d])) + stride[:, None], bound)
-    ahead = torch.searchsorted(keys, wanted).clamp_(max=vertices - 1)
+    vertices = len(keys)
+    wanted = keys + torch.where(keys % axes > 0, -1, d - sum(strides[:d])) + stride[:, None]
+    if device.type == "cpu":  # the wanted keys are sorted too, which numpy's search makes use of
+        ahead = torch.from_numpy(np.searchsorted(keys.numpy(), wanted.numpy())).clamp_(max=vertices - 1)
+    else:
+        ahead = torch.searchsorted(keys, wanted).clamp_(max=vertices - 1)
     ahead = ahead.where(keys.index_select(0, ahead.flatten()).view_as(ahead) == wanted, vertices)
     me = torch.arange(vertices, device=device).expand(axes, -1)
     behind = torch.full((axes, vertices + 1), vertices, device=device).scatter_(1, ahead, me)
     behind[:, vertices] = vertices
-    me, ahead = F.pad(me, (0, 1), value=vertices), F.pad(ahead, (0, 1), value=vertices)
+    me, ahead = (F.pad(index, (0, 1), value=vertices) for index in (me, ahead))
+    neighbours = torch.stack([me, ahead, behind], 2)
     return Lattice(
-        corner.index_select(0, simplex),
-        order,
-        point,
-        torch.cat([offsets.new_zeros(1), offsets, offsets[-1:]]).int(),
-        torch.stack([me, ahead, behind], 2).int(),
+        corner.index_select(0, simplex), order, point, bags.int(), heard.int(), offsets.int(), neighbours.int()
     )
 
 
-def _deal(keys: Tensor, bound: int) -> Tensor:
-    """Keys below `bound`, to be sorted by hands like cards: threads that share the vertices get like loads then."""
-    return keys + (keys & (HANDS - 1)) * bound
+def _simplices(key: Tensor, rank: Tensor, bound: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which points of a block share a simplex, as neighbouring pixels do: the fewer corners there are to sort.
+
+    members [P]: the points, simplex by simplex, block by block. counts [S]: how many each has. simplex [P]: of a point.
+    """
+    axes, points = rank.shape
+    digit, low = (axes - 1).bit_length(), (BLOCK - 1).bit_length()
+    bits = (bound // axes).bit_length() + digit * (axes - 1)  # of a name: the remainder-0 vertex, and the ranks
+    members = torch.arange(points, device=key.device)
+    if (points >> low).bit_length() + bits + low > 62:
+        return members, torch.ones_like(members), members  # too wide to sort beside a place: each point its own
+    name = key // axes << digit * (axes - 1)
+    for i in range(axes - 1):
+        name.add_(rank[i], alpha=1 << digit * i)
+    # One integer: block, name, place within the block.
+    name = ((members >> low << bits) + name << low) + (members & (BLOCK - 1))
+    name = _sort_(name)
+    members = (name >> bits + low << low) + (name & (BLOCK - 1))
+    _, simplex, counts = torch.unique_consecutive(name >> low, return_inverse=True, return_counts=True)
+    return members, counts, torch.empty_like(simplex).scatter_(0, members, simplex)
+
+
+def _sort_(keys: Tensor) -> Tensor:
+    if keys.is_cuda:
+        return keys.sort().values
+    keys.numpy().sort()  # numpy has SIMD for this
+    return keys
 
 
 def _sort(keys: Tensor, bound: int) -> tuple[Tensor, Tensor]:
@@ -208,13 +235,9 @@ def _sort(keys: Tensor, bound: int) -> tuple[Tensor, Tensor]:
     bits = (len(keys) - 1).bit_length()
     if bound >= 2 ** (63 - bits):
         return keys.sort(stable=True)
-    # Plain integers sort much faster than pairs (numpy has SIMD for them): carry the place in the low bits.
-    keys = (keys << bits).add_(torch.arange(len(keys), device=keys.device))
-    if keys.is_cuda:
-        keys = keys.sort().values
-    else:
-        keys.numpy().sort()
-    return keys >> bits, keys.bitwise_and_((1 << bits) - 1)
+    # Plain integers sort much faster than pairs: carry the place in the low bits.
+    keys = _sort_((keys << bits) + torch.arange(len(keys), device=keys.device))
+    return keys >> bits, keys & ((1 << bits) - 1)
 
 
 def _runs(starts: Tensor, lengths: Tensor, total: int) -> Tensor:
@@ -227,8 +250,8 @@ def _runs(starts: Tensor, lengths: Tensor, total: int) -> Tensor:
     return shift.add_(torch.arange(total, dtype=torch.int32, device=shift.device))
 
 
-def bag_sum(table: Tensor, index: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
-    """out[b] = sum of weight[e] table[index[e]] over offsets[b] <= e < offsets[b+1]."""
+def bag_sum(table: Tensor, index: Tensor, offsets: Tensor, weight: Tensor | None = None) -> Tensor:
+    """out[b] = sum of weight[e] table[index[e]] over offsets[b] <= e < offsets[b+1]; no weight: 1."""
     options = {"mode": "sum", "per_sample_weights": weight, "include_last_offset": True}
     return F.embedding_bag(index, table, offsets, **options)
 
@@ -250,21 +273,26 @@ def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     return torch.cat(list(parts), dim) if len(parts) > 1 else parts[0]
 
 
+def _number_through(parts: Sequence[Tensor], sizes: Sequence[int], dim: int = 0, ends: bool = False) -> Tensor:
+    """Indices into tables of these sizes as indices into them laid end to end. ends: they are offsets, end included."""
+    starts = [0, *itertools.accumulate(sizes)]
+    parts = [part + start if start else part for part, start in zip(parts, starts[:-1], strict=True)]
+    return _cat([*(part[:-1] for part in parts[:-1]), parts[-1]] if ends else parts, dim)
+
+
 class Joint:
     """Several lattices over the same points behind one splat and one slice: their vertices are numbered through."""
 
     def __init__(self, lattices: Sequence[Lattice]):
         self.lattices, self.sizes = lattices, [lattice.size for lattice in lattices]
-        corners, offsets, vertices, entries = [], [], 0, 0
-        for lattice in lattices:
-            corners.append(lattice.corner + vertices if vertices else lattice.corner)
-            offsets.append(lattice.offsets[:-1] + entries)
-            vertices, entries = vertices + lattice.size, entries + len(lattice.point)
-        corner = _cat(corners, 1)
-        self.points, self.corners = corner.shape
-        self.corner = corner.flatten()
+        self.points = len(lattices[0].corner)
+        self.corner = _number_through([lattice.corner for lattice in lattices], self.sizes, dim=1)
+        self.corners = self.corner.shape[1]
         self.point = _cat([lattice.point for lattice in lattices])
-        self.offsets = torch.cat([*offsets, offsets[0].new_tensor([entries])])
+        self.bags = _number_through([lattice.bags for lattice in lattices], [len(f.point) for f in lattices], ends=True)
+        bags = [len(lattice.heard) for lattice in lattices]
+        self.heard = _number_through([lattice.heard for lattice in lattices], bags)
+        self.offsets = _number_through([lattice.offsets for lattice in lattices], bags, ends=True)
 
     def _steps(self, count: int, step: int) -> Tensor:
         return torch.arange(0, count * step + 1, step, dtype=torch.int32, device=self.corner.device)
@@ -283,7 +311,7 @@ class Joint:
 
     def splat(self, values: Tensor, weights: Weights) -> Tensor:
         """[P, C] -> [M, C]"""
-        return bag_sum(values, self.point, self.offsets, weights.sorted)
+        return bag_sum(bag_sum(values, self.point, self.bags, weights.sorted), self.heard, self.offsets)
 
     def blur(self, table: Tensor, reverse: bool = False) -> list[Tensor]:
         """[M, C], a part a lattice: each is blurred along its own directions."""
@@ -299,13 +327,15 @@ class Joint:
     def slice(self, table: Tensor, weights: Weights, first: int = 0, last: int | None = None) -> Tensor:
         """[M, C] -> [P, C], or those of the points first <= p < last only"""
         rows = weights.rows.detach()[first:last]
-        corner = self.corner.view(-1, self.corners)[first:last]
+        corner = self.corner[first:last]
         return bag_sum(table, corner.flatten(), self.slice_offsets[: len(rows) + 1], rows.flatten())
 
     def dots(self, values: Tensor, table: Tensor) -> Tensor:
         """values[p] . table[corner[p, k]], [P, corners]: the gradient of a splat's and of a slice's weights."""
         backward = torch.ops.aten._embedding_bag_per_sample_weights_backward
-        return backward(values, table, self.corner, self.slice_offsets, self.owner, 0).view(self.points, self.corners)
+        return backward(values, table, self.corner.flatten(), self.slice_offsets, self.owner, 0).view(
+            self.points, self.corners
+        )
 
 
 def _mix(part: Tensor, mixing: Tensor) -> Tensor:

@@ -268,7 +268,7 @@ def test_keys_too_wide_to_carry_a_position_sort_all_the_same():
 
 
 def test_more_cells_than_keys_are_refused_in_words():
-    with pytest.raises(ValueError, match=r"lattice cells, more than 60 bits can number; expected bandwidths"):
+    with pytest.raises(ValueError, match=r"lattice cells, too many to number in 64 bits; expected bandwidths"):
         LatticeFilter(features(50, 5, spread=1e6))
 
 
