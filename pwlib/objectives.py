@@ -57,8 +57,12 @@ class Objective(nn.Module):
     """What a stage minimises: (image, label) -> (loss, scores). One module, so that it can be wrapped for several GPUs.
 
     stage 1   loss(logits)
-    stage 2   -log q(label), or the piecewise likelihood; no gradient reaches the network
+    stage 2   -log softmax(log q / T)(label), or the piecewise likelihood; no gradient reaches the network
     stage 3   -log q(label) + loss(logits): the second term keeps the unary a classifier in its own right
+
+    `temperature`, T, is `calibrated`'s. Mean field's marginals are surer than they are right, since nothing in them
+    knows that pixels err together, and where the network is frozen a likelihood could mend that only by weakening the
+    kernels. T changes no label and is no part of the model; in stage 3 the network can learn to be less sure itself.
 
     Where the model has a context, its pieces' likelihood is added in stages 2 and 3, and with `joint_pieces` in stage
     1. In stage 2 the dense CRF refines what inference makes of the pieces as they are: -log q(label) then teaches the
@@ -79,6 +83,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.stage, self.loss, self.crf_loss = model, stage, loss, crf_loss
         self.iterations, self.amp, self.class_weights = iterations, amp, class_weights
+        self.temperature = 1.0
         self.pieces = model.context is not None and (stage > 1 or joint_pieces)
 
     def train(self, mode: bool = True) -> Objective:
@@ -106,7 +111,7 @@ class Objective(nn.Module):
             marginals = self.model.contextual(coarse, features, frozen=self.stage == 2)
             evidence = self.model.to_pixels(marginals, image.shape[-2:])
         log_q = self.model.refine(evidence, image, iterations=self.iterations)
-        likelihood = cross_entropy(log_q, label) + pieces
+        likelihood = cross_entropy(log_q / self.temperature, label) + pieces
         return (likelihood if self.stage == 2 else likelihood + self.loss(logits, label)), log_q
 
     def _pair_loss(self, features: Tensor, coarse: Tensor, label: Tensor) -> Tensor:

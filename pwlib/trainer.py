@@ -11,9 +11,8 @@ under mean field's marginals.
 
 Why stage 2 has images of its own: on those the network was fitted to it hardly errs, so there is nothing for a CRF to
 correct, and it learns that it is not needed. Why it has no class weights: they ask for a prior that the pixels do not
-have, and the CRF, which sees whole regions, follows it further than a network does. Why it begins by fitting one
-temperature: mean field's marginals are surer than they are right, and a likelihood mends that first, by whatever means
-it has. Given a temperature, it need not weaken the kernels.
+have, and the CRF, which sees whole regions, follows it further than a network does. Why its
+likelihood has a temperature: see `pwlib.objectives.Objective`.
 """
 
 from __future__ import annotations
@@ -271,15 +270,13 @@ class PiecewiseTrainer:
             self.class_weights,
             self.joint_pieces,
         )
-        if stage == 2 and last is None:
-            self._calibrate(objective, loader)
         if loaders.process()[1] > 1:
-            # The pieces have no marginals, so no use for their temperature.
-            unused = stage == 2 and self.config["crf_loss"] == "piecewise"
-            module = DistributedDataParallel(objective, find_unused_parameters=unused)
+            module = DistributedDataParallel(objective)
         for epoch in range(last["epoch"] + 1 if last else 1, epochs + 1):
             if self._out_of_patience(records):
                 break
+            if stage == 2 and self.config["crf_loss"] == "marginal":
+                objective.temperature = self._temperature(objective, loader)
             seed = loaders.derive_seed(self.config["seed"], stage, epoch)
             loaders.start_epoch(loader, seed)
             with loaders.seeded(seed + loaders.process()[0], self.device):
@@ -292,13 +289,8 @@ class PiecewiseTrainer:
         self.model.load_state_dict(best)
 
     @torch.no_grad()
-    def _calibrate(self, objective: Objective, loader: Batches, batches: int = 4) -> None:
-        """Give the CRF the temperature that the first batches ask for, before anything else of it moves.
-
-        From 1 the likelihood's first steps all go into making over-confident marginals less so, by weaker kernels.
-        """
-        if self.config["crf_loss"] != "marginal" or not hasattr(self.model.crf, "log_temperature"):
-            return
+    def _temperature(self, objective: Objective, loader: Batches, batches: int = 4) -> float:
+        """What to divide the log-marginals by, as a few of stage 2's batches have it; the same few in every epoch."""
         seed = loaders.derive_seed(self.config["seed"], 2, 0)
         loaders.start_epoch(loader, seed)
         rows, labels = [], []
@@ -308,8 +300,7 @@ class PiecewiseTrainer:
                 log_q = objective.train()(image, label)[1].movedim(1, -1)
                 rows.append(log_q[label != VOID])
                 labels.append(label[label != VOID])
-        temperature = calibrated(torch.cat(rows), torch.cat(labels))
-        self.model.crf.log_temperature.add_(math.log(temperature))
+        return calibrated(torch.cat(rows), torch.cat(labels))
 
     def _epoch(self, module, optimizer, scaler, loader, stage: int, epoch: int, epochs: int) -> dict[str, Any]:
         module.train()

@@ -96,7 +96,7 @@ def test_stage_2_trains_pieces_and_crfs_and_not_a_bit_of_the_network(crf_loss, m
     model = model_of()
     expected = names(model, "context.", "crf.")
     if crf_loss == "piecewise":  # without inference: none is run, and what only inference teaches stays
-        expected -= {"context.log_weight", "context.log_temperature", "crf.log_temperature"}
+        expected -= {"context.log_weight", "context.log_temperature"}
         monkeypatch.setattr(ContextualCRF, "forward", lambda *_: pytest.fail("inference was run"))
         monkeypatch.setattr(DenseCRF, "forward", lambda *_: pytest.fail("inference was run"))
     assert changed(model, lambda: trainer_of(model, crf_loss=crf_loss).train_stage2(scenes(), 1)) == expected

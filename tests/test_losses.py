@@ -185,8 +185,7 @@ def test_structured_moves_every_parameter_of_the_dense_crf():
 
     loss().backward()
     moved = 0
-    potentials = {name: p for name, p in crf.named_parameters() if name != "log_temperature"}  # of marginals, not pairs
-    for name, parameter in potentials.items():
+    for name, parameter in crf.named_parameters():
         for i in range(parameter.numel()):
             flat, step, values = parameter.data.view(-1), 1e-5, []
             for sign in (1, -1):

@@ -99,10 +99,7 @@ def test_stage_2_trains_every_parameter_of_the_crf_and_not_a_bit_of_the_network(
     trainer_of(model).train_stage1(scenes(), 1)
     before = weights(model)
     trainer_of(model, crf_loss=crf_loss, optimizer=optimizer).train_stage2(scenes(), 1)
-    learned = {f"crf.{name}" for name, _ in model.crf.named_parameters()}
-    if crf_loss == "piecewise":
-        learned.remove("crf.log_temperature")  # of marginals, which the pieces do without
-    assert changed(before, model) == learned
+    assert changed(before, model) == {f"crf.{name}" for name, _ in model.crf.named_parameters()}
 
 
 def test_stage_3_trains_everything_and_frozen_parameters_of_yours_stay_frozen():
@@ -229,8 +226,8 @@ def test_a_temperature_without_an_optimum_stays_in_bounds(labels, temperature):
     assert got == pytest.approx(temperature)
 
 
-def test_stage_2_begins_with_the_temperature_its_images_ask_for():
-    """A network twice as sure as it is right, and a CRF with nothing to add: at a rate of next to nothing, T = 2."""
+def test_stage_2_learns_at_the_temperature_its_images_ask_for(monkeypatch):
+    """A network twice as sure as it is right, and a CRF with nothing to add: T = 2 in every epoch."""
     generator = torch.Generator().manual_seed(3)
     z = torch.randn(8, K, 16, 16, generator=generator)
     label = torch.multinomial(torch.softmax(z, 1).movedim(1, -1).reshape(-1, K), 1, generator=generator)
@@ -238,8 +235,19 @@ def test_stage_2_begins_with_the_temperature_its_images_ask_for():
     model = PiecewiseTrainedModel(K, unary=Lookup(2 * z), crf=crf)
     image = torch.arange(8.0)[:, None, None, None].expand(8, 3, 16, 16) / 8
     data = DataLoader(TensorDataset(image, label.reshape(8, 16, 16)), batch_size=4)
-    trainer_of(model, crf_learning_rate=1e-9).train_stage2(data, 1)
-    assert crf.log_temperature.exp().item() == pytest.approx(2, abs=0.15)
+    trainer = trainer_of(model, crf_learning_rate=1e-9)
+    used, epoch = [], trainer._epoch
+    monkeypatch.setattr(
+        trainer, "_epoch", lambda objective, *rest: used.append(objective.temperature) or epoch(objective, *rest)
+    )
+    trainer.train_stage2(data, 2)
+    assert used == pytest.approx([2, 2], abs=0.15)
+    # The same images at T: the loss is what the labels were drawn from would give.
+    truth = nn.functional.cross_entropy(z, label.reshape(8, 16, 16)).item()
+    assert trainer.history["stage2"][-1]["loss"] == pytest.approx(truth, rel=0.01)
+    used.clear()
+    trainer.train_stage3(data, 1)
+    assert used == [1.0]
 
 
 class Lookup(nn.Module):
@@ -406,8 +414,9 @@ def test_killed_in_every_stage_and_resumed_gives_the_run_that_was_not(tmp_path, 
         return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
     expected = {"stage1-last.pt", "stage1-best.pt", "history.json"}
-    # Stage 2 looks at its 4 images once more before its first epoch, for the temperature.
-    for kill_at, extra in ((8 + 4, set()), (8 + 4 + 4 + 2, {"stage2-last.pt", "stage2-best.pt"}), (4 + 12 + 5, None)):
+    # Before each of its epochs stage 2 looks at its 4 images once more, for the temperature.
+    kills = ((8 + 4, set()), (8 + 4 + 4 + 4 + 2, {"stage2-last.pt", "stage2-best.pt"}), (4 + 4 + 12 + 5, None))
+    for kill_at, extra in kills:
         options = ["--kill-at", str(kill_at)] + (["--resume"] if out.exists() else [])
         assert (process := start(*options)).returncode == -signal.SIGKILL, process.stderr
         expected |= extra if extra is not None else {"stage3-last.pt", "stage3-best.pt"}

@@ -44,7 +44,7 @@ def tiny_model(batch_norm=True, dropout=0.5):
 
 
 def run(out=None, *, stop_at=0, then=die, batch=3, batch_norm=True, dropout=0.5, augment=True, **options):
-    """Two epochs a stage: 8 images an epoch in stage 1, 4 in stage 2 (and 4 before it), 12 in stage 3."""
+    """Two epochs a stage: 8 images an epoch in stage 1, 4 in stage 2 (and 4 before), 12 in stage 3."""
     scenes = load("scenes", "train", size=SIZE, length=12)
     counted = Counted(stop_at, then)
     transform = counted(Augment() if augment else lambda image, label: (image, label))
