@@ -222,13 +222,14 @@ class DenseCRF(nn.Module):
         height, width = image.shape[-2:]
         with torch.autocast(logits.device.type, enabled=False):
             log_q, image = self._prepare(logits, image)
-            unary, filters = -log_q, self.filters(image)
+            filters = self.filters(image)
             steps = self.iterations if iterations is None else iterations
             if isinstance(filters, LatticeBank) and not torch.is_grad_enabled():
                 # The same update, with fewer passes over memory.
                 log_q, steps = filters.mean_field(log_q, self.log_w.exp(), self.compatibility.T, steps), 0
+            log_p = log_q = log_q.contiguous() if steps else log_q
             for _ in range(steps):
-                log_q = torch.log_softmax(-unary - self.pairwise(filters, log_q.exp()), dim=-1)
+                log_q = torch.log_softmax(log_p - self.pairwise(filters, log_q.exp()), dim=-1)
         # Contiguous: nll_loss refuses to run backward through a transposed view.
         return log_q.transpose(1, 2).contiguous().reshape(len(image), self.num_classes, height, width)
 
@@ -321,12 +322,12 @@ class DenseCRF(nn.Module):
         if image.shape != (len(logits), 3, *logits.shape[-2:]):
             expected = [len(logits), 3, *logits.shape[-2:]]
             raise ValueError(f"image has shape {tuple(image.shape)}; expected {expected}, to lie over the logits")
-        if not torch.isfinite(logits.detach()).all():
+        if not torch.stack(logits.detach().aminmax()).isfinite().all():  # one pass, and NaN wins either
             raise ValueError(
                 "logits hold NaN or infinity; expected finite numbers (did the network's training diverge?)"
             )
         log_p = torch.log_softmax(logits.to(self.compatibility).flatten(2), dim=1)
-        return log_p.transpose(1, 2).contiguous(), image.to(self.compatibility)
+        return log_p.transpose(1, 2), image.to(self.compatibility)
 
 
 def _log_parameter(name: str, value: float | Sequence[float]) -> nn.Parameter:
