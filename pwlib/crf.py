@@ -207,7 +207,8 @@ class DenseCRF(nn.Module):
 
     def pairwise(self, filters: FilterBank, q: Tensor) -> Tensor:
         """The energy each label meets from all other pixels: marginals q [B, N, K] -> [B, N, K]."""
-        return self.penalize(filters(q, self.log_w.exp()))
+        # `penalize` is linear: what it makes of the identity is its matrix, which a lattice applies to fewer rows.
+        return filters(q, self.log_w.exp(), self.penalize(torch.eye(self.num_classes).to(self.compatibility)))
 
     def penalize(self, message: Tensor) -> Tensor:
         """sum_l' mu(l, l') message(l'), [..., K]: what the votes heard cost each label."""

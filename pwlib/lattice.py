@@ -263,36 +263,25 @@ class Weights:
         self.rows, self.lattices = rows, lattices
 
     @cached_property
-    def sorted(self) -> Tensor:
+    def sorted(self) -> list[Tensor]:
         parts = self.rows.detach().split([lattice.corner.shape[1] for lattice in self.lattices], 1)
         pairs = zip(parts, self.lattices, strict=True)
-        return _cat([part.reshape(-1).index_select(0, lattice.order) for part, lattice in pairs])
+        return [part.reshape(-1).index_select(0, lattice.order) for part, lattice in pairs]
 
 
 def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     return torch.cat(list(parts), dim) if len(parts) > 1 else parts[0]
 
 
-def _number_through(parts: Sequence[Tensor], sizes: Sequence[int], dim: int = 0, ends: bool = False) -> Tensor:
-    """Indices into tables of these sizes as indices into them laid end to end. ends: they are offsets, end included."""
-    starts = [0, *itertools.accumulate(sizes)]
-    parts = [part + start if start else part for part, start in zip(parts, starts[:-1], strict=True)]
-    return _cat([*(part[:-1] for part in parts[:-1]), parts[-1]] if ends else parts, dim)
-
-
 class Joint:
-    """Several lattices over the same points behind one splat and one slice: their vertices are numbered through."""
+    """Several lattices over the same points behind one slice: for that, their vertices are numbered through."""
 
     def __init__(self, lattices: Sequence[Lattice]):
         self.lattices, self.sizes = lattices, [lattice.size for lattice in lattices]
-        self.points = len(lattices[0].corner)
-        self.corner = _number_through([lattice.corner for lattice in lattices], self.sizes, dim=1)
-        self.corners = self.corner.shape[1]
-        self.point = _cat([lattice.point for lattice in lattices])
-        self.bags = _number_through([lattice.bags for lattice in lattices], [len(f.point) for f in lattices], ends=True)
-        bags = [len(lattice.heard) for lattice in lattices]
-        self.heard = _number_through([lattice.heard for lattice in lattices], bags)
-        self.offsets = _number_through([lattice.offsets for lattice in lattices], bags, ends=True)
+        starts = itertools.accumulate(self.sizes, initial=0)
+        corners = [f.corner + start if start else f.corner for f, start in zip(lattices, starts, strict=False)]
+        self.corner = _cat(corners, 1)
+        self.points, self.corners = self.corner.shape
 
     def _steps(self, count: int, step: int) -> Tensor:
         return torch.arange(0, count * step + 1, step, dtype=torch.int32, device=self.corner.device)
@@ -309,20 +298,20 @@ class Joint:
     def owner(self) -> Tensor:
         return self.slice_offsets.new_tensor(range(self.points)).repeat_interleave(self.corners)
 
-    def splat(self, values: Tensor, weights: Weights) -> Tensor:
-        """[P, C] -> [M, C]"""
-        return bag_sum(bag_sum(values, self.point, self.bags, weights.sorted), self.heard, self.offsets)
+    def splat(self, values: Tensor, weights: Weights) -> list[Tensor]:
+        """[P, C] -> [M, C], a part a lattice"""
+        pairs = zip(self.lattices, weights.sorted, strict=True)
+        return [bag_sum(bag_sum(values, f.point, f.bags, weight), f.heard, f.offsets) for f, weight in pairs]
 
-    def blur(self, table: Tensor, reverse: bool = False) -> list[Tensor]:
-        """[M, C], a part a lattice: each is blurred along its own directions."""
-        parts = []
-        taps = table.new_tensor([1, 0.5, 0.5]).repeat(max(self.sizes))
-        for lattice, part in zip(self.lattices, table.split(self.sizes), strict=True):
-            offsets, taps_here = self.blur_offsets[: lattice.size + 1], taps[: 3 * lattice.size]
+    def blur(self, parts: Sequence[Tensor], reverse: bool = False) -> list[Tensor]:
+        """[M, C] -> [M, C], each part along its own lattice's directions"""
+        taps, blurred = parts[0].new_tensor([1, 0.5, 0.5]).repeat(max(self.sizes)), []
+        for lattice, part in zip(self.lattices, parts, strict=True):
             for neighbours in lattice.neighbours.flip(0) if reverse else lattice.neighbours:
-                part = bag_sum(part, neighbours.flatten(), offsets, taps_here)
-            parts.append(part)
-        return parts
+                offsets = self.blur_offsets[: lattice.size + 1]
+                part = bag_sum(part, neighbours.flatten(), offsets, taps[: 3 * lattice.size])
+            blurred.append(part)
+        return blurred
 
     def slice(self, table: Tensor, weights: Weights, first: int = 0, last: int | None = None) -> Tensor:
         """[M, C] -> [P, C], or those of the points first <= p < last only"""
@@ -366,12 +355,12 @@ class _Apply(torch.autograd.Function):
         to_values = to_splat = to_slice = to_mixing = None
         if ctx.needs_input_grad[2]:
             to_slice = joint.dots(grad, table)
-        parts = joint.splat(grad, slice_weights).split(joint.sizes)
+        parts = joint.splat(grad, slice_weights)
         if ctx.needs_input_grad[3]:
             pairs = zip(blurred, parts, strict=True)
             to_mixing = torch.stack([b.T @ p if mixing.ndim > 1 else (b * p).sum() for b, p in pairs])
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            mixed = _cat([_mix(part, m.T if m.ndim else m) for part, m in zip(parts, mixing, strict=True)])
+            mixed = [_mix(part, m.T if m.ndim else m) for part, m in zip(parts, mixing, strict=True)]
             back = _cat(joint.blur(mixed, reverse=True))
             if ctx.needs_input_grad[0]:
                 to_values = joint.slice(back, splat_weights)
