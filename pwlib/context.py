@@ -166,7 +166,7 @@ class ContextualCRF(nn.Module):
         if not relations or len(set(relations)) != len(relations):
             raise ValueError(f"relations are {relations}; expected one or more of {', '.join(RELATIONS)}, each once")
         for relation in relations:
-            box_offsets(relation, 2, reach=reach, neighbours=neighbours)  # complains where it should
+            box_offsets(relation, 100, reach=reach, neighbours=neighbours)  # complains where it should
         self.num_classes, self.in_channels = num_classes, in_channels
         self.relations, self.reach, self.neighbours = tuple(relations), reach, neighbours
         self.iterations, self.counting, self.residual = iterations, counting, residual

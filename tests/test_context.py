@@ -405,11 +405,21 @@ def test_context_tells_apart_what_the_unary_cannot():
         ({"relations": ("below",)}, "'below'; expected one of surrounding, above_below"),
         ({"relations": ("surrounding", "surrounding")}, "each once"),
         ({"reach": 0.0}, "reach is 0.0"),
+        ({"neighbours": 20}, "neighbours is 20; expected an odd square less 1"),
     ],
 )
 def test_impossible_crfs_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+def test_a_single_cell_has_no_context():
+    """A map of one cell, as of a very small image: no edge, so the unary is all there is, and the pieces' loss is 0."""
+    crf, (logits, features, label) = make(), problem(size=(1, 1))
+    torch.testing.assert_close(crf(logits, features), logits.log_softmax(1))
+    loss = crf.pair_loss(logits, features, label)
+    loss.backward()
+    assert loss.item() == 0
 
 
 def test_what_does_not_fit_is_named():
