@@ -64,7 +64,7 @@ _LARGE = Profile(
 )
 
 PROFILES: dict[tuple[str, str], Profile] = {
-    ("scenes", "quick"): Profile(size=(64, 96), epochs=(16, 2, 1), crf=SMALL_CRF | {"theta_beta": 20.0}),
+    ("scenes", "quick"): Profile(size=(64, 96), epochs=(12, 2, 1), crf=SMALL_CRF | {"theta_beta": 20.0}),
     ("scenes", "full"): Profile(size=(96, 144), epochs=(60, 8, 10), width=0.5, crf=SMALL_CRF | {"theta_beta": 20.0}),
     ("camvid", "quick"): Profile(
         size=(90, 120),
