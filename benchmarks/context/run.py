@@ -1,0 +1,182 @@
+"""What context tells that a local network cannot: look-alike classes on Scenes.
+
+A plane and a boat have one silhouette and one paint, a roof and a tent too; what surrounds them tells them apart.
+The network here sees 10 px, an object is 10 to 28 px large: inside an object it sees no surroundings.
+
+    stage 1   network and contextual pieces together, by the piecewise likelihood, on three quarters of the images
+    stage 2   the dense CRF, and how much the pieces count, on the other quarter; the network is frozen
+
+The same network is given a dense CRF without context, trained in the same stage 2 on the same images. All are scored on
+test scenes; nothing is selected on them.
+
+    python benchmarks/context/run.py                  some two minutes a seed on one core; writes result.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from pwlib.context import ContextualCRF
+from pwlib.crf import DenseCRF
+from pwlib.data import Augment, hold_out, load
+from pwlib.evaluation import evaluate
+from pwlib.losses import balanced_weights
+from pwlib.model import PiecewiseTrainedModel
+from pwlib.trainer import PiecewiseTrainer
+from pwlib.unary import Normalize, convolution, receptive_field, resize_logits
+
+HERE = Path(__file__).parent
+LOOK_ALIKES = ("plane", "boat", "roof", "tent")
+SETTINGS = {
+    "train_images": 160,
+    "test_images": 60,
+    "epochs": [8, 2],
+    "batch": 4,
+    "channels": 48,
+    "hidden": 32,
+    "neighbours": 24,
+    "learning_rate": 4e-3,
+    "crf": {"theta_alpha": 20.0, "theta_beta": 20.0, "theta_gamma": 1.5, "w_bilateral": 3.0, "w_spatial": 1.0},
+}
+
+
+class LocalNet(nn.Module):
+    """Features of 10 px around a cell, one cell per 4 px, and their logits."""
+
+    cell_size = 4
+
+    def __init__(self, num_classes: int, channels: int):
+        super().__init__()
+        self.feature_channels = channels
+        self.layers = nn.Sequential(
+            Normalize(),
+            *convolution(3, channels // 2, batch_norm=True),
+            nn.MaxPool2d(2, ceil_mode=True),
+            *convolution(channels // 2, channels, batch_norm=True),
+            nn.MaxPool2d(2, ceil_mode=True),
+            *convolution(channels, channels, 1, batch_norm=True),
+            *convolution(channels, channels, 1, batch_norm=True),
+        )
+        self.head = nn.Conv2d(channels, num_classes, 1)
+        self.receptive_field = receptive_field(self.layers)
+
+    def features(self, image: Tensor) -> Tensor:
+        return self.layers(image)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return resize_logits(self.head(self.features(image)), image.shape[-2:], stride=self.cell_size)
+
+
+def run(seed: int, counting: str) -> dict:
+    data = load("scenes", "train", length=SETTINGS["train_images"], seed=seed)
+    test = DataLoader(load("scenes", "test", length=SETTINGS["test_images"]), batch_size=8)
+    fit, held = hold_out(data, 0.25, seed)
+    counts = sum(torch.bincount(data[i][1].flatten(), minlength=256)[:10] for i in range(len(data)))
+    torch.manual_seed(seed)
+    unary = LocalNet(10, SETTINGS["channels"])
+    context = ContextualCRF(
+        10, unary.feature_channels, hidden=SETTINGS["hidden"], neighbours=SETTINGS["neighbours"], counting=counting
+    )
+    model = PiecewiseTrainedModel(
+        10, 5, unary=unary, context=context, crf=DenseCRF(10, filtering="lattice", **SETTINGS["crf"])
+    )
+
+    def trainer(model: nn.Module) -> PiecewiseTrainer:
+        return PiecewiseTrainer(
+            model,
+            num_classes=10,
+            learning_rate=SETTINGS["learning_rate"],
+            optimizer="adamw",
+            schedule="onecycle",
+            joint_pieces=True,
+            class_weights=balanced_weights(counts),
+            train_iterations=5,
+            test_iterations=5,
+            seed=seed,
+        )
+
+    start = time.process_time()
+    augment = Augment(scale=(1.0, 1.0), colour=0.0)  # flips alone
+    loader = DataLoader(fit.with_transform(augment), batch_size=SETTINGS["batch"], shuffle=True)
+    trainer(model).train_stage1(loader, SETTINGS["epochs"][0])
+    print("stage 1:", round(time.process_time() - start), "CPU seconds", flush=True)
+    scores = {"untuned": evaluate(model, test, iterations=5)}
+    alone = PiecewiseTrainedModel(10, 5, unary=copy.deepcopy(unary), crf=copy.deepcopy(model.crf))
+    loader = DataLoader(held, batch_size=SETTINGS["batch"], shuffle=True)
+    for name, one in (("context", model), ("alone", alone)):
+        trainer(one).train_stage2(loader, SETTINGS["epochs"][1])
+        scores[name] = evaluate(one, test, iterations=5)
+    rows = {
+        "unary": scores["alone"]["unary"],
+        "unary + dense CRF": scores["alone"]["crf"],
+        "context, pieces as learned": scores["untuned"]["context"],
+        "context, weights learned": scores["context"]["context"],
+        "context + dense CRF": scores["context"]["crf"],
+    }
+    return {
+        "seed": seed,
+        "counting": counting,
+        "cpu_seconds": round(time.process_time() - start),
+        "weights": [round(w, 3) for w in context.log_weight.exp().tolist()],
+        "temperature": round(context.log_temperature.exp().item(), 3),
+        "rows": {name: summary(found) for name, found in rows.items()},
+    }
+
+
+def summary(scores: dict) -> dict:
+    ious = {name: round(100 * scores["per_class_iou"][name], 1) for name in LOOK_ALIKES}
+    mean = round(sum(ious.values()) / len(ious), 2)
+    return {"miou": round(100 * scores["miou"], 2), "look_alikes": mean, **ious}
+
+
+def interval(values: list[float]) -> str:
+    """Mean and the half width of its 95 % interval (Student's t)."""
+    mean, n = sum(values) / len(values), len(values)
+    if n < 2:
+        return f"{mean:5.1f}"
+    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}[n]
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    return f"{mean:5.1f} ± {t * deviation / math.sqrt(n):.1f}"
+
+
+def table(runs: list[dict]) -> str:
+    lines = []
+    for counting in dict.fromkeys(run["counting"] for run in runs):
+        mine = [run for run in runs if run["counting"] == counting]
+        lines.append(f"counting: {counting}, {len(mine)} seeds")
+        lines.append(f"{'':28}" + "".join(f"{k:>14}" for k in ("miou", "look_alikes", *LOOK_ALIKES)))
+        for name in mine[0]["rows"]:
+            cells = [interval([run["rows"][name][k] for run in mine]) for k in ("miou", "look_alikes", *LOOK_ALIKES)]
+            lines.append(f"{name:28}" + "".join(f"{cell:>14}" for cell in cells))
+        gain = [r["rows"]["context, weights learned"]["look_alikes"] - r["rows"]["unary"]["look_alikes"] for r in mine]
+        lines.append(f"context over unary, look-alikes, paired: {interval(gain)} points of IoU")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--counting", nargs="+", default=["tree"], choices=("tree", "sum"))
+    parser.add_argument("--out", type=Path, default=HERE / "result.json")
+    given = parser.parse_args()
+    runs = json.loads(given.out.read_text())["runs"] if given.out.exists() else []
+    for counting in given.counting:
+        for seed in given.seeds:
+            if not any((r["seed"], r["counting"]) == (seed, counting) for r in runs):
+                runs.append(run(seed, counting))
+                content = {"settings": SETTINGS, "torch": torch.__version__.split("+")[0], "runs": runs}
+                given.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main()
