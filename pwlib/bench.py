@@ -368,6 +368,7 @@ def run(args: argparse.Namespace) -> int:
             result["rows"] += rows
             bar.clear()
             print(f"\n{height}x{width}, {labels} labels, {args.iterations} iterations\n{table(rows)}", flush=True)
+            _store(args, result)
     if not torch.cuda.is_available():
         print("\nlattice (cuda), exact (cuda): not measured, there is no CUDA device here")
     if args.training_step:
@@ -378,9 +379,13 @@ def run(args: argparse.Namespace) -> int:
             f"CRF {step['crf_s']:.2f} s, {step['crf_share']:.0%} of the step; "
             f"predicting 360x480, 10 iterations: CRF {step['predict_crf_s']:.2f} s"
         )
+    _store(args, result)
+    return 0
+
+
+def _store(args: argparse.Namespace, result: dict[str, Any]) -> None:
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-    return 0
 
 
 def _processor() -> str:

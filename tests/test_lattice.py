@@ -94,6 +94,39 @@ def test_equals_the_dictionary_lattice(dims, spread, normalization):
     torch.testing.assert_close(LatticeFilter(f, normalization=normalization)(v)[0], expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("dims", [2, 5])
+def test_several_blocks_of_points_make_the_same_lattice(dims, monkeypatch):
+    monkeypatch.setattr(lattice, "BLOCK", 32)
+    f, v = features(150, dims, spread=0.7), values(1, 150, 4)
+    built = LatticeFilter(f, normalization="none")
+    assert len(built.lattice.heard) > built.lattice.size  # some vertex hears from more than one block
+    torch.testing.assert_close(built(v)[0], dictionary_matrix(f[0].numpy()) @ v[0], rtol=1e-9, atol=1e-9)
+
+
+def test_pixels_that_share_a_simplex_are_found_and_change_nothing(monkeypatch):
+    f, v = features(40, 3, spread=0.3).repeat(1, 3, 1), values(1, 120, 2)
+    expected = LatticeFilter(f, normalization="none")(v)
+    torch.testing.assert_close(expected[0], dictionary_matrix(f[0].numpy()) @ v[0], rtol=1e-9, atol=1e-9)
+
+    def apart(key, rank, bound):
+        points = torch.arange(len(key))
+        return points, torch.ones_like(points), points
+
+    simplices = lattice._simplices(*_key_and_rank(f))
+    assert simplices[1].sum() == 120 and len(simplices[1]) <= 40
+    monkeypatch.setattr(lattice, "_simplices", apart)
+    torch.testing.assert_close(LatticeFilter(f, normalization="none")(v), expected, rtol=1e-12, atol=1e-12)
+
+
+def _key_and_rank(f):
+    base, rank = lattice.enclosing_simplex(lattice.elevate(f[0]))
+    base = (base[:-1] - base[:-1].amin(1, keepdim=True)).long()
+    key = 0
+    for row in base:
+        key = 100 * key + row
+    return (d := len(rank)) * key, rank, d * 100 ** (d - 1)
+
+
 def test_own_weight_is_the_lattice_s_diagonal_where_all_vertices_exist():
     # A fine grid of points fills the lattice: away from its border no vertex is missing.
     grid = GridPositions(24, 24, torch.tensor(4.0, dtype=torch.float64))
@@ -171,7 +204,8 @@ def test_bank_is_the_weighted_sum_of_its_messages():
 
 @pytest.mark.parametrize(("normalization", "self_message"), SWITCHES)
 @pytest.mark.parametrize("labels", [2, 5, 8, 21])
-def test_mean_field_without_a_gradient_is_mean_field_with_one(normalization, self_message, labels):
+def test_mean_field_without_a_gradient_is_mean_field_with_one(normalization, self_message, labels, monkeypatch):
+    monkeypatch.setattr(lattice, "CACHE", 4000)  # so small that an image takes several rounds
     generator = torch.Generator().manual_seed(labels)
     mu = 1 - torch.eye(labels) + 0.1 * torch.rand(labels, labels, generator=generator)
     crf = DenseCRF(
