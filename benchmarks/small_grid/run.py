@@ -1,0 +1,197 @@
+"""Learners of one CRF compared where the truth is known: by parameter error, by marginals, by how sure they are.
+
+A grid of 2 x 3 nodes with 3 labels has 729 labellings: labels are drawn from P(y | x) exactly, exact maximum likelihood
+is possible, and every learned model can be asked for its exact marginals. Truth and model:
+
+    z_p(a) = (W x_p + b)_a,    z_pq(a, b) = V_ab + (S x_p)_a + (T x_q)_b,    V, S, T for each of two relations
+
+In the truth S = T = 0: pairs know only which labels like each other, one table to the right, one below. A learner may
+use them, as the paper's pairwise networks read both ends' features. Exact, pseudo-likelihood and mean field learn the
+sum of all scores; pieces are learned each by itself and put together in three ways:
+
+    piecewise               sum_p log P_U + sum_e log P_V, as the paper does
+    piecewise, temperature  the same over one number T, fitted to 100 more images
+    piecewise, tree         as `pwlib.context` counts: rho = (N - 1) / E of what an edge knows beyond its ends
+
+    python benchmarks/small_grid/run.py                     two minutes on one core; writes result.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pwlib import exact
+from pwlib.likelihoods import LIKELIHOODS, mean_field
+
+HERE = Path(__file__).parent
+HEIGHT, WIDTH, K = 2, 3, 3
+N = HEIGHT * WIDTH
+STRENGTH, TRAIN, TEST, ITERATIONS = 1.0, 100, 100, 10
+EDGES = exact.grid_edges(HEIGHT, WIDTH)
+RELATION = (EDGES[:, 1] - EDGES[:, 0] != 1).long()  # 0: the second end is to the right, 1: below
+LABELLINGS = exact.labellings(N, K)
+HITS = torch.nn.functional.one_hot(LABELLINGS, K).double()  # [S, N, K]
+LEARNERS = ("exact", "pseudo", "mean_field", "piecewise", "temperature", "tree")
+NAMES = {name: f"piecewise, {name}" if name in LEARNERS[4:] else name.replace("_", " ") for name in LEARNERS}
+T_975 = 2.093  # Student's, 19 degrees of freedom
+
+Parameters = dict[str, Tensor]
+
+
+def start() -> Parameters:
+    shapes = {"W": (K, K), "b": (K,), "V": (2, K, K), "S": (2, K, K), "T": (2, K, K)}
+    return {name: torch.zeros(shape, dtype=torch.float64, requires_grad=True) for name, shape in shapes.items()}
+
+
+def scores(theta: Parameters, x: Tensor) -> tuple[Tensor, Tensor]:
+    """unary [B, N, K] and pair [B, E, K, K] of features x [B, N, K]."""
+    first, second = (x[:, end] for end in EDGES.unbind(1))
+    of_first = torch.einsum("eac,bec->bea", theta["S"][RELATION], first)
+    of_second = torch.einsum("eac,bec->bea", theta["T"][RELATION], second)
+    return x @ theta["W"].T + theta["b"], theta["V"][RELATION] + of_first[..., None] + of_second[:, :, None]
+
+
+def pieces(theta: Parameters, x: Tensor) -> tuple[Tensor, Tensor]:
+    """log P_U and log P_V."""
+    unary, pair = scores(theta, x)
+    return unary.log_softmax(-1), pair.flatten(2).log_softmax(-1).unflatten(-1, (K, K))
+
+
+def combined(log_u: Tensor, log_v: Tensor, counting: str) -> tuple[Tensor, Tensor]:
+    """What inference works with; see `pwlib.context`."""
+    if counting == "sum":
+        return log_u, log_v
+    rho = (N - 1) / len(EDGES)
+    return log_u, rho * (log_v - log_u[:, EDGES[:, 0], :, None] - log_u[:, EDGES[:, 1], None, :])
+
+
+def joint(unary: Tensor, pair: Tensor) -> Tensor:
+    """log P(y | x) of every labelling, [B, S]."""
+    x = LABELLINGS
+    score = unary[:, torch.arange(N), x].sum(-1)
+    score = score + pair[:, torch.arange(len(EDGES)), x[:, EDGES[:, 0]], x[:, EDGES[:, 1]]].sum(-1)
+    return score.log_softmax(-1)
+
+
+def marginals(unary: Tensor, pair: Tensor) -> Tensor:
+    return torch.einsum("bs,snk->bnk", joint(unary, pair).exp(), HITS)
+
+
+def minimize(parameters: list[Tensor], loss) -> None:
+    optimizer = torch.optim.LBFGS(parameters, max_iter=50, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+
+
+def learn(name: str, x: Tensor, y: Tensor, more: tuple[Tensor, Tensor]):
+    """x -> (unary, pair) as the learner would have them used."""
+    theta = start()
+
+    def loss(likelihood: str = name, **options) -> Tensor:
+        unary, pair = scores(theta, x)
+        return LIKELIHOODS[likelihood](unary, EDGES, pair, y, **options)
+
+    if name in ("exact", "pseudo", "mean_field"):
+        options = {"iterations": ITERATIONS} if name == "mean_field" else {}
+        minimize(list(theta.values()), lambda: loss(**options))
+        return lambda x: scores(theta, x)
+    minimize(list(theta.values()), lambda: loss("piecewise"))
+    counting = "tree" if name == "tree" else "sum"
+    heat = torch.ones(1, dtype=torch.float64)
+    if name == "temperature":
+        with torch.no_grad():
+            log_p = joint(*combined(*pieces(theta, more[0]), counting))
+        sharpness = torch.ones(1, dtype=torch.float64, requires_grad=True)
+        hits = (LABELLINGS[None] == more[1][:, None]).all(-1)
+        minimize([sharpness], lambda: -(sharpness * log_p).log_softmax(-1)[hits].mean())
+        heat = 1 / sharpness.detach()
+    return lambda x: tuple(part / heat for part in combined(*pieces(theta, x), counting))
+
+
+def coupling(pair: Tensor) -> Tensor:
+    """What of pair scores no unary could say: rows and columns centred. Averaged over images: [E, K, K]."""
+    pair = pair - pair.mean(-1, keepdim=True)
+    return (pair - pair.mean(-2, keepdim=True)).mean(0)
+
+
+def draw(seed: int) -> dict[str, dict[str, float]]:
+    """One truth, one training set, all learners."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    truth = {name: value.detach().clone() for name, value in start().items()}
+    truth |= {"W": torch.eye(K, dtype=torch.float64) + 0.3 * normal(K, K), "b": 0.3 * normal(K)}
+    truth["V"] = STRENGTH * normal(2, K, K)
+
+    def sample(count: int) -> tuple[Tensor, Tensor]:
+        x = normal(count, N, K)
+        chosen = torch.multinomial(joint(*scores(truth, x)).exp(), 1, generator=g)[:, 0]
+        return x, LABELLINGS[chosen]
+
+    (x, y), more, (test, _) = sample(TRAIN), sample(TRAIN), sample(TEST)
+    real = scores(truth, test)
+    p, table = marginals(*real), coupling(real[1])
+    result = {}
+    for name in LEARNERS:
+        model = learn(name, x, y, more)
+        with torch.no_grad():
+            unary, pair = model(test)
+            found = {
+                "exact": marginals(unary, pair),
+                "mean field": mean_field(unary, EDGES, pair, iterations=ITERATIONS).exp(),
+            }
+            row = {"coupling error": ((coupling(pair) - table).square().mean() / table.square().mean()).sqrt().item()}
+            for inference, q in found.items():
+                row[f"KL, {inference}"] = (p * (p.log() - q.clamp(min=1e-30).log())).sum(-1).mean().item()
+                confidence, label = q.max(-1)
+                row[f"too sure, {inference}"] = (confidence - p.gather(-1, label[..., None])[..., 0]).mean().item()
+        result[name] = row
+    return result
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval."""
+    mean = sum(values) / len(values)
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return mean, T_975 * deviation / math.sqrt(len(values))
+
+
+def table(draws: list[dict]) -> str:
+    metrics = list(draws[0]["exact"])
+    lines = ["| learner | " + " | ".join(metrics) + " |", "|---|" + "--:|" * len(metrics)]
+    for name in LEARNERS:
+        cells = ("{:.3f} ± {:.3f}".format(*interval([d[name][m] for d in draws])) for m in metrics)
+        lines.append(f"| {NAMES[name]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draws", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=HERE / "result.json")
+    given = parser.parse_args()
+    draws = json.loads(given.out.read_text(encoding="utf-8"))["draws"] if given.out.exists() else []
+    settings = {"grid": [HEIGHT, WIDTH], "labels": K, "strength": STRENGTH, "train": TRAIN, "test": TEST}
+    for seed in tqdm(range(len(draws), given.draws), unit="draw"):  # goes on where it was stopped
+        draws.append(draw(seed))
+        given.out.write_text(json.dumps({"settings": settings, "draws": draws}, indent=1) + "\n", encoding="utf-8")
+    print(table(draws))
+
+
+if __name__ == "__main__":
+    main()
