@@ -36,12 +36,14 @@ def _of(rows: list[dict], name: str) -> list[dict]:
 
 
 def main() -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    draw(left, json.loads((HERE / "pixels.json").read_text())["rows"], "pixels")
-    draw(right, json.loads((HERE / "labels.json").read_text())["rows"], "labels")
-    left.set_title("21 labels")
-    right.set_title("240 x 320 pixels")
-    left.legend()
+    # A panel for each result that is there.
+    panels = [("pixels", "21 labels"), ("labels", "240 x 320 pixels")]
+    panels = [(x, title) for x, title in panels if (HERE / f"{x}.json").exists()]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), layout="constrained", squeeze=False)
+    for panel, (x, title) in zip(axes[0], panels, strict=True):
+        draw(panel, json.loads((HERE / f"{x}.json").read_text())["rows"], x)
+        panel.set_title(title)
+    axes[0, 0].legend()
     plt.rcParams["svg.hashsalt"] = "pwlib"
     figure.savefig(HERE / "cost.svg", metadata={"Date": None})
 
