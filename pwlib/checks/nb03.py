@@ -278,6 +278,10 @@ def share(answer):
                 math.erf(radius / theta / math.sqrt(2)) ** 2,
                 "That is the integral from -r to r: half of the outermost pixels is missing, and pixels are points.",
             ),
+            (
+                math.erf((radius + 0.5) / theta / math.sqrt(2)) ** 2,
+                "That is an integral over the window's area, as in the cell above: close, but sum the weights at its pixels.",
+            ),
         ]
         expect_close(answer(theta, radius), line**2, f"the share for theta = {theta}, r = {radius}", hints=hints)
     return "A 5x5 window keeps 0.06 % of a kernel with a standard deviation of 80 pixels."

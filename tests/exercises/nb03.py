@@ -120,5 +120,6 @@ WRONG = {
         (planted(share, whole=False), "window's sum"),
         (lambda t, r: 100 * share(t, r), "percent"),
         (lambda t, r: math.erf(r / t / math.sqrt(2)) ** 2, "integral"),
+        (lambda t, r: math.erf((r + 0.5) / t / math.sqrt(2)) ** 2, "window's area"),
     ],
 }
