@@ -63,12 +63,14 @@ def boundary_f1(answer):
             return 2 * p * r / (p + r) if p + r else 0.0
 
         p, r = _near(points, others, width), _near(others, points, width)
+        a, b = p * len(points) / len(others), r * len(others) / len(points)
         grown = [_grow(x, width) for x in (found, true)]
         both, either = (grown[0] & grown[1]).sum().item(), grown[0].sum().item() + grown[1].sum().item()
         city = [_city(a, b, width) for a, b in ((points, others), (others, points))]
         hints = [
             (lambda x, apart=apart: apart and bool(x.isnan().all()), "Where nothing matches, your result is nan (0/0); return 0 there."),
             ((p + r) / 2, "That is the arithmetic mean of precision and recall; F1 is the harmonic one, 2PR / (P + R)."),
+            (2 * a * b / (a + b) if a + b else 0.0, "The totals are exchanged: precision is a share of the predicted pixels, recall a share of the true ones."),
             (p, "That is the precision alone; recall is missing."),
             (r, "That is the recall alone; precision is missing."),
             (2 * both / either, "You dilate both maps and compare the bands; each pixel of one map is to be looked up in the dilated *other*."),
@@ -115,6 +117,7 @@ def adaptive_ece(answer):
             (unsorted, "You sort the confidences alone; `right` has to go along in the same order."),
             (neither, "Nothing is sorted: your groups hold pixels of all confidences."),
             (columns.mean(), "Your groups take every bins-th pixel; consecutive ones belong together: view(bins, -1), then the mean over dim 1."),
+            ((right.double() - confidence).abs().mean(), "You take the difference pixel by pixel, where it cannot be small; take both means over a group first."),
             (abs(sum(gaps)) / bins, "Gaps of opposite sign cancel in your mean: take the absolute value group by group."),
             (max(abs(g) for g in gaps), "That is the largest gap (the maximum calibration error); the exercise asks for the mean."),
             (sum(abs(g) for g in gaps), "That is the sum over the groups; each holds 1 / bins of the pixels, so take the mean."),

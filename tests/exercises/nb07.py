@@ -67,6 +67,11 @@ def half_window(found, true, width):
     return harmonic((found & grow(true)).sum() / found.sum(), (true & grow(found)).sum() / true.sum())
 
 
+def totals_exchanged(found, true, width):
+    p, r = rates(found, true, width)
+    return torch.nan_to_num(harmonic(p * found.sum() / true.sum(), r * true.sum() / found.sum()))
+
+
 def sorted_alone(confidence, right, bins):
     mean = confidence.sort().values.view(bins, -1).mean(1)
     return (right.double().view(bins, -1).mean(1) - mean).abs().mean()
@@ -159,6 +164,7 @@ WRONG = {
         (bands, "compare the bands"),
         (lambda found, true, width: harmonic(*rates(found, true, width - 1)), "exactly `width` away"),
         (half_window, "2 * width + 1"),
+        (totals_exchanged, "totals are exchanged"),
         (lambda found, true, width: harmonic(*rates(found, true, width)), "nothing matches"),
     ],
     "07.3": [
@@ -168,6 +174,7 @@ WRONG = {
         (lambda c, r, bins: gaps(c, r, bins).abs().max(), "largest gap"),
         (lambda c, r, bins: gaps(c, r, bins).abs().sum(), "sum over the groups"),
         (unsorted, "Nothing is sorted"),
+        (lambda c, r, bins: (r.double() - c).abs().mean(), "pixel by pixel"),
     ],
     "07.4": [
         (of_logs, "take exp() first"),
