@@ -21,8 +21,9 @@ setup: .venv/.ready ## Make .venv with all that the notebooks and the tests need
 	@$(BIN)/python -m pip install --quiet --editable '.[bench]' || echo "pydensecrf2 was not installed (it wants a C++ compiler): the tests that compare with it will be skipped."
 	@touch $@
 
+# A bare container's only user is root, which JupyterLab wants to be told.
 lab: setup ## Open JupyterLab on the first notebook
-	$(BIN)/jupyter lab notebooks/00_why_structure.ipynb
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_why_structure.ipynb
 
 test: setup lint ## Run every test: library, command line, browser, notebooks
 	$(BIN)/python -m pytest
