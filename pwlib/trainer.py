@@ -1,7 +1,7 @@
 """Training in three stages, and the evaluation that goes with it.
 
     stage 1   the unary network alone                                          on the training images
-    stage 2   the CRFs alone, on the frozen network's logits                    on images stage 1 was not fitted to
+    stage 2   the CRFs alone, on the frozen network's logits                   on images stage 1 was not fitted to
     stage 3   everything together, in smaller steps                            on the training images
 
 "Piecewise" means two things, and both are here. Stage by stage: CRF-as-RNN (Zheng et al., ICCV 2015) and DeepLab train
@@ -11,8 +11,8 @@ under mean field's marginals.
 
 Why stage 2 has images of its own: on those the network was fitted to it hardly errs, so there is nothing for a CRF to
 correct, and it learns that it is not needed. Why it has no class weights: they ask for a prior that the pixels do not
-have, and the CRF, which sees whole regions, follows it further than a network does. Why its
-likelihood has a temperature: see `pwlib.objectives.Objective`.
+have, and the CRF, which sees whole regions, follows it further than a network does. Why its likelihood has a
+temperature: see `pwlib.objectives.Objective`.
 """
 
 from __future__ import annotations
