@@ -64,12 +64,13 @@ def test_the_seed_decides(pictures, tmp_path):
 
 
 # The command, in a process that gets Ctrl-C's signal the moment stage 1's checkpoint is written. From outside, a busy
-# machine can be too late for it.
+# machine can be too late for it; and tests started in the background inherit that the signal is ignored.
 CTRL_C = """
 import os, signal, sys
 from pwlib import checkpoints
 from pwlib.__main__ import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)
 save = checkpoints.save
 
 def save_and_interrupt(path, state):
