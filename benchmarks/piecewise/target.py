@@ -1,0 +1,205 @@
+"""How soon a contextual CRF is good: learning by pieces, and through 1, 3, 5, 10 mean-field iterations.
+
+A small network (`benchmarks/context`'s: it sees 10 px) is trained on Scenes and then frozen; its features are pooled to
+the map's size. On them each contender learns a `ContextualCRF` of its own from the same start, over the same batches in
+the same order. They take turns step by step, so that a busy machine slows all alike; each one's own CPU seconds count,
+without those for scoring. Every few steps the mean IoU of the marginals is taken over the cells of held-out scenes,
+after the same 3 mean-field iterations for all. The target is the lowest of the contenders' best scores, less 1 point:
+a score all of them reach. Every contender is given each of the learning rates and the one with which it reaches the
+target soonest.
+
+    python benchmarks/piecewise/target.py            about ten minutes on one core; writes target.json and target.svg
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import statistics
+import time
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from pwlib.checkpoints import save_json
+from pwlib.context import ContextualCRF
+from pwlib.data import load
+from pwlib.metrics import ConfusionMatrix
+from pwlib.unary import cell_labels
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+SETTINGS = {
+    "train_images": 96,
+    "scored_images": 48,
+    "batch": 4,
+    "hidden": 32,
+    "neighbours": 24,
+    "network_epochs": 8,
+    "learning_rates": [3e-3, 1e-2],
+    "score_every": 3,
+}
+CONTENDERS = {"piecewise": None, **{f"mean field, {n}": n for n in (1, 3, 5, 10)}}
+
+
+def local_network(seed: int) -> torch.nn.Module:
+    """`benchmarks/context`'s network, trained for a few epochs by cross-entropy."""
+    spec = importlib.util.spec_from_file_location("context_benchmark", HERE.parent / "context" / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.manual_seed(seed)
+    network = module.LocalNet(10, module.SETTINGS["channels"])
+    data = load("scenes", "train", length=SETTINGS["train_images"], seed=seed)
+    images, labels = (torch.stack(part) for part in zip(*(data[i] for i in range(len(data))), strict=True))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=4e-3)
+    for _ in range(SETTINGS["network_epochs"]):
+        for chosen in torch.randperm(len(data)).split(8):
+            optimizer.zero_grad()
+            F.cross_entropy(network(images[chosen]), labels[chosen], ignore_index=255).backward()
+            optimizer.step()
+    return network.eval()
+
+
+@torch.no_grad()
+def maps(network: torch.nn.Module, split: str, length: int, seed: int, pool: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, logits and labels of all cells; `pool` x `pool` of the network's cells become one."""
+    data = load("scenes", split, length=length, seed=seed)
+    features, logits, labels = [], [], []
+    for i in range(len(data)):
+        image, label = data[i]
+        one = F.avg_pool2d(network.features(image[None]), pool)
+        features.append(one)
+        logits.append(network.head(one))
+        labels.append(cell_labels(label[None], one.shape[-2:]))
+    return torch.cat(features), torch.cat(logits), torch.cat(labels)
+
+
+@torch.no_grad()
+def score(crf: ContextualCRF, features: Tensor, logits: Tensor, label: Tensor) -> float:
+    confusion = ConfusionMatrix(10)
+    for part in torch.arange(len(label)).split(16):
+        confusion.update(crf(logits[part], features[part], iterations=3).argmax(1), label[part])
+    return 100 * float(confusion.scores()["miou"])
+
+
+def curves(seed: int, pool: int, steps: int) -> list[dict]:
+    """For each contender and learning rate: its score after so many CPU seconds of its own."""
+    network = local_network(seed)
+    train = maps(network, "train", SETTINGS["train_images"], seed, pool)
+    held = maps(network, "test", SETTINGS["scored_images"], seed, pool)
+    torch.manual_seed(seed)
+    options = {"hidden": SETTINGS["hidden"], "neighbours": SETTINGS["neighbours"]}
+    first = ContextualCRF(10, train[0].shape[1], **options)
+    runs = []
+    for name, iterations in CONTENDERS.items():
+        for rate in SETTINGS["learning_rates"]:
+            crf = copy.deepcopy(first)
+            optimizer = torch.optim.AdamW(crf.parameters(), lr=rate)
+            runs.append((name, iterations, rate, crf, optimizer, [0.0], [round(score(crf, *held), 2)]))
+    order = torch.cat([torch.randperm(len(train[2])) for _ in range(steps * SETTINGS["batch"] // len(train[2]) + 1)])
+    for step, chosen in enumerate(
+        tqdm(order.split(SETTINGS["batch"])[:steps], desc=f"seed {seed}, {pool}x", leave=False)
+    ):
+        features, logits, label = (part[chosen] for part in train)
+        for _, iterations, _, crf, optimizer, seconds, scores in runs:
+            start = time.process_time()
+            optimizer.zero_grad()
+            likelihood = {"likelihood": "mean_field", "iterations": iterations} if iterations else {}
+            crf.loss(logits, features, label, **likelihood).backward()
+            optimizer.step()
+            seconds[-1] += time.process_time() - start
+            if (step + 1) % SETTINGS["score_every"] == 0 or step + 1 == steps:
+                scores.append(round(score(crf, *held), 2))
+                seconds.append(seconds[-1])
+    height, width = train[0].shape[-2:]
+    return [
+        {
+            "seed": seed,
+            "map": f"{height}x{width}",
+            "contender": name,
+            "rate": rate,
+            "seconds": [0.0, *(round(s, 3) for s in seconds[:-1])],
+            "miou": scores,
+        }
+        for name, _, rate, _, _, seconds, scores in runs
+    ]
+
+
+def to_target(rows: list[dict]) -> tuple[float, dict[str, float]]:
+    """For one seed and map: the target, and each contender's CPU seconds to it with its better learning rate."""
+    best = {name: max(max(r["miou"]) for r in rows if r["contender"] == name) for name in CONTENDERS}
+    target = min(best.values()) - 1
+
+    def seconds(row: dict) -> float:
+        return next((s for s, m in zip(row["seconds"], row["miou"], strict=True) if m >= target), float("inf"))
+
+    return target, {name: min(seconds(r) for r in rows if r["contender"] == name) for name in CONTENDERS}
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| map | target, start | piecewise | " + " | ".join(f"through {n}" for n in (1, 3, 5, 10)) + " |"]
+    lines.append("|---|--:|" + "--:|" * len(CONTENDERS))
+    for size in dict.fromkeys(row["map"] for row in rows):
+        mine = [row for row in rows if row["map"] == size]
+        seeds = [[row for row in mine if row["seed"] == seed] for seed in dict.fromkeys(row["seed"] for row in mine)]
+        found = [to_target(one) for one in seeds]
+        target, start = (statistics.median(v) for v in ([t for t, _ in found], [one[0]["miou"][0] for one in seeds]))
+        cells = [f"{statistics.median([times['piecewise'] for _, times in found]):.1f} s"]
+        for name in list(CONTENDERS)[1:]:
+            ratios = [times[name] / times["piecewise"] for _, times in found]
+            cells.append(f"{statistics.median(ratios):.1f} x ({min(ratios):.1f} to {max(ratios):.1f})")
+        lines.append(f"| {size} | {target:.1f}, {start:.1f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """The first seed's curves, each contender with the learning rate that reaches the target soonest."""
+    sizes = list(dict.fromkeys(row["map"] for row in rows))
+    figure, axes = plt.subplots(1, len(sizes), figsize=(4.6 * len(sizes), 3.4), layout="constrained", squeeze=False)
+    styles = zip(("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00"), "os^vD", strict=True)
+    styles = dict(zip(CONTENDERS, styles, strict=True))
+    for axis, size in zip(axes[0], sizes, strict=True):
+        mine = [row for row in rows if row["map"] == size and row["seed"] == rows[0]["seed"]]
+        target, _ = to_target(mine)
+        for name, (colour, marker) in styles.items():
+            row = min(
+                (r for r in mine if r["contender"] == name),
+                key=lambda r: to_target([*[o for o in mine if o["contender"] != r["contender"]], r])[1][r["contender"]],
+            )
+            axis.plot(row["seconds"], row["miou"], color=colour, marker=marker, markersize=3, label=name)
+        axis.axhline(target, color="0.5", linestyle=":", label="target")
+        axis.set(xlabel="CPU seconds of learning", ylabel="mIoU of cells, %", title=f"map {size}")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    plt.rcParams["svg.hashsalt"] = "pwlib"
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--pools", type=int, nargs="+", default=[2, 1], help="2: maps of 8x12 cells; 1: of 16x24")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--out", type=Path, default=HERE / "target.json")
+    given = parser.parse_args()
+    rows = json.loads(given.out.read_text(encoding="utf-8"))["rows"] if given.out.exists() else []
+    for pool in given.pools:
+        for seed in given.seeds:
+            size = f"{16 // pool}x{24 // pool}"
+            if not any((row["seed"], row["map"]) == (seed, size) for row in rows):  # goes on where it was stopped
+                rows += curves(seed, pool, given.steps)
+                save_json(given.out, {"settings": SETTINGS | {"steps": given.steps}, "rows": rows})
+    plot(rows, given.out.with_suffix(".svg"))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
