@@ -37,7 +37,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pwlib.likelihoods import LIKELIHOODS, mean_field
+from pwlib.crf import Trace
+from pwlib.likelihoods import LIKELIHOODS, mean_field, messages
 from pwlib.losses import pairwise_nll
 
 RELATIONS = ("surrounding", "above_below")
@@ -229,6 +230,59 @@ class ContextualCRF(nn.Module):
         steps = self.iterations if iterations is None else iterations
         log_q = mean_field(*self.potentials(logits, pieces), iterations=steps, start=self._log_p(logits))
         return log_q.transpose(1, 2).contiguous().view(logits.shape)
+
+    @torch.no_grad()
+    def trace(self, logits: Tensor, features: Tensor, image: Tensor, *, iterations: int | None = None) -> Trace:
+        """As `forward`, for one map ([1, ...] or without the batch dimension), keeping everything, on the map's grid.
+
+        A kernel of the trace is a relation: messages[t, r, :, p] is what its edges at p add to p's scores, in nats,
+        after weight, rho and temperature; "tree" with log P_U of both ends taken off each edge, so that a message is
+        what edges know beyond their ends. unary is -log P_U over the temperature, compatibility -1 on the diagonal: the
+        pairwise energy is minus the sum of the messages. q[0] is P_U. free_energy is KL(Q || P) - log Z, as
+        `DenseCRF.trace` has it. image [3, H, W], of any size, is kept to be shown beside the map.
+        """
+        if logits.ndim == 3:
+            logits, features = logits[None], features[None]
+        if len(logits) != 1:
+            raise ValueError(f"logits have shape {tuple(logits.shape)}; a trace follows one image")
+        self._check(logits, features)
+        image = image[0] if image.ndim == 4 else image
+        height, width = logits.shape[-2:]
+        log_u, graph = self._log_p(logits), self.edges(height, width)
+        heat, pieces = self.log_temperature.exp(), self.pieces(logits, features)
+        edges = sum(len(one) for one in graph.values())
+        rho = (height * width - 1) / max(1, edges) if self.counting == "tree" else 1.0
+        for factor, (relation, ends) in zip(self.log_weight.exp(), graph.items(), strict=True):
+            if self.counting == "tree":
+                first, second = ends.unbind(1)
+                pieces[relation] = pieces[relation] - log_u[:, first, :, None] - log_u[:, second, None, :]
+            pieces[relation] = pieces[relation] * (rho * factor / heat)
+        steps = self.iterations if iterations is None else iterations
+        sent, marginals, free_energy = [], [log_u.exp()], []
+        for step in range(steps + 1):
+            q = marginals[-1]
+            sent.append(torch.cat([messages(graph[r], pieces[r], q) for r in self.relations]))
+            score = log_u / heat + sent[-1].sum(0)
+            expected = (q * (score + log_u / heat) / 2).sum(dtype=torch.float64)  # each edge's share is heard twice
+            free_energy.append(-expected - torch.special.entr(q).sum(dtype=torch.float64))
+            if step < steps:
+                marginals.append(torch.softmax(score, dim=-1))
+
+        def planes(rows: Tensor) -> Tensor:
+            return rows.transpose(-1, -2).unflatten(-1, (height, width)).cpu()
+
+        sent = torch.stack(sent)[:steps]
+        return Trace(
+            image=image.cpu(),
+            unary=planes(-log_u[0] / heat),
+            kernels=self.relations,
+            weights=torch.ones(len(self.relations)).to(log_u).cpu(),
+            compatibility=-torch.eye(self.num_classes).to(log_u).cpu(),
+            messages=planes(sent),
+            pairwise=planes(-sent.sum(1)),
+            q=planes(torch.cat(marginals)),
+            free_energy=torch.stack(free_energy).cpu(),
+        )
 
     def pair_loss(
         self, logits: Tensor, features: Tensor, label: Tensor, *, class_weights: Tensor | None = None

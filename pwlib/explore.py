@@ -102,7 +102,7 @@ def explore(
     """An explorer of one image's mean field.
 
     Args:
-        trace: from `DenseCRF.trace`, or made by hand. `features` and `sums` may be missing (who sends to a pixel is
+        trace: from `DenseCRF.trace` or `ContextualCRF.trace`, or made by hand. `features` and `sums` may be missing (who sends to a pixel is
             then not shown), `free_energy` too (None); where the pairwise term is not compatibility @ weighted messages
             it is stored as it is.
         class_names: K of them; default "label 0", ...

@@ -185,6 +185,53 @@ def test_inference_is_the_loop(counting, iterations):
     torch.testing.assert_close(log_q[1:], alone)  # images of a batch do not hear one another
 
 
+@pytest.mark.parametrize("counting", context.COUNTING)
+def test_a_trace_is_what_forward_does_and_its_parts_add_up(counting):
+    crf, (logits, features, _) = make(counting=counting, temperature=1.3), problem(1)
+    crf.log_weight.data = torch.tensor([0.3, -0.4], dtype=torch.float64)
+    image = torch.rand(3, 4 * H, 4 * W)
+    trace = crf.trace(logits, features, image, iterations=3)
+    assert trace.kernels == context.RELATIONS and trace.iterations == 3 and trace.image is not None
+    for t in range(4):
+        torch.testing.assert_close(trace.q[t].log(), crf(logits, features, iterations=t)[0].detach())
+    for t in range(3):
+        again = torch.softmax(-trace.unary - trace.pairwise[t], 0)
+        torch.testing.assert_close(trace.q[t + 1], again)
+        torch.testing.assert_close(trace.pairwise[t], -trace.messages[t].sum(0))
+    silent = make(counting=counting, temperature=1.3, relations=("surrounding",))
+    assert silent.trace(logits[0], features[0], image).messages.shape == (3, 1, K, H, W)
+    with pytest.raises(ValueError, match="a trace follows one image"):
+        crf.trace(logits.expand(2, -1, -1, -1), features, image)
+
+
+@pytest.mark.parametrize("relation", context.RELATIONS)
+def test_a_message_of_the_trace_is_what_its_relations_edges_know_beyond_their_ends(relation):
+    """One edge at a time, from the formula in the module's head."""
+    crf, (logits, features, _) = make(), problem(1)
+    trace, log_u = crf.trace(logits, features, torch.rand(3, 8, 8)), logits[0].log_softmax(0).flatten(1).T
+    edges = {r: e.tolist() for r, e in crf.edges(H, W).items()}
+    rho = (H * W - 1) / sum(map(len, edges.values()))
+    expected, q = torch.zeros(H * W, K, dtype=torch.float64), log_u.exp()
+    for (first, second), piece in zip(edges[relation], crf.pieces(logits, features)[relation][0].detach(), strict=True):
+        beyond = rho * (piece - log_u[first][:, None] - log_u[second][None])
+        expected[first] += beyond @ q[second]
+        expected[second] += beyond.T @ q[first]
+    torch.testing.assert_close(trace.messages[0, crf.relations.index(relation)].flatten(1).T, expected)
+
+
+@pytest.mark.parametrize("counting", context.COUNTING)
+def test_free_energy_of_a_trace_is_the_divergence_less_log_z(counting):
+    """KL(Q || P) by enumerating all labellings of a 2x3 map."""
+    crf, (logits, features, _) = make(counting=counting, temperature=1.2), problem(1, size=(2, 3))
+    trace = crf.trace(logits, features, torch.rand(3, 8, 8), iterations=3)
+    unary, edges, pair = (part.detach() for part in crf.potentials(logits, crf.pieces(logits, features)))
+    x = exact.labellings(6, K)
+    energy = exact.energies(x, -unary[0], edges, -pair[0])
+    for t, q in enumerate(trace.q.flatten(2)):
+        log_q_of_x = q.T.log()[torch.arange(6), x].sum(1)
+        assert trace.free_energy[t].item() == pytest.approx((log_q_of_x.exp() * (log_q_of_x + energy)).sum().item())
+
+
 def chain(length=5, num_classes=K, seed=3):
     """A random chain's exact answers; its marginals as the pieces of a map of one column, p - 1 above p."""
     g = torch.Generator().manual_seed(seed)

@@ -14,6 +14,7 @@ pytest.importorskip("anywidget")
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
 
+from pwlib.context import ContextualCRF  # noqa: E402
 from pwlib.explore import embed_html, embed_notebook  # noqa: E402
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -336,6 +337,25 @@ def test_a_bare_trace_on_a_coarse_grid(still, trace):
     np.testing.assert_allclose(table(page), expected(bare, 1, 3, 3), **CLOSE)
     assert page.locator(".senders0").count() == 0 and page.locator("circle").count() == 0
     assert colours(page, "image").shape == (96, 128, 3)
+
+
+def test_a_contextual_trace_shows_what_each_relation_says(still):
+    torch.manual_seed(3)
+    crf = ContextualCRF(4, 3, hidden=6)
+    for network in crf.networks.values():
+        torch.nn.init.normal_(network.scores.weight)
+    image = torch.rand(3, 36, 48)
+    trace = crf.trace(2 * torch.randn(4, 9, 12), torch.randn(3, 9, 12), image)
+    page = still(trace, class_names=NAMES, iteration=0, label=1, pixel=(5, 7))
+    headings = page.locator(".explorer thead th").all_inner_texts()
+    assert headings == ["class", "unary ψ", "surrounding msg", "above_below msg", "pairwise", "ψ + pw.", "q"]
+    for t in range(4):
+        np.testing.assert_allclose(table(page), expected(trace, t, 5, 7), **CLOSE)
+        if t < 3:
+            page.locator("button.step").click()
+    assert colours(page, "image").shape == (36, 48, 3) and colours(page, "q").shape == (9, 12, 3)
+    for relation in crf.relations:
+        assert page.get_by_role("img", name=f"message of the {relation} kernel").count() == 1
 
 
 def test_two_labels_one_iteration(still, make_trace):
