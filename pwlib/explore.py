@@ -102,9 +102,9 @@ def explore(
     """An explorer of one image's mean field.
 
     Args:
-        trace: from `DenseCRF.trace` or `ContextualCRF.trace`, or made by hand. `features` and `sums` may be missing (who sends to a pixel is
-            then not shown), `free_energy` too (None); where the pairwise term is not compatibility @ weighted messages
-            it is stored as it is.
+        trace: from `DenseCRF.trace` or `ContextualCRF.trace`, or made by hand. `features` and `sums` may be missing
+            (who sends to a pixel is then not shown), `free_energy` too (None); where the pairwise term is not
+            compatibility @ weighted messages it is stored as it is.
         class_names: K of them; default "label 0", ...
         palette: uint8 [K, 3] or, with a last row for void, [K + 1, 3]; default: a colour-blind-safe one.
         iteration: to begin with; 0 is the unary alone, t what the t-th update made of it. Default: 1.
