@@ -1,0 +1,261 @@
+"""Release the labs, grade what was handed in, make the feedback: nbgrader, one submission at a time. See INSTRUCTOR.md.
+
+    course.py release [lab2 …]           source/ -> release/
+    course.py grade FOLDER [--unsafe]    FOLDER/student/lab2.ipynb -> submitted/, autograded/, gradebook.db
+    course.py feedback [lab2 …]          autograded/ -> feedback/
+
+It needs the environment that `make classroom` makes; LAB_PYTHON names the Python that runs the students' code, the
+repository's .venv/bin/python where it is not set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import errno
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+from nbgrader.api import Gradebook
+
+COURSE = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(COURSE / "grading"))
+
+from leaks import leaks  # noqa: E402
+
+REPOSITORY = COURSE.parents[1]
+LARGEST = 20_000_000  # bytes of a submission
+STUDENT = re.compile(r"[\w@][\w.@+-]*")
+BY_HAND = "LOOK AT THIS BY HAND: "
+
+
+def labs(names: list[str]) -> list[str]:
+    known = sorted(path.stem for path in (COURSE / "source").glob("*/*.ipynb") if path.parent.name == path.stem)
+    for name in names:
+        if name not in known:
+            sys.exit(f"There is no lab {name}; source/ holds {', '.join(known)}.")
+    return names or known
+
+
+def nbgrader(*arguments: str, seconds: float | None = None, **environment: str) -> tuple[int, str]:
+    """Exit status and log of an nbgrader command, killed after so many seconds."""
+    # nbgrader calls alembic by its name.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nbgrader", *arguments],
+        cwd=COURSE,
+        env={**os.environ, **environment, "PATH": path},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        log, _ = process.communicate(timeout=seconds)
+    except BaseException as reason:
+        os.killpg(process.pid, signal.SIGKILL)
+        log, _ = process.communicate()
+        if not isinstance(reason, subprocess.TimeoutExpired):
+            raise
+        log += f"\nStopped after {seconds:.0f} seconds."
+    return process.returncode, log
+
+
+def release(names: list[str]) -> None:
+    for lab in labs(names):
+        target = COURSE / "release" / lab
+        status, log = nbgrader("generate_assignment", lab, "--force")
+        if status:
+            shutil.rmtree(target, ignore_errors=True)
+            sys.exit(f"{log}\n{lab} was not released: nbgrader says above why.")
+        found = leaks(*(nbformat.read(COURSE / step / lab / f"{lab}.ipynb", 4) for step in ("source", "release")))
+        if found:
+            shutil.rmtree(target)
+            sys.exit("\n".join([f"{lab} was not released, for it would give its answers away:", *found]))
+        print(target / f"{lab}.ipynb")
+
+
+def handed_in(folder: Path) -> Iterator[tuple[str, str, bytes | str]]:
+    """(student, lab, the notebook's bytes, or a sentence why there are none) of FOLDER/student/[lab/]lab.ipynb.
+
+    Students may write in there, even now: nothing is opened through a link, and only a file that ends is read.
+    """
+    known = labs([])
+    for student in sorted(entry.name for entry in folder.iterdir()):
+        if student.startswith(".") or not (folder / student).is_dir():
+            continue
+        if not STUDENT.fullmatch(student):
+            yield student, "", "the folder's name is no student's: letters, digits and . _ + - @ are expected"
+            continue
+        for lab in known:
+            for way in ([student, f"{lab}.ipynb"], [student, lab, f"{lab}.ipynb"]):
+                try:
+                    content = read_without_links(folder, way)
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    content = f"{'/'.join(way)} cannot be read: {error.strerror}"
+                yield student, lab, content
+                break
+
+
+def read_without_links(folder: Path, way: list[str]) -> bytes | str:
+    place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for depth, name in enumerate(way, 1):
+            kind = os.O_DIRECTORY if depth < len(way) else os.O_NONBLOCK
+            inner = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | kind, dir_fd=place)
+            os.close(place)
+            place = inner
+        found = os.fstat(place)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            return f"{'/'.join(way)} is not a plain file"
+        if found.st_size > LARGEST:
+            return f"{'/'.join(way)} has {found.st_size:,} bytes; at most {LARGEST:,} are read"
+        with os.fdopen(os.dup(place), "rb") as file:
+            return file.read(LARGEST)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR) and (folder / "/".join(way)).exists():
+            return f"{'/'.join(way)} is a link, or behind one"
+        raise
+    finally:
+        os.close(place)
+
+
+def isolation(unsafe: bool) -> dict[str, str]:
+    """What nbgrader's environment must say so that its kernels are confined; ends where they cannot be."""
+    python = os.environ.get("LAB_PYTHON", str(REPOSITORY / ".venv" / "bin" / "python"))
+    # The font manager makes the list of fonts that each kernel is handed a copy of: it takes seconds.
+    look = "import matplotlib.font_manager, pwlib; print(matplotlib.get_cachedir(), pwlib.__path__[0], sep='\\n')"
+    try:
+        found = subprocess.run([python, "-c", look], capture_output=True, text=True)
+    except OSError:
+        found = None
+    if found is None or found.returncode:
+        sys.exit(f"{python} cannot run the labs: it lacks pwlib. LAB_PYTHON names the Python that has it.")
+    cache, pwlib = found.stdout.splitlines()
+    environment = {"LAB_PYTHON": python, "LAB_PWLIB": pwlib, "LAB_MATPLOTLIB": cache}
+    if unsafe:
+        print("UNSAFE: the students' code can read and change whatever you can.", file=sys.stderr)
+        return environment | {"LAB_UNSAFE": "1"}
+    confine = subprocess.run([sys.executable, "-I", COURSE / "grading" / "confine.py", "--check"], capture_output=True)
+    if confine.returncode:
+        why = confine.stderr.decode().strip().splitlines()[-1].removeprefix("confine.py: ")
+        sys.exit(
+            f"Nothing was graded: {why}, so the students' code could read and change your files. Grade on Linux 6.2 or "
+            "newer, or, in a machine or container that holds nothing else, with UNSAFE=1."
+        )
+    print(f"Isolation: {confine.stdout.decode().strip()}.")
+    return environment
+
+
+def grade(folder: str, unsafe: bool) -> None:
+    if not folder or not Path(folder).is_dir():
+        sys.exit(f"SUBMITTED is {folder!r}; expected the folder that holds one folder for each student.")
+    environment = isolation(unsafe)
+    adopt_orphans()
+    failed, rows, released = [], [], {path.name for path in (COURSE / "release").glob("*")}
+    for student, lab, content in handed_in(Path(folder).resolve()):
+        if lab and lab not in released:
+            content = f"{lab} has not been released from here: make release comes first"
+        if isinstance(content, bytes):
+            target = COURSE / "submitted" / student / lab
+            shutil.rmtree(target, ignore_errors=True)
+            target.mkdir(parents=True)
+            (target / f"{lab}.ipynb").write_bytes(content)
+            seconds = int(os.environ.get("NOTEBOOK_SECONDS", 600)) + 120
+            command = ("autograde", lab, f"--CourseDirectory.student_id={student!r}", "--force")
+            status, log = nbgrader(*command, seconds=seconds, **environment)
+            end_orphans()
+            notes = [line.split(BY_HAND)[1] for line in log.splitlines() if BY_HAND in line]
+            if status == 0:
+                rows.append((student, lab, marks(student, lab), "; ".join(f"look by hand: {note}" for note in notes)))
+                print(*rows[-1], flush=True)
+                continue
+            content = "nbgrader failed: " + (log.strip().splitlines() or ["it said nothing"])[-1]
+            (target / "nbgrader.log").write_text(log)
+        failed.append((student, lab, content))
+        print(student, lab, "NOT GRADED:", content, flush=True)
+    if failed:
+        sys.exit(f"{len(failed)} of {len(failed) + len(rows)} could not be graded.")
+    if not rows:
+        sys.exit(f"{folder} holds no student's lab; expected student/lab2.ipynb or student/lab2/lab2.ipynb.")
+
+
+def marks(student: str, lab: str) -> str:
+    with Gradebook(f"sqlite:///{COURSE / 'gradebook.db'}") as gradebook:
+        submission = gradebook.find_submission(lab, student)
+        waiting = " (an answer waits to be graded by hand)" if submission.needs_manual_grade else ""
+        return f"{submission.score:g}/{submission.max_score:g}{waiting}"
+
+
+def adopt_orphans() -> None:
+    """What a student's code leaves running becomes our child when its parent ends, so that it can be found."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def end_orphans(seconds: float = 10) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and (children := our_children()):
+        for child in children:
+            try:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            except (ProcessLookupError, ChildProcessError):
+                pass
+
+
+def our_children() -> list[int]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # The second field is the program's name in brackets, which may hold anything.
+            parent = status.read_text().rpartition(")")[2].split()[1]
+        except OSError:
+            continue
+        if int(parent) == os.getpid():
+            found.append(int(status.parent.name))
+    return found
+
+
+def feedback(names: list[str]) -> None:
+    wanted = [lab for lab in labs(names) if list((COURSE / "autograded").glob(f"*/{lab}/{lab}.ipynb"))]
+    if not wanted:
+        sys.exit("Nothing has been graded yet: make grade SUBMITTED=folder comes first.")
+    for lab in wanted:
+        status, log = nbgrader("generate_feedback", lab, "--force")
+        if status:
+            sys.exit(f"{log}\nThe feedback of {lab} is not complete: nbgrader says above why.")
+        for page in sorted((COURSE / "feedback").glob(f"*/{lab}/{lab}.html")):
+            print(page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("release", "feedback"):
+        commands.add_parser(name).add_argument("labs", nargs="*", metavar="lab2")
+    grading = commands.add_parser("grade")
+    grading.add_argument("folder")
+    grading.add_argument("--unsafe", action="store_true", help="do not confine the students' code")
+    options = parser.parse_args()
+    if options.command == "grade":
+        grade(options.folder, options.unsafe)
+    else:
+        {"release": release, "feedback": feedback}[options.command](options.labs)
+
+
+if __name__ == "__main__":
+    main()
