@@ -132,7 +132,7 @@ def filter_system_calls() -> None:
     for numbers, answer in ((machine["refused"], REFUSE), (machine["ignored"], IGNORE)):
         for number in numbers.values():
             program += [(EQUAL, 0, 1, number), (RETURN, 0, 0, answer)]
-    # Local sockets only, AF_UNIX and AF_NETLINK, by which ZeroMQ asks for the machine's interfaces; no one else's limits.
+    # Local sockets only (AF_UNIX; AF_NETLINK, by which ZeroMQ asks for the interfaces there are), no one else's limits.
     for number, allowed in ((machine["socket"], (1, 16)), (machine["prlimit64"], (0, 0))):
         program += [(EQUAL, 0, 5, number), (LOAD, 0, 0, FIRST_ARGUMENT)]
         program += [(EQUAL, 1, 0, allowed[0]), (EQUAL, 0, 1, allowed[1])]

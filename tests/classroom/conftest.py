@@ -1,0 +1,43 @@
+"""A copy of the course to release and grade in, and the browser of tests/browser."""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import students
+
+spec = importlib.util.spec_from_file_location("browser_fixtures", students.ROOT / "tests" / "browser" / "conftest.py")
+try:
+    fixtures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fixtures)
+    browser, open_page = fixtures.browser, fixtures.open_page
+except pytest.skip.Exception:  # no playwright
+    pass
+
+
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    missing = not students.NBGRADER.exists()
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.classroom)
+            if missing:
+                item.add_marker(pytest.mark.skip("there is no .venv-classroom: make classroom makes it"))
+
+
+@pytest.fixture
+def course(tmp_path) -> Path:
+    """An empty course: its machinery, no labs."""
+    return make_course(tmp_path / "course", [])
+
+
+def make_course(folder: Path, labs: list[str]) -> Path:
+    generated = ("release", "submitted", "autograded", "feedback", "source", "gradebook.db", "__pycache__", ".*")
+    shutil.copytree(students.COURSE, folder, ignore=shutil.ignore_patterns(*generated))
+    for lab in labs:
+        shutil.copytree(students.COURSE / "source" / lab, folder / "source" / lab)
+    return folder
