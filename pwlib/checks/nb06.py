@@ -162,7 +162,7 @@ class _Handled(TorchDispatchMode):
         return result
 
 
-@exercise("06.4", title="Pairs without pairs, twice as wide", minutes=15, difficulty=3)
+@exercise("06.4", title="Pairs without pairs", minutes=15, difficulty=3)
 def hidden_of_pairs(answer):
     for nodes, channels, width, count in ((5, 3, 4, 9), (12, 160, 5, 400)):
         features = torch.randn(nodes, channels, dtype=torch.float64)
