@@ -64,9 +64,10 @@ class Objective(nn.Module):
     knows that pixels err together, and where the network is frozen a likelihood could mend that only by weakening the
     kernels. T changes no label and is no part of the model; in stage 3 the network can learn to be less sure itself.
 
-    Where the model has a context, its pieces' likelihood is added in stages 2 and 3, and with `joint_pieces` in stage
-    1. In stage 2 the dense CRF refines what inference makes of the pieces as they are: -log q(label) then teaches the
-    pieces nothing, only how much they count.
+    Where the model has a context, its pieces' likelihood is added in stages 2 and 3. In stage 2 the dense CRF refines
+    what inference makes of the pieces as they are: -log q(label) then teaches the pieces nothing, only how much they
+    count. With `joint_pieces` the pieces' likelihood is added in stage 1 instead of stage 2, which leaves the pieces as
+    they are: a few more steps on few other images made them worse wherever it was measured.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Objective(nn.Module):
         self.iterations, self.amp, self.class_weights = iterations, amp, class_weights
         self.temperature = 1.0
         self.pieces = model.context is not None and (stage > 1 or joint_pieces)
+        self.learn_pieces = self.pieces and not (stage == 2 and joint_pieces)
 
     def train(self, mode: bool = True) -> Objective:
         super().train(mode)
@@ -101,11 +103,11 @@ class Objective(nn.Module):
                 else:
                     logits = self.model.unary_logits(image)
         logits = logits.float()
-        pieces = self._pair_loss(features, coarse, label) if self.pieces else 0.0
+        pieces = self._pair_loss(features, coarse, label) if self.learn_pieces else 0.0
         if self.stage == 1:
             return self.loss(logits, label) + pieces, logits
         if self.stage == 2 and self.crf_loss == "piecewise":
-            return structured(logits, label, image, self.model.crf) + pieces, logits
+            return structured(logits, label, image, self.model.crf) + pieces + self._untouched(), logits
         evidence = logits
         if self.pieces:
             marginals = self.model.contextual(coarse, features, frozen=self.stage == 2)
@@ -117,6 +119,9 @@ class Objective(nn.Module):
     def _pair_loss(self, features: Tensor, coarse: Tensor, label: Tensor) -> Tensor:
         context = self.model.context
         label = cell_labels(label, coarse.shape[-2:], cell_size=self.model.unary.cell_size)
-        loss = context.pair_loss(coarse, features, label, class_weights=self.class_weights)
-        # Nothing, but part of the graph: DistributedDataParallel wants a gradient for every parameter.
-        return loss + 0 * (context.log_weight.sum() + context.log_temperature)
+        return context.pair_loss(coarse, features, label, class_weights=self.class_weights) + self._untouched()
+
+    def _untouched(self) -> Tensor | float:
+        """Nothing, but part of the graph: DistributedDataParallel wants a gradient for every parameter."""
+        context = self.model.context
+        return 0.0 if context is None else 0 * (context.log_weight.sum() + context.log_temperature)

@@ -58,8 +58,9 @@ class PiecewiseTrainer:
         weight_decay: on the network's weights; never on biases, norms or the CRF.
         loss: the network's, a name, names with weights, or a function (see `pwlib.losses.make_loss`); class_weights [K]
             act on it alone, and on a context's pieces. crf_loss: "marginal" or "piecewise", in stage 2.
-        joint_pieces: whether stage 1 trains the model's context with the network, as the paper does; if not, its pieces
-            are learned in stage 2 on the network's frozen features.
+        joint_pieces: whether stage 1 trains the model's context with the network, as the paper does; stage 2 then
+            learns how much its pieces count, and leaves them as they are. If not, they are learned in stage 2 on the
+            network's frozen features.
         clip: largest norm of the gradient (None: any).
         train_iterations, test_iterations: mean field's; fewer in training cost less and learn as well.
         held_out: share of the training set kept for stage 2, where no `crf_loader` is given.
@@ -219,7 +220,10 @@ class PiecewiseTrainer:
         loader = loaders.rebuilt(loader)
         if len(loader) == 0:
             raise ValueError(f"stage {stage} has no batch to train on: the loader is empty")
-        frozen = [p for part in self._parts(stage, trained=False) for p in part.parameters() if p.requires_grad]
+        fixed = self._parts(stage, trained=False)
+        if stage == 2 and self.joint_pieces and self.model.context is not None:
+            fixed.append(self.model.context.networks)
+        frozen = [p for part in fixed for p in part.parameters() if p.requires_grad]
         for parameter in frozen:
             parameter.requires_grad_(False)
         try:

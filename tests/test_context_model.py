@@ -102,6 +102,17 @@ def test_stage_2_trains_pieces_and_crfs_and_not_a_bit_of_the_network(crf_loss, m
     assert changed(model, lambda: trainer_of(model, crf_loss=crf_loss).train_stage2(scenes(), 1)) == expected
 
 
+@pytest.mark.parametrize("crf_loss", ["marginal", "piecewise"])
+def test_stage_2_leaves_the_pieces_alone_that_stage_1_learned(crf_loss):
+    model = model_of()
+    expected = names(model, "crf.") | (
+        {"context.log_weight", "context.log_temperature"} if crf_loss == "marginal" else set()
+    )
+    trainer = trainer_of(model, crf_loss=crf_loss, joint_pieces=True)
+    assert changed(model, lambda: trainer.train_stage2(scenes(), 1)) == expected
+    assert all(parameter.requires_grad for parameter in model.parameters()), "as they were before"
+
+
 def test_stage_3_trains_everything():
     model = model_of()
     assert changed(model, lambda: trainer_of(model).train_stage3(scenes(), 1)) == {
@@ -142,6 +153,9 @@ def test_what_the_pieces_teach_the_features():
     for name in names(model, "context.networks"):
         torch.testing.assert_close(stage2[name], pieces[name], atol=1e-6, rtol=1e-4)
     assert stage2["context.log_weight"].abs().max() > 0
+    left = gradient(model, objective(2, joint=True)(image, label)[0])
+    assert not any(left[name].any() for name in names(model, "context.networks") & left.keys())
+    assert left["context.log_weight"].abs().max() > 0
 
 
 def test_a_run_is_resumed_and_loaded(tmp_path):
