@@ -83,4 +83,4 @@ def call(course: Path, *command: str, **environment: str) -> subprocess.Complete
     """course.py of a copy of the course, as make calls it."""
     environment = {**os.environ, "LAB_PYTHON": sys.executable, **environment}
     script = course / "grading" / "course.py"
-    return subprocess.run([NBGRADER, script, *command], env=environment, capture_output=True, text=True, timeout=580)
+    return subprocess.run([NBGRADER, script, *command], env=environment, capture_output=True, text=True, timeout=1500)

@@ -174,7 +174,7 @@ def grade(folder: str, unsafe: bool) -> None:
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir(parents=True)
             (target / f"{lab}.ipynb").write_bytes(content)
-            seconds = int(os.environ.get("NOTEBOOK_SECONDS", 600)) + 120
+            seconds = int(os.environ.get("NOTEBOOK_SECONDS", 600)) + 300
             command = ("autograde", lab, f"--CourseDirectory.student_id={student!r}", "--force")
             status, log = nbgrader(*command, seconds=seconds, **environment)
             end_orphans()

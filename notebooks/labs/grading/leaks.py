@@ -46,7 +46,7 @@ def secrets(source) -> list[tuple[str, list[str]]]:
     found = []
     for name, lines in hidden:
         lines = [line for line in lines if line]
-        pieces = [line for line in lines if line not in seen] + [plain(" ".join(lines))]
+        pieces = [line for line in lines if not any(line in other for other in seen)] + [plain(" ".join(lines))]
         found.append((name, [piece for piece in dict.fromkeys(pieces) if len(piece) >= SHORTEST]))
     return found
 

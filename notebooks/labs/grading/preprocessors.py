@@ -169,15 +169,17 @@ class RunConfined(Execute):
     def __init__(self, **options):
         super().__init__(**{"kernel_manager_class": ConfinedKernelManager, **options})
         self.shutdown_kernel = "immediate"
+        self.startup_timeout = 180
         self.store_widget_state = False
         self.timeout_func = lambda cell: max(1, min(self.timeout, int(self.deadline - monotonic())))
 
     def preprocess(self, nb, resources, km=None):
-        self.deadline = monotonic() + self.notebook_seconds
         self.ended, self.last = None, len(nb.cells) - 1
         return super().preprocess(nb, resources, km)
 
     def preprocess_cell(self, cell, resources, index):
+        if index == 0:
+            self.deadline = monotonic() + self.notebook_seconds
         if cell.cell_type == "code" and cell.source.strip():
             self.run(cell, index)
         if index == self.last and not self.ended and not self.errors_are_reported():
