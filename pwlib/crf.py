@@ -15,6 +15,7 @@ theta_beta is srgb, and compat is the kernel's weight w. Bandwidths are standard
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from pwlib.data import VOID
-from pwlib.filters import METHODS, FilterBank, GridPositions, check_normalization, make_filters
-from pwlib.lattice import LatticeBank
+from pwlib.filters import METHODS, FilterBank, GridPositions, check_normalization, choose_method, make_filters
+from pwlib.lattice import LatticeBank, crew
 
 SMALLEST_PROBABILITY = 1e-5  # what pydensecrf's unary_from_softmax clips at
 
@@ -196,14 +197,21 @@ class DenseCRF(nn.Module):
         """Each kernel's features of `image` [B, 3, H, W] in [0, 1], over their bandwidths, in `kernel_names`' order."""
         batch, _, height, width = image.shape
         spatial = GridPositions(height, width, self.log_theta_gamma.exp())
-        positions = GridPositions(height, width, self.log_theta_alpha.exp()).features().expand(batch, -1, -1)
-        colours = 255 * image.flatten(2).transpose(1, 2) / self.log_theta_beta.exp()
-        return [spatial, torch.cat([positions, colours], dim=-1), *(kernel(image) for kernel in self.extra_kernels)]
+        positions = GridPositions(height, width, self.log_theta_alpha.exp()).planes().expand(batch, -1, -1, -1)
+        colours = 255 * image / self.log_theta_beta.exp()
+        bilateral = torch.cat([positions, colours], dim=1).flatten(2).transpose(1, 2)
+        return [spatial, bilateral, *(kernel(image) for kernel in self.extra_kernels)]
 
     def filters(self, image: Tensor) -> FilterBank:
         """The filters of the kernels over `image`, ready to pass messages."""
         options = {"normalization": self.normalization, "self_message": self.self_message}
-        return make_filters(self.features(image), method=self.filtering, **options)
+        with self._crew(image):
+            return make_filters(self.features(image), method=self.filtering, **options)
+
+    def _crew(self, image: Tensor) -> contextlib.AbstractContextManager:
+        """Where lattices will be built, a crew from the start: cores at one operation linger before they make way."""
+        method = choose_method(self.filtering, image.shape[-2] * image.shape[-1], image.device)
+        return crew(image.device) if method == "lattice" and not torch.is_grad_enabled() else contextlib.nullcontext()
 
     def pairwise(self, filters: FilterBank, q: Tensor) -> Tensor:
         """The energy each label meets from all other pixels: marginals q [B, N, K] -> [B, N, K]."""
@@ -220,19 +228,30 @@ class DenseCRF(nn.Module):
         Train with `nll_loss(log_q, label)`; never with a cross-entropy on exp(log_q), which would be a second softmax.
         Raises ValueError for shapes that do not fit and for logits that are not finite.
         """
+        return self._infer(logits, image, iterations, log=True)
+
+    @torch.no_grad()
+    def marginals(self, logits: Tensor, image: Tensor, *, iterations: int | None = None) -> Tensor:
+        """q [B, K, H, W], the marginals themselves: exp of what `forward` returns, without a gradient, and cheaper."""
+        return self._infer(logits, image, iterations, log=False)
+
+    def _infer(self, logits: Tensor, image: Tensor, iterations: int | None, log: bool) -> Tensor:
         height, width = image.shape[-2:]
-        with torch.autocast(logits.device.type, enabled=False):
-            log_q, image = self._prepare(logits, image)
+        steps = self.iterations if iterations is None else iterations
+        with torch.autocast(logits.device.type, enabled=False), self._crew(image):
+            logits, image = self._check(logits, image)
             filters = self.filters(image)
-            steps = self.iterations if iterations is None else iterations
             if isinstance(filters, LatticeBank) and not torch.is_grad_enabled():
                 # The same update, with fewer passes over memory.
-                log_q, steps = filters.mean_field(log_q, self.log_w.exp(), self.compatibility.T, steps), 0
-            log_p = log_q = log_q.contiguous() if steps else log_q
-            for _ in range(steps):
-                log_q = torch.log_softmax(log_p - self.pairwise(filters, log_q.exp()), dim=-1)
+                out = filters.mean_field(logits.mT, self.log_w.exp(), self.compatibility.T, steps, log=log)
+            else:
+                log_q = torch.log_softmax(logits, dim=1).mT
+                log_p = log_q = log_q.contiguous() if steps else log_q
+                for _ in range(steps):
+                    log_q = torch.log_softmax(log_p - self.pairwise(filters, log_q.exp()), dim=-1)
+                out = log_q if log else log_q.exp()
         # Contiguous: nll_loss refuses to run backward through a transposed view.
-        return log_q.transpose(1, 2).contiguous().reshape(len(image), self.num_classes, height, width)
+        return out.transpose(1, 2).contiguous().reshape(len(image), self.num_classes, height, width)
 
     @torch.no_grad()
     def trace(self, logits: Tensor, image: Tensor, *, iterations: int | None = None) -> Trace:
@@ -318,17 +337,22 @@ class DenseCRF(nn.Module):
 
     def _prepare(self, logits: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """Check both; log_softmax of the logits as rows [B, N, K] and the image, in the parameters' precision."""
+        logits, image = self._check(logits, image)
+        return torch.log_softmax(logits, dim=1).mT, image
+
+    def _check(self, logits: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits as [B, K, N] and the image, in the parameters' precision; refused where they do not fit."""
         if logits.ndim != 4 or logits.shape[1] != self.num_classes:
             raise ValueError(f"logits have shape {tuple(logits.shape)}; expected [B, {self.num_classes}, H, W]")
         if image.shape != (len(logits), 3, *logits.shape[-2:]):
             expected = [len(logits), 3, *logits.shape[-2:]]
             raise ValueError(f"image has shape {tuple(image.shape)}; expected {expected}, to lie over the logits")
-        if not torch.stack(logits.detach().aminmax()).isfinite().all():  # one pass, and NaN wins either
+        # A sum is finite only if all its terms are, and costs less than a look at each; it may overflow, too.
+        if not logits.detach().sum().isfinite() and not logits.isfinite().all():
             raise ValueError(
                 "logits hold NaN or infinity; expected finite numbers (did the network's training diverge?)"
             )
-        log_p = torch.log_softmax(logits.to(self.compatibility).flatten(2), dim=1)
-        return log_p.transpose(1, 2), image.to(self.compatibility)
+        return logits.to(self.compatibility).flatten(2), image.to(self.compatibility)
 
 
 def _log_parameter(name: str, value: float | Sequence[float]) -> nn.Parameter:
@@ -394,8 +418,7 @@ def dense_crf(
     ).to(device)
     pixels = image.to(device).permute(2, 0, 1)[None].float() / 255
     logits = probabilities.to(device).float().clamp_min(SMALLEST_PROBABILITY).log()[None]
-    with torch.no_grad():
-        marginals = crf(logits, pixels)[0].exp().to(home)
+    marginals = crf.marginals(logits, pixels)[0].to(home)
     return marginals.numpy() if as_numpy else marginals
 
 

@@ -52,10 +52,14 @@ class GridPositions:
         x = torch.arange(self.width, device=self.theta.device, dtype=self.theta.dtype)
         return y / self.theta, x / self.theta
 
-    def features(self) -> Tensor:
-        """[1, H*W, 2], (x, y): the order matters to a lattice, and this is the reference code's."""
+    def planes(self) -> Tensor:
+        """[2, H, W], (x, y): the order matters to a lattice, and this is the reference code's."""
         y, x = torch.meshgrid(*self.axes(), indexing="ij")
-        return torch.stack([x, y], dim=-1).reshape(1, -1, 2)
+        return torch.stack([x, y])
+
+    def features(self) -> Tensor:
+        """[1, H*W, 2], plane by plane in memory."""
+        return self.planes().flatten(1).T[None]
 
 
 def check_normalization(normalization: str) -> None:

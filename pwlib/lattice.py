@@ -16,12 +16,16 @@ The conventions are those of Kraehenbuehl & Koltun's reference code, whose margi
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,8 +36,58 @@ from pwlib.filters import FilterBank, GaussianFilter, GridPositions
 
 EPS = 1e-20  # the reference code's guard against an empty row
 BLOCK = 2**14  # points, a power of 2: few enough that their values stay at hand while their bags are summed
-CACHE = 2**21
+LEAST = -1e30  # in place of minus infinity
+FLOOR = -30.0  # of a score: exp(-30) is nothing beside a probability in float32, and far from its underflow
 LARGE = 2**12  # beyond it float32 has too few digits left to place a point inside its simplex
+
+
+class Crew:
+    """share(count, task) -> [task(0), .., task(count - 1)], shared out among threads; tasks are not differentiated."""
+
+    def __init__(self, pool: ThreadPoolExecutor | None = None, threads: int = 1):
+        self.pool, self.threads = pool, threads
+        self.inference = torch.is_inference_mode_enabled()  # a thread of its own does not know
+
+    def __call__(self, count: int, task: Callable[[int], Any]) -> list:
+        results, turns = [None] * count, iter(range(count))
+
+        def work() -> None:
+            with torch.inference_mode(self.inference), torch.no_grad():
+                for turn in turns:
+                    results[turn] = task(turn)
+
+        others = [self.pool.submit(work) for _ in range(min(self.threads, count) - 1)]
+        work()
+        for other in others:
+            other.result()
+        return results
+
+
+_here = threading.local()
+
+
+@contextlib.contextmanager
+def crew(device: torch.device) -> Iterator[Crew]:
+    """On a CPU, as many threads as torch uses, each of which runs its operations alone; elsewhere just this one.
+
+    So a task's operations work, one after the other, on what its core has in its cache; with all cores at each of them
+    it would change cores, and cores wait for each other, at every one. A crew within a crew is the same one.
+    """
+    if found := getattr(_here, "crew", None):
+        yield found
+        return
+    threads = torch.get_num_threads()
+    if threads == 1 or device.type != "cpu":
+        yield Crew()
+        return
+    torch.set_num_threads(1)  # of this thread, and of those it starts
+    try:
+        with ThreadPoolExecutor(threads - 1) as pool:
+            _here.crew = Crew(pool, threads)
+            yield _here.crew
+    finally:
+        _here.crew = None
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -41,18 +95,19 @@ class Lattice:
     """Where P points of dimension d meet the lattice; integers only, nothing here has a gradient.
 
     corner [P, d+1] int32: the vertex at each corner of each point's simplex. The other way round, in two steps: a bag
-    holds what one vertex hears from one block of `BLOCK` points. order [P(d+1)] int32: the positions in
-    corner.flatten(), sorted by bag; point = order // (d+1); bags [bags+1] int32: where each begins. heard [bags] int32:
-    the bags, sorted by vertex; offsets [M+1] int32: where each vertex begins.
+    holds what one vertex hears from one block of points. blocks: the points of each block; parts: of each block in
+    turn, order, point and bags. order [points (d+1)] int32: bag by bag, the entries of a bag, each the point's place in
+    the block << bits | the corner, with bits = (d+1).bit_length(); point = order >> bits; bags [bags+1] int32: where
+    each begins. heard [all blocks' bags] int32: the bags, sorted by vertex; offsets [M+1] int32: where each vertex
+    begins.
 
     neighbours [d+1, M, 3] int32: per direction the vertex itself and the two beside it. The last vertex stands for all
     that no point touches: it hears nothing, and is the neighbour of those at the border.
     """
 
     corner: Tensor
-    order: Tensor
-    point: Tensor
-    bags: Tensor
+    blocks: list[slice]
+    parts: list[tuple[Tensor, Tensor, Tensor]]
     heard: Tensor
     offsets: Tensor
     neighbours: Tensor
@@ -66,35 +121,64 @@ class Lattice:
         """The same points once more for every image of a batch."""
         if copies == 1:
             return self
-        shift = torch.arange(copies, device=self.corner.device)
 
-        def tile(index: Tensor, step: int) -> Tensor:
-            return (index + shift.to(index.dtype).view(-1, *[1] * index.ndim) * step).flatten(0, 1)
+        def tile(index: Tensor, step: int, dim: int = 0) -> Tensor:
+            return torch.cat([index + copy * step for copy in range(copies)], dim)
 
+        points, heard = len(self.corner), len(self.heard)
+        blocks = [(block, copy * points) for copy in range(copies) for block in self.blocks]
         return Lattice(
             tile(self.corner, self.size),
-            tile(self.order, len(self.order)),
-            tile(self.point, len(self.corner)),
-            torch.cat([tile(self.bags[:-1], len(self.order)), self.bags[-1:] * copies]),
-            tile(self.heard, len(self.heard)),
-            torch.cat([tile(self.offsets[:-1], len(self.heard)), self.offsets[-1:] * copies]),
-            torch.stack([tile(direction, self.size) for direction in self.neighbours]),
+            [slice(block.start + start, block.stop + start) for block, start in blocks],
+            self.parts * copies,
+            tile(self.heard, heard),
+            torch.cat([tile(self.offsets[:-1], heard), self.offsets[-1:] * copies]),
+            tile(self.neighbours, self.size, 1),
         )
 
 
+@dataclass(frozen=True)
+class Part:
+    """Consecutive blocks of one image's points, which one thread embeds at a time.
+
+    Blocks, of `block` points (the last may have fewer), are for a processor's cache when messages pass. Here a part has
+    several: operations on few points cost threads more than they do.
+    """
+
+    image: int
+    points: slice
+    block: int
+
+    @property
+    def blocks(self) -> list[slice]:
+        starts = range(self.points.start, self.points.stop, self.block)
+        return [slice(start, min(start + self.block, self.points.stop)) for start in starts]
+
+    @staticmethod
+    def of(images: int, pixels: int, device: torch.device, count: int) -> list[Part]:
+        if device.type == "cuda":  # a GPU sums all points at once
+            block = step = 1 << (pixels - 1).bit_length()
+        else:
+            block = BLOCK
+            step = block * math.ceil(math.ceil(pixels / block) / math.ceil(count / images))
+        starts = [(image, start) for image in range(images) for start in range(0, pixels, step)]
+        return [
+            Part(image, slice(image * pixels + start, image * pixels + min(start + step, pixels)), block)
+            for image, start in starts
+        ]
+
+
 def elevate(features: Tensor) -> Tensor:
-    """Features [P, d] in the hyperplane sum = 0 of R^(d+1), [d+1, P], scaled so that the blur has unit variance.
+    """Features [d, P] in the hyperplane sum = 0 of R^(d+1), [d+1, P], scaled so that the blur has unit variance.
 
     Adams, Baek & Davis 2010, p. 5; the standard deviation of the blur, sqrt(2/3) (d+1), is on p. 6.
     """
-    d = features.shape[1]
-    features = features.T
-    total, rows = torch.zeros_like(features[0]), []
-    for j in range(d, 0, -1):
-        scaled = features[j - 1] * (math.sqrt(2 / 3) * (d + 1) / math.sqrt(j * (j + 1)))
-        rows.append(total - j * scaled)
-        total = total + scaled
-    return torch.stack([total, *reversed(rows)])
+    d = len(features)
+    # Column j of the basis, from 1, is j ones and -j, over its length, sqrt(j (j + 1)).
+    basis = [[(i < j) - j * (i == j) for j in range(1, d + 1)] for i in range(d + 1)]
+    scale = [math.sqrt(2 / 3) * (d + 1) / math.sqrt(j * (j + 1)) for j in range(1, d + 1)]
+    rows = [[entry * factor for entry, factor in zip(row, scale, strict=True)] for row in basis]
+    return features.new_tensor(rows) @ features
 
 
 @torch.no_grad()
@@ -105,122 +189,221 @@ def enclosing_simplex(elevated: Tensor) -> tuple[Tensor, Tensor]:
     """
     axes = len(elevated)
     base = torch.round(elevated * (1 / axes))
-    rest = elevated - base * axes
+    rest = torch.sub(elevated, base, alpha=axes)
     # Comparing pairs of rows is cheaper than sorting columns, and bytes are cheaper than words.
     rank = torch.arange(axes, dtype=torch.int8, device=base.device)[:, None].repeat(1, base.shape[1])
     for i in range(axes - 1):
-        below = (rest[i] < rest[i + 1 :]).view(torch.int8)
-        rank[i + 1 :] -= below
-        for row in below:
-            rank[i] += row
+        below = _less(rest[i], rest[i + 1 :])
+        rank[i + 1 :].sub_(below)
+        rank[i].add_(below.sum(0, dtype=torch.int8))
     # Rounding may leave the plane by a few steps: put the coordinates that were rounded furthest back onto it.
     rank += base.sum(0).to(torch.int8)
-    shift = (rank < 0).view(torch.int8) - (rank >= axes).view(torch.int8)
+    zero = torch.zeros_like(rank[0])
+    shift = _less(rank, zero) - _less(zero + (axes - 1), rank)
     return base.add_(shift), rank.add_(shift, alpha=axes)
+
+
+def _less(one: Tensor, other: Tensor) -> Tensor:
+    """one < other, int8."""
+    if one.is_cuda:
+        return (one < other).view(torch.int8)
+    return torch.from_numpy(np.less(one.numpy(), other.numpy()).view(np.int8))  # three times faster than torch
 
 
 def barycentric(elevated: Tensor, base: Tensor) -> Tensor:
     """Barycentric coordinates [P, d+1] of the points in their simplices, differentiable in `elevated`."""
     axes = len(elevated)
-    rest = list((elevated - base * axes) * (1 / axes))
+    rest = list(torch.sub(elevated, base, alpha=axes) * (1 / axes))
     for i, j in itertools.combinations(range(axes), 2):  # sorted in descending order, by exchange
         rest[i], rest[j] = torch.maximum(rest[i], rest[j]), torch.minimum(rest[i], rest[j])
-    return torch.stack([1 + rest[-1] - rest[0], *(a - b for a, b in reversed([*itertools.pairwise(rest)]))], 1)
+    return torch.stack([1 + rest[-1] - rest[0], *(a - b for a, b in reversed([*itertools.pairwise(rest)]))]).T
+
+
+@dataclass(frozen=True)
+class Simplices:
+    """Those a part's n points lie in: many share one, as neighbouring pixels do.
+
+    base, rank [d+1, S]: as `enclosing_simplex` has them. members [n]: the points, block by block and simplex by
+    simplex; starts [S]: where each begins; counts [S]: how many each has. simplex [n]: of a point.
+    """
+
+    base: Tensor
+    rank: Tensor
+    members: Tensor
+    starts: Tensor
+    counts: Tensor
+    simplex: Tensor
+
+    @classmethod
+    def of(cls, base: Tensor, rank: Tensor, place: int) -> Simplices:
+        members, counts, simplex = _group(base, rank, place)
+        starts = counts.cumsum(0) - counts
+        first = members.index_select(0, starts)
+        base, rank = (torch.stack([row.index_select(0, first) for row in rows]) for rows in (base, rank))
+        return cls(base, rank, members, starts, counts, simplex)
+
+
+def _group(base: Tensor, rank: Tensor, place: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which points of a block, of 2^place points, share a simplex: members, counts and simplex of `Simplices`."""
+    axes, points = rank.shape
+    members = torch.arange(points, device=base.device)
+    digit, blocks = (axes - 1).bit_length(), points - 1 >> place
+    low = base[:-1].amin(1)
+    spans = [int(span) for span in (base[:-1].amax(1) - low + 1).tolist()]
+    bits = math.prod(spans).bit_length() + digit * (axes - 1)  # of a name: the remainder-0 vertex, and the ranks
+    if blocks.bit_length() + bits + place > 62:
+        return members, torch.ones_like(members), members  # too wide to sort beside a place: each point its own
+    # One integer: block, name, place within the block.
+    name, stride = members & (1 << place) - 1, 1 << place
+    if blocks:
+        name.add_(members >> place, alpha=1 << bits + place)
+    for i in range(axes - 1):
+        name.add_(rank[i], alpha=stride)
+        stride <<= digit
+    for row, span in zip((base[:-1] - low[:, None]).long(), spans, strict=True):
+        name.add_(row, alpha=stride)
+        stride *= span
+    name = _sort_(name)
+    members = name & (1 << place) - 1
+    if blocks:
+        members += name >> bits + place << place
+    _, simplex, counts = torch.unique_consecutive(name >> place, return_inverse=True, return_counts=True)
+    return members, counts, torch.empty_like(simplex).scatter_(0, members, simplex)
+
+
+@dataclass(frozen=True)
+class _Bags:
+    """What the vertices hear from a part's points. keys: of the bags' vertices, ascending in each block; corner
+    [S, 2^bits]: the bag of each simplex's corners; blocks: order, point and bags of each, as in `Lattice`; ones: what
+    each bag hears where all say 1."""
+
+    keys: Tensor
+    corner: Tensor
+    blocks: list[tuple[Tensor, Tensor, Tensor]]
+    ones: Tensor | None
+
+
+def _bags(part: Part, simplices: Simplices, low: Tensor, strides: Sequence[int], weight: Tensor | None) -> _Bags:
+    axes, device = len(simplices.rank), simplices.rank.device
+    rank, starts, counts, points = simplices.rank.long(), simplices.starts, simplices.counts, len(simplices.members)
+    key = torch.zeros_like(starts)
+    for row, stride in zip((simplices.base[:-1] - low[:, None]).long(), strides, strict=False):
+        key.add_(row, alpha=stride)
+    bound, place, blocks = strides[-1], (part.block - 1).bit_length(), part.blocks
+    if len(blocks) > 1:
+        key.add_(simplices.members.index_select(0, starts) >> place, alpha=bound)
+    # From remainder k-1 to k: one more in every coordinate, d+1 less in the one whose turn it is by rank.
+    turn = 1 - torch.tensor([*strides[:-1], 0], device=device)
+    turn = torch.empty_like(rank).scatter_(0, rank, turn[:, None].expand_as(rank))
+    keys = torch.cat([key[None], turn.flip(0)[:-1]]).cumsum_(0)
+
+    # A corner is named simplex << bits | k.
+    bits, numbers = axes.bit_length(), torch.arange(axes, device=device)[:, None]
+    corners = (torch.arange(len(starts), device=device) << bits) + numbers
+    keys, corners = _sort(keys.flatten(), corners.flatten(), len(blocks) * bound, len(starts) << bits)
+    keys, bag, shared = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
+    corner = torch.empty(len(starts) << bits, dtype=torch.int64, device=device).scatter_(0, corners, bag)
+
+    # The points of a simplex are neighbours in `members`: a bag is a few runs of it.
+    home, shared = corners >> bits, _cumulative(shared)
+    lengths = counts.int().index_select(0, home)
+    ends = _cumulative(lengths)
+    begins = (corners & (1 << bits) - 1).int() * points + starts.int().index_select(0, home)
+    order = (((simplices.members & (1 << place) - 1) << bits).int() + numbers.int()).flatten()
+    order = order.index_select(0, _runs(begins, lengths, ends, axes * points))
+    bags = ends.index_select(0, shared)
+
+    ones = None
+    if weight is not None:
+        sums = bag_sum(F.pad(weight, (0, (1 << bits) - axes)), simplices.members, F.pad(starts, (0, 1), value=points))
+        ones = bag_sum(sums.view(-1, 1), corners, shared)
+    cuts = torch.searchsorted(keys, torch.arange(len(blocks) + 1, device=device) * bound).tolist()
+    entries = [axes * (block.stop - block.start) for block in blocks]
+    parts = zip(order.split(entries), (order >> bits).split(entries), itertools.pairwise(cuts), strict=True)
+    return _Bags(
+        keys % bound + part.image * bound if len(blocks) > 1 or part.image else keys,
+        corner.view(-1, 1 << bits)[:, :axes],
+        [(order, point, bags[first : last + 1] - bags[first]) for order, point, (first, last) in parts],
+        ones,
+    )
 
 
 @torch.no_grad()
-def build(base: Tensor, rank: Tensor, images: int) -> Lattice:
+def build(
+    parts: Sequence[Part], simplices: Sequence[Simplices], weight: Tensor | None = None
+) -> tuple[Lattice, list[Tensor | None]]:
     """Number the vertices that the simplices touch, and link them to their points and to their neighbours.
 
     A vertex of remainder k has coordinates (d+1) c_i + k, with c_i = base_i or base_i - 1, so c_0 .. c_{d-1} and k name
     it. They are the digits of one integer, its key: sorting keys finds equal vertices, adding a constant gives a
-    neighbour. The points are those of `images` images in turn, each with a lattice of its own.
+    neighbour. Each image has a lattice of its own; `simplices` are those of each part. Where weight [P, d+1] is given,
+    also returns what each part's bags hear if all points say 1.
     """
-    axes, points = rank.shape
-    d, device = axes - 1, rank.device
-    low = base[:d].amin(1) - 1
+    axes, device = len(simplices[0].rank), simplices[0].rank.device
+    d = axes - 1
+    low = torch.stack([s.base[:d].amin(1) for s in simplices]).amin(0) - 1
     # One spare value a digit: a step out of the box, on either side, lands on it and finds nothing.
-    spans = [int(span) for span in (base[:d].amax(1) - low + 2).tolist()]
+    spans = [int(span) for span in (torch.stack([s.base[:d].amax(1) for s in simplices]).amax(0) - low + 2).tolist()]
     strides = [axes * math.prod(spans[:i]) for i in range(axes)]
-    bound = strides[d] * images
-    if bound * (points // BLOCK + 1) >= 2**62:
+    if strides[d] * max(parts[-1].image + 1, *(len(part.blocks) for part in parts)) >= 2**62:
         raise ValueError(
             f"features spread over {' x '.join(map(str, spans))} lattice cells, too many to number in 64 bits; "
             "expected bandwidths that are not so small beside the features' range"
         )
-    key = torch.zeros(points, dtype=torch.int64, device=device)
-    for i in range(d):
-        key.add_((base[i] - low[i]).long(), alpha=strides[i])
-    if images > 1:
-        key += torch.arange(images, device=device).repeat_interleave(points // images) * strides[d]
+    corner = torch.empty(parts[-1].points.stop, axes, dtype=torch.int32, device=device)
 
-    members, counts, simplex = _simplices(key, rank, bound)
-    starts = counts.cumsum(0) - counts
-    first, simplices = members.index_select(0, starts), len(starts)
-    # From remainder k-1 to k: one more in every coordinate, d+1 less in the one whose turn it is by rank.
-    stride = torch.tensor([*strides[:d], 0], device=device)
-    ranks = torch.stack([row.index_select(0, first) for row in rank]).long()
-    turn = torch.empty_like(ranks).scatter_(0, ranks, (1 - stride)[:, None].expand_as(ranks))
-    keys = torch.cat([key.index_select(0, first)[None], turn.flip(0)[:-1]]).cumsum_(0)
+    def bags(turn: int) -> _Bags:
+        rows = None if weight is None else weight[parts[turn].points]
+        return _bags(parts[turn], simplices[turn], low, strides, rows)
 
-    blocks = (points - 1) // BLOCK + 1
-    keys += first // BLOCK * bound
-    keys, corners = _sort(keys.flatten(), blocks * bound)  # corners: k * simplices + simplex
-    keys, bag, shared = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
-    keys, heard = _sort(keys % bound, bound)
-    keys, vertex, heard_from = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
-    vertex = torch.empty_like(vertex).scatter_(0, heard, vertex).index_select(0, bag)
-    corner = torch.empty_like(vertex).scatter_(0, corners, vertex).view(axes, -1).int().T.contiguous()
-    offsets = F.pad(heard_from.cumsum(0), (1, 1), value=0)
-    offsets[-1] = offsets[-2]
+    with crew(device) as share:
+        found = share(len(parts), bags)
+        keys = torch.cat([bags.keys for bags in found])
+        keys, heard = _sort(keys, torch.arange(len(keys), device=device), strides[d] * (parts[-1].image + 1), len(keys))
+        keys, vertex, heard_from = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
+        vertex = torch.empty_like(vertex).scatter_(0, heard, vertex).int().split([len(bags.keys) for bags in found])
+        offsets = F.pad(heard_from.cumsum(0), (1, 1), value=0)
+        offsets[-1] = offsets[-2]
+        vertices = len(keys)
+        if strides[d] * (parts[-1].image + 2) < 2**31:
+            keys = keys.int()  # halves what the search below has to read
+        # One step in direction j: one less in every coordinate, d+1 more in coordinate j.
+        ahead = keys + torch.where(keys % axes > 0, -1, d - sum(strides[:d])).to(keys.dtype)
+        neighbours = torch.empty(axes, vertices + 1, 3, dtype=torch.int32, device=device)
 
-    # The points of a simplex are neighbours in `members`: a bag is a few runs of it.
-    k, home = corners // simplices, corners % simplices
-    lengths = counts.index_select(0, home)
-    bags = F.pad(lengths.cumsum(0).index_select(0, shared.cumsum(0) - 1), (1, 0))
-    runs = _runs(k * points + starts.index_select(0, home), lengths, axes * points)
-    members = members.int()
-    order = members * axes + torch.arange(axes, dtype=torch.int32, device=device)[:, None]
-    order, point = order.flatten().index_select(0, runs), members.repeat(axes).index_select(0, runs)
+        def link(turn: int) -> None:
+            if turn < axes:
+                neighbours[turn].copy_(_link(keys, ahead + (strides[turn] if turn < d else 0)))
+            else:
+                turn -= axes
+                mine = vertex[turn].index_select(0, found[turn].corner.flatten()).view(-1, axes)
+                torch.index_select(mine, 0, simplices[turn].simplex, out=corner[parts[turn].points])
 
-    # One step in direction j: one less in every coordinate, d+1 more in coordinate j.
-    vertices = len(keys)
-    wanted = keys + torch.where(keys % axes > 0, -1, d - sum(strides[:d])) + stride[:, None]
-    if device.type == "cpu":  # the wanted keys are sorted too, which numpy's search makes use of
-        ahead = torch.from_numpy(np.searchsorted(keys.numpy(), wanted.numpy())).clamp_(max=vertices - 1)
-    else:
-        ahead = torch.searchsorted(keys, wanted).clamp_(max=vertices - 1)
-    ahead = ahead.where(keys.index_select(0, ahead.flatten()).view_as(ahead) == wanted, vertices)
-    me = torch.arange(vertices, device=device).expand(axes, -1)
-    behind = torch.full((axes, vertices + 1), vertices, device=device).scatter_(1, ahead, me)
-    behind[:, vertices] = vertices
-    me, ahead = (F.pad(index, (0, 1), value=vertices) for index in (me, ahead))
-    neighbours = torch.stack([me, ahead, behind], 2)
-    return Lattice(
-        corner.index_select(0, simplex), order, point, bags.int(), heard.int(), offsets.int(), neighbours.int()
+        share(axes + len(parts), link)
+    lattice = Lattice(
+        corner,
+        [block for part in parts for block in part.blocks],
+        [block for bags in found for block in bags.blocks],
+        heard.int(),
+        offsets.int(),
+        neighbours,
     )
+    return lattice, [bags.ones for bags in found]
 
 
-def _simplices(key: Tensor, rank: Tensor, bound: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Which points of a block share a simplex, as neighbouring pixels do: the fewer corners there are to sort.
-
-    members [P]: the points, simplex by simplex, block by block. counts [S]: how many each has. simplex [P]: of a point.
-    """
-    axes, points = rank.shape
-    digit, low = (axes - 1).bit_length(), (BLOCK - 1).bit_length()
-    bits = (bound // axes).bit_length() + digit * (axes - 1)  # of a name: the remainder-0 vertex, and the ranks
-    members = torch.arange(points, device=key.device)
-    if (points >> low).bit_length() + bits + low > 62:
-        return members, torch.ones_like(members), members  # too wide to sort beside a place: each point its own
-    name = key // axes << digit * (axes - 1)
-    for i in range(axes - 1):
-        name.add_(rank[i], alpha=1 << digit * i)
-    # One integer: block, name, place within the block.
-    name = ((members >> low << bits) + name << low) + (members & (BLOCK - 1))
-    name = _sort_(name)
-    members = (name >> bits + low << low) + (name & (BLOCK - 1))
-    _, simplex, counts = torch.unique_consecutive(name >> low, return_inverse=True, return_counts=True)
-    return members, counts, torch.empty_like(simplex).scatter_(0, members, simplex)
+def _link(keys: Tensor, wanted: Tensor) -> Tensor:
+    """Who is beside whom in one direction, [M, 3]: the vertices' keys, ascending, and those of the vertices ahead."""
+    vertices = len(keys)
+    if keys.is_cuda:
+        ahead = torch.searchsorted(keys, wanted)
+    else:  # the wanted keys are nearly sorted too, which numpy's search makes use of
+        ahead = torch.from_numpy(np.searchsorted(keys.numpy(), wanted.numpy()))
+    ahead = ahead.clamp_(max=vertices - 1)
+    ahead = ahead.where(keys.index_select(0, ahead) == wanted, vertices)
+    me = torch.arange(vertices + 1, device=keys.device)
+    behind = torch.full_like(me, vertices).scatter_(0, ahead, me[:-1])
+    behind[vertices] = vertices
+    return torch.stack([me, F.pad(ahead, (0, 1), value=vertices), behind], 1)
 
 
 def _sort_(keys: Tensor) -> Tensor:
@@ -230,30 +413,35 @@ def _sort_(keys: Tensor) -> Tensor:
     return keys
 
 
-def _sort(keys: Tensor, bound: int) -> tuple[Tensor, Tensor]:
-    """Keys [P] below `bound`, sorted, and the place each had before."""
-    bits = (len(keys) - 1).bit_length()
+def _sort(keys: Tensor, things: Tensor, bound: int, names: int) -> tuple[Tensor, Tensor]:
+    """Keys [P] below `bound`, sorted, and beside each what it belongs to: numbers below `names`, ascending in ties."""
+    bits = (names - 1).bit_length()
     if bound >= 2 ** (63 - bits):
-        return keys.sort(stable=True)
-    # Plain integers sort much faster than pairs: carry the place in the low bits.
-    keys = _sort_((keys << bits) + torch.arange(len(keys), device=keys.device))
+        keys, places = keys.sort(stable=True)
+        return keys, things.index_select(0, places)
+    # Plain integers sort much faster than pairs: carry the thing in the low bits.
+    keys = _sort_((keys << bits) + things)
     return keys >> bits, keys & ((1 << bits) - 1)
 
 
-def _runs(starts: Tensor, lengths: Tensor, total: int) -> Tensor:
-    """starts[0], starts[0] + 1, .. lengths[0] of them, then starts[1], ..: int32 [total]."""
-    shift = (starts - lengths.cumsum(0) + lengths).int()
-    if shift.is_cuda:
-        shift = shift.repeat_interleave(lengths, output_size=total)
-    else:
-        shift = torch.from_numpy(np.repeat(shift.numpy(), lengths.numpy()))
-    return shift.add_(torch.arange(total, dtype=torch.int32, device=shift.device))
+def _cumulative(lengths: Tensor) -> Tensor:
+    """0 and the running sum of lengths [P]: where each begins, and the end; [P + 1], of the same dtype."""
+    ends = torch.zeros(len(lengths) + 1, dtype=lengths.dtype, device=lengths.device)
+    torch.cumsum(lengths, 0, out=ends[1:])
+    return ends
+
+
+def _runs(begins: Tensor, lengths: Tensor, ends: Tensor, total: int) -> Tensor:
+    """begins[0], begins[0] + 1, .. lengths[0] of them, then begins[1], ..; ends: 0 and the lengths' running sum."""
+    # A running sum of ones, but for the jump from a run's last number to the next run's first.
+    steps = torch.ones(total, dtype=begins.dtype, device=begins.device)
+    steps[0] = begins[0]
+    return steps.scatter_(0, ends[1:-1].long(), begins[1:] - begins[:-1] - lengths[:-1] + 1).cumsum_(0)
 
 
 def bag_sum(table: Tensor, index: Tensor, offsets: Tensor, weight: Tensor | None = None) -> Tensor:
     """out[b] = sum of weight[e] table[index[e]] over offsets[b] <= e < offsets[b+1]; no weight: 1."""
-    options = {"mode": "sum", "per_sample_weights": weight, "include_last_offset": True}
-    return F.embedding_bag(index, table, offsets, **options)
+    return torch.embedding_bag(table, index, offsets, mode=0, per_sample_weights=weight, include_last_offset=True)[0]
 
 
 class Weights:
@@ -263,10 +451,23 @@ class Weights:
         self.rows, self.lattices = rows, lattices
 
     @cached_property
-    def sorted(self) -> list[Tensor]:
-        parts = self.rows.detach().split([lattice.corner.shape[1] for lattice in self.lattices], 1)
-        pairs = zip(parts, self.lattices, strict=True)
-        return [part.reshape(-1).index_select(0, lattice.order) for part, lattice in pairs]
+    def sorted(self) -> list[list[Tensor]]:
+        """Block by block and lattice by lattice, in the order in which its bags take them."""
+        rows, corners = self.rows.detach(), [lattice.corner.shape[1] for lattice in self.lattices]
+
+        def task(block: int) -> list[Tensor]:
+            points = self.lattices[0].blocks[block]
+            parts = zip(rows[points].split(corners, 1), self.lattices, strict=True)
+            return [_padded(part).index_select(0, lattice.parts[block][0]) for part, lattice in parts]
+
+        with crew(rows.device) as share:
+            return share(len(self.lattices[0].blocks), task)
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """Rows of d+1 numbers as if of 2^bits, flat: what `Lattice.parts`' order counts through."""
+    corners = rows.shape[1]
+    return F.pad(rows, (0, (1 << corners.bit_length()) - corners)).flatten()
 
 
 def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -278,10 +479,19 @@ class Joint:
 
     def __init__(self, lattices: Sequence[Lattice]):
         self.lattices, self.sizes = lattices, [lattice.size for lattice in lattices]
-        starts = itertools.accumulate(self.sizes, initial=0)
-        corners = [f.corner + start if start else f.corner for f, start in zip(lattices, starts, strict=False)]
-        self.corner = _cat(corners, 1)
-        self.points, self.corners = self.corner.shape
+        self.blocks = lattices[0].blocks
+        self.points, self.corners = len(lattices[0].corner), sum(f.corner.shape[1] for f in lattices)
+        self.corner = lattices[0].corner
+        if len(lattices) > 1:
+            self.corner = self.corner.new_empty(self.points, self.corners)
+
+            def number(block: int) -> None:
+                points, starts = self.blocks[block], itertools.accumulate(self.sizes, initial=0)
+                parts = [f.corner[points] + start for f, start in zip(lattices, starts, strict=False)]
+                torch.cat(parts, 1, out=self.corner[points])
+
+            with crew(self.corner.device) as share:
+                share(len(self.blocks), number)
 
     def _steps(self, count: int, step: int) -> Tensor:
         return torch.arange(0, count * step + 1, step, dtype=torch.int32, device=self.corner.device)
@@ -295,23 +505,39 @@ class Joint:
         return self._steps(max(self.sizes), 3)
 
     @cached_property
+    def taps(self) -> Tensor:
+        return torch.tensor([1, 0.5, 0.5], device=self.corner.device).repeat(max(self.sizes))
+
+    @cached_property
     def owner(self) -> Tensor:
         return self.slice_offsets.new_tensor(range(self.points)).repeat_interleave(self.corners)
 
+    def prepare(self, *weights: Weights) -> None:
+        """Make now what is made when it is first needed, before several threads need it at once."""
+        _ = self.slice_offsets, self.blur_offsets, self.taps, [w.sorted for w in weights]
+
+    def tell(self, values: Tensor, block: int, weights: Weights) -> list[Tensor]:
+        """The first half of a splat: [points of a block, C] -> [its bags, C], a part a lattice."""
+        parts = zip((lattice.parts[block] for lattice in self.lattices), weights.sorted[block], strict=True)
+        return [bag_sum(values, point, bags, weight) for (_, point, bags), weight in parts]
+
+    def hear(self, told: Sequence[Tensor], kernel: int) -> Tensor:
+        """The second half: what all blocks told, in turn, to a lattice's [M, C]."""
+        lattice = self.lattices[kernel]
+        return bag_sum(_cat(told), lattice.heard, lattice.offsets)
+
     def splat(self, values: Tensor, weights: Weights) -> list[Tensor]:
         """[P, C] -> [M, C], a part a lattice"""
-        pairs = zip(self.lattices, weights.sorted, strict=True)
-        return [bag_sum(bag_sum(values, f.point, f.bags, weight), f.heard, f.offsets) for f, weight in pairs]
+        told = [self.tell(values[points], block, weights) for block, points in enumerate(self.blocks)]
+        return [self.hear(bags, kernel) for kernel, bags in enumerate(zip(*told, strict=True))]
 
-    def blur(self, parts: Sequence[Tensor], reverse: bool = False) -> list[Tensor]:
-        """[M, C] -> [M, C], each part along its own lattice's directions"""
-        taps, blurred = parts[0].new_tensor([1, 0.5, 0.5]).repeat(max(self.sizes)), []
-        for lattice, part in zip(self.lattices, parts, strict=True):
-            for neighbours in lattice.neighbours.flip(0) if reverse else lattice.neighbours:
-                offsets = self.blur_offsets[: lattice.size + 1]
-                part = bag_sum(part, neighbours.flatten(), offsets, taps[: 3 * lattice.size])
-            blurred.append(part)
-        return blurred
+    def blur(self, part: Tensor, kernel: int, reverse: bool = False) -> Tensor:
+        """[M, C] -> [M, C], along a lattice's directions"""
+        lattice = self.lattices[kernel]
+        offsets, taps = self.blur_offsets[: lattice.size + 1], self.taps[: 3 * lattice.size].to(part.dtype)
+        for neighbours in lattice.neighbours.flip(0) if reverse else lattice.neighbours:
+            part = bag_sum(part, neighbours.flatten(), offsets, taps)
+        return part
 
     def slice(self, table: Tensor, weights: Weights, first: int = 0, last: int | None = None) -> Tensor:
         """[M, C] -> [P, C], or those of the points first <= p < last only"""
@@ -340,7 +566,7 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, values, splat_rows, slice_rows, mixing, joint, splat_weights, slice_weights):
-        blurred = joint.blur(joint.splat(values, splat_weights))
+        blurred = [joint.blur(part, kernel) for kernel, part in enumerate(joint.splat(values, splat_weights))]
         table = _cat([_mix(part, m) for part, m in zip(blurred, mixing, strict=True)])
         ctx.extras = joint, splat_weights, slice_weights
         ctx.save_for_backward(values, mixing, table, *blurred)
@@ -361,7 +587,7 @@ class _Apply(torch.autograd.Function):
             to_mixing = torch.stack([b.T @ p if mixing.ndim > 1 else (b * p).sum() for b, p in pairs])
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             mixed = [_mix(part, m.T if m.ndim else m) for part, m in zip(parts, mixing, strict=True)]
-            back = _cat(joint.blur(mixed, reverse=True))
+            back = _cat([joint.blur(part, kernel, reverse=True) for kernel, part in enumerate(mixed)])
             if ctx.needs_input_grad[0]:
                 to_values = joint.slice(back, splat_weights)
             if ctx.needs_input_grad[1]:
@@ -385,30 +611,55 @@ class LatticeFilter(GaussianFilter):
         super().__init__(normalization, self_message)
         if features.ndim != 3 or features.numel() == 0:
             raise ValueError(f"features have shape {tuple(features.shape)}; expected [B, N, D], none of them zero")
-        largest = features.detach().abs().max()
+        # Looked at plane by plane, as `DenseCRF` lays them out in memory.
+        largest = torch.stack(features.detach().transpose(1, 2).aminmax()).abs().max()
         if not torch.isfinite(largest):
             raise ValueError("features hold NaN or infinity; expected finite numbers (is a bandwidth zero?)")
         self.batch, pixels, d = features.shape
-        elevated = elevate((features.double() if largest > LARGE else features).reshape(-1, d))
-        base, rank = enclosing_simplex(elevated)
-        self.lattice = build(base, rank, self.batch)
-        self.weight = barycentric(elevated, base).to(features.dtype)
-        self.gain = 1 / (1 + 2.0**-d)  # the reference code's alpha: what an isolated vertex hears of itself is 1 + 2^-d
-        weights, one = Weights(self.weight, [self.lattice]), torch.ones_like(self.weight[:, :1])
-        n = _Apply.apply(one, weights.rows, weights.rows, one[0] * self.gain, Joint([self.lattice]), weights, weights)
+        learn = torch.is_grad_enabled() and features.requires_grad
+        flat = features.transpose(1, 2).double() if largest > LARGE else features.transpose(1, 2)
+        weight = features.new_empty(self.batch * pixels, d + 1)
+
+        def place(part: Part) -> tuple[Simplices, Tensor | None]:
+            start = part.image * pixels
+            elevated = elevate(flat[part.image, :, part.points.start - start : part.points.stop - start])
+            base, rank = enclosing_simplex(elevated)
+            if not learn:
+                weight[part.points].copy_(barycentric(elevated, base))
+            return Simplices.of(base, rank, (part.block - 1).bit_length()), base if learn else None
+
+        with crew(features.device) as share:
+            parts = Part.of(self.batch, pixels, features.device, 2 * share.threads)
+            simplices, bases = zip(*share(len(parts), lambda turn: place(parts[turn])), strict=True)
+            self.lattice, told = build(parts, simplices, None if learn else weight)
+            if learn:
+                flat = flat.transpose(0, 1).flatten(1)
+                weight = barycentric(elevate(flat), torch.cat(bases, 1)).contiguous().to(features.dtype)
+            self.weight = weight
+            self.gain = 1 / (1 + 2.0**-d)  # the reference code's alpha: an isolated vertex hears 1 + 2^-d of itself
+            joint, weights = Joint([self.lattice]), Weights(self.weight, [self.lattice])
+            if learn:
+                one = torch.ones_like(self.weight[:, :1])
+                n = _Apply.apply(one, weights.rows, weights.rows, one[0] * self.gain, joint, weights, weights)
+            else:
+                n = torch.empty_like(weight[:, :1])
+                table = joint.blur(joint.hear(told, 0), 0).mul_(self.gain)
+
+                def read(part: Part) -> None:
+                    n[part.points].copy_(joint.slice(table, weights, part.points.start, part.points.stop))
+
+                joint.prepare()
+                share(len(parts), lambda turn: read(parts[turn]))
         self.n = n.view(self.batch, pixels, 1)
         if not self_message:
             self.own = torch.minimum(_self_weight(self.weight) * self.gain, n).view_as(self.n)
 
-    def ends(self, copies: int) -> tuple[Tensor, Tensor]:
-        """Weights of the splat and of the slice, [copies B N, D+1], with the normalisation folded in."""
-        n = self.n.reshape(-1, 1) + EPS
-        read = write = self.weight
+    def ends(self, points: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Weights of the splat and of the slice of some points, [.., D+1], with the normalisation folded in."""
+        weight, n = self.weight[points], self.n.flatten()[points, None] + EPS
         if self.normalization == "symmetric":
-            read = write = self.weight * n.rsqrt()
-        elif self.normalization == "row":
-            read = self.weight / n
-        return (write, read) if copies == 1 else (write.repeat(copies, 1), read.repeat(copies, 1))
+            weight = weight * n.rsqrt()
+        return weight, weight / n if self.normalization == "row" else weight
 
     def own_share(self) -> Tensor:
         """What of its own value a pixel's normalised message holds, [B, N, 1]."""
@@ -432,10 +683,12 @@ class LatticeBank(FilterBank):
         self_message: bool = True,
     ):
         make = {"normalization": normalization, "self_message": self_message}
-        super().__init__(
-            [_grid(f, **make) if isinstance(f, GridPositions) else LatticeFilter(f, **make) for f in features]
-        )
-        self._join(max(f.batch for f in self.filters))
+        device = features[0].theta.device if isinstance(features[0], GridPositions) else features[0].device
+        with crew(device):
+            super().__init__(
+                [_grid(f, **make) if isinstance(f, GridPositions) else LatticeFilter(f, **make) for f in features]
+            )
+            self._join(max(f.batch for f in self.filters))
 
     @classmethod
     def of(cls, filters: Sequence[LatticeFilter]) -> LatticeBank:
@@ -447,12 +700,28 @@ class LatticeBank(FilterBank):
 
     def _join(self, batch: int) -> None:
         self.batch = batch
-        copies = [batch // f.batch for f in self.filters]
-        lattices = [f.lattice.repeat(n) for f, n in zip(self.filters, copies, strict=True)]
+        lattices = [f.lattice.repeat(batch // f.batch) for f in self.filters]
         self.joint = Joint(lattices)
-        write, read = zip(*(f.ends(n) for f, n in zip(self.filters, copies, strict=True)), strict=True)
-        self.write = Weights(_cat(write, 1), lattices)
-        self.read = self.write if read[0] is write[0] else Weights(_cat(read, 1), lattices)
+        first = self.filters[0]
+        apart = first.normalization == "row"  # what is written is weighted differently from what is read
+        if torch.is_grad_enabled() and any(f.weight.requires_grad for f in self.filters):
+            ends = [[end.repeat(batch // f.batch, 1) for end in f.ends()] for f in self.filters]
+            rows = [_cat(end, 1) for end in zip(*ends, strict=True)]
+        else:
+            shape = self.joint.points, self.joint.corners
+            rows = [first.weight.new_empty(shape) for _ in range(1 + apart)]
+
+            def weigh(block: int) -> None:
+                points = self.joint.blocks[block]
+                within = [(points.start % len(f.weight), f) for f in self.filters]
+                ends = [f.ends(slice(start, start + points.stop - points.start)) for start, f in within]
+                for row, end in zip(rows, zip(*ends, strict=True), strict=False):
+                    torch.cat(end, 1, out=row[points])
+
+            with crew(first.weight.device) as share:
+                share(len(self.joint.blocks), weigh)
+        self.write = Weights(rows[0], lattices)
+        self.read = Weights(rows[1], lattices) if apart else self.write
         self.gain = self.write.rows.new_tensor([f.gain for f in self.filters])
 
     def __call__(self, values: Tensor, weights: Tensor, compatibility: Tensor | None = None) -> Tensor:
@@ -471,41 +740,79 @@ class LatticeBank(FilterBank):
         return out - (own if compatibility is None else own @ compatibility)
 
     @torch.no_grad()
-    def mean_field(self, logits: Tensor, weights: Tensor, compatibility: Tensor, iterations: int) -> Tensor:
+    def mean_field(
+        self, logits: Tensor, weights: Tensor, compatibility: Tensor, iterations: int, *, log: bool = True
+    ) -> Tensor:
         """log_q [B, N, K] after `iterations` of q <- softmax(logits - (sum_m weights[m] message_m(q)) @ compatibility).
 
-        What `__call__` does inside a loop, without a gradient and with fewer passes over memory.
+        What `__call__` does inside a loop, without a gradient and with fewer passes over memory: what is done to a
+        block of pixels, from slice to splat, is done while it is in the cache. log=False returns q itself, which is
+        cheaper than its logarithm.
         """
         batch, pixels, labels = logits.shape
         if batch != self.batch:
             self._join(batch)
+        joint = self.joint
         # Rows that fill whole vector registers: the added labels have probability zero.
         spare = -labels % 8 if logits.dtype == torch.float32 and labels > 4 else 0
-        rows = F.pad(logits, (0, spare), value=-1e30)
-        costs = F.pad(compatibility, (0, spare, 0, spare))
-        mixing = -(weights * self.gain)[:, None, None] * costs
-        own = None
+        rows = logits.new_empty(batch * pixels, labels + spare)
+        # An energy that all labels share changes nothing: made so that pixels only ever speak for labels, it keeps each
+        # pixel's best score above 0, and Potts becomes a number.
+        gains = F.pad(compatibility.amax(1, keepdim=True) - compatibility, (0, spare, 0, spare))
+        mixing = (weights * self.gain)[:, None, None] * gains
+        if torch.equal(gains, gains[0, 0] * torch.eye(len(gains)).to(gains)):
+            mixing = mixing[:, 0, 0]
+        own = q = None
         if not self.filters[0].self_message:
-            own = sum(w * f.own_share() for w, f in zip(weights, self.filters, strict=True)).expand(batch, -1, -1)
-        q, log_q = torch.softmax(rows, -1), logits.mT.contiguous()
-        table = rows.new_empty(sum(self.joint.sizes), labels + spare)
-        # On a CPU so many pixels at a time that what is done to them is done in its cache.
-        chunk = pixels if logits.is_cuda else max(1, CACHE // (4 * (labels + spare)))
-        for step in range(iterations):
-            parts = self.joint.splat(q.view(-1, labels + spare), self.write)
-            for part, matrix, out in zip(self.joint.blur(parts), mixing, table.split(self.joint.sizes), strict=True):
-                torch.mm(part, matrix, out=out)
-            for image, first in itertools.product(range(batch), range(0, pixels, chunk)):
-                some = slice(first, min(first + chunk, pixels))
-                energy = self.joint.slice(table, self.read, image * pixels + some.start, image * pixels + some.stop)
-                score = energy.add_(rows[image, some])
-                if own is not None:
-                    score += (q[image, some] * own[image, some]) @ costs
-                if step + 1 < iterations:
-                    torch.softmax(score, -1, out=q[image, some])
+            own = sum(w * f.own_share() for w, f in zip(weights, self.filters, strict=True))
+            own, q = own.expand(batch, -1, -1).flatten(0, 1), torch.empty_like(rows)
+        table, ones = rows.new_empty(sum(joint.sizes), labels + spare), rows.new_ones(labels + spare)
+        tables = table.split(joint.sizes)
+        planes = logits.new_empty(labels, batch * pixels)
+
+        def score(points: slice, step: int) -> Tensor:
+            if not step:
+                image, start = divmod(points.start, pixels)
+                here = rows[points]
+                here[:, :labels].copy_(logits[image, start : start + len(here)])
+                here[:, labels:].fill_(LEAST)
+                return here.sub_(here.amax(1, keepdim=True)).clone()
+            energy = joint.slice(table, self.read, points.start, points.stop).add_(rows[points])
+            return energy if own is None else energy.sub_((q[points] * own[points]) @ gains)
+
+        def update(block: int, step: int) -> list[Tensor] | None:
+            points = joint.blocks[block]
+            here = score(points, step)
+            if step < iterations or not log:
+                # Softmax, but for the maximum that it subtracts: no score that counts is far below zero. To raise
+                # those that are costs little, while exp is slow where it underflows.
+                here = here.clamp_(min=FLOOR).exp_()
+                total = torch.mv(here, ones)
+                if total.max() < math.inf:
+                    here.mul_(total.reciprocal_()[:, None])
                 else:
-                    log_q[image, :, some] = score[:, :labels].T
-        return torch.log_softmax(log_q, 1).mT
+                    here = torch.softmax(score(points, step), -1)
+            if step < iterations:
+                if own is not None:
+                    q[points].copy_(here)
+                return joint.tell(here, block, self.write)
+            planes[:, points].copy_(here[:, :labels].T)
+
+        def spread(kernel: int, told: Sequence[Sequence[Tensor]]) -> None:
+            part = joint.blur(joint.hear([bags[kernel] for bags in told], kernel), kernel)
+            if mixing[kernel].ndim:
+                torch.mm(part, mixing[kernel], out=tables[kernel])
+            else:
+                torch.mul(part, mixing[kernel], out=tables[kernel])
+
+        joint.prepare(self.read, self.write)
+        with crew(rows.device) as share:
+            for step in range(iterations + 1):
+                told = share(len(joint.blocks), lambda block, step=step: update(block, step))
+                if step < iterations:
+                    share(len(self.filters), lambda kernel, told=told: spread(kernel, told))
+        planes = planes.view(labels, batch, pixels).transpose(0, 1)
+        return (torch.log_softmax(planes, 1) if log else planes).mT
 
 
 def _self_weight(weight: Tensor) -> Tensor:

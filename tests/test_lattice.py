@@ -108,23 +108,14 @@ def test_pixels_that_share_a_simplex_are_found_and_change_nothing(monkeypatch):
     expected = LatticeFilter(f, normalization="none")(v)
     torch.testing.assert_close(expected[0], dictionary_matrix(f[0].numpy()) @ v[0], rtol=1e-9, atol=1e-9)
 
-    def apart(key, rank, bound):
-        points = torch.arange(len(key))
+    def apart(base, rank, place):
+        points = torch.arange(base.shape[1])
         return points, torch.ones_like(points), points
 
-    simplices = lattice._simplices(*_key_and_rank(f))
-    assert simplices[1].sum() == 120 and len(simplices[1]) <= 40
-    monkeypatch.setattr(lattice, "_simplices", apart)
+    _, counts, _ = lattice._group(*lattice.enclosing_simplex(lattice.elevate(f[0].T)), 14)
+    assert counts.sum() == 120 and len(counts) <= 40
+    monkeypatch.setattr(lattice, "_group", apart)
     torch.testing.assert_close(LatticeFilter(f, normalization="none")(v), expected, rtol=1e-12, atol=1e-12)
-
-
-def _key_and_rank(f):
-    base, rank = lattice.enclosing_simplex(lattice.elevate(f[0]))
-    base = (base[:-1] - base[:-1].amin(1, keepdim=True)).long()
-    key = 0
-    for row in base:
-        key = 100 * key + row
-    return (d := len(rank)) * key, rank, d * 100 ** (d - 1)
 
 
 def test_own_weight_is_the_lattice_s_diagonal_where_all_vertices_exist():
@@ -205,7 +196,7 @@ def test_bank_is_the_weighted_sum_of_its_messages():
 @pytest.mark.parametrize(("normalization", "self_message"), SWITCHES)
 @pytest.mark.parametrize("labels", [2, 5, 8, 21])
 def test_mean_field_without_a_gradient_is_mean_field_with_one(normalization, self_message, labels, monkeypatch):
-    monkeypatch.setattr(lattice, "CACHE", 4000)  # so small that an image takes several rounds
+    monkeypatch.setattr(lattice, "BLOCK", 64)  # so small that an image takes several rounds
     generator = torch.Generator().manual_seed(labels)
     mu = 1 - torch.eye(labels) + 0.1 * torch.rand(labels, labels, generator=generator)
     crf = DenseCRF(
