@@ -114,7 +114,9 @@ class ConfinedKernelManager(AsyncKernelManager):
         self.autorestart = False
 
     def format_kernel_cmd(self, extra_arguments=None):
-        python = os.environ["LAB_PYTHON"]
+        python = os.environ.get("LAB_PYTHON")
+        if not python:
+            raise RuntimeError("the kernel of the labs is started by `make grade`, which says in which Python")
         kernel = [python, "-m", "ipykernel_launcher", "-f", self.connection_file, *(extra_arguments or [])]
         if os.environ.get("LAB_UNSAFE"):
             return kernel
