@@ -1,7 +1,6 @@
 """A copy of the course to release and grade in, and the browser of tests/browser."""
 
 import importlib.util
-import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import students
+from cycle import graded  # noqa: F401 (a fixture, here and once, so that a lab is graded once)
 
 spec = importlib.util.spec_from_file_location("browser_fixtures", students.ROOT / "tests" / "browser" / "conftest.py")
 try:
@@ -32,12 +32,4 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def course(tmp_path) -> Path:
     """An empty course: its machinery, no labs."""
-    return make_course(tmp_path / "course", [])
-
-
-def make_course(folder: Path, labs: list[str]) -> Path:
-    generated = ("release", "submitted", "autograded", "feedback", "source", "gradebook.db", "__pycache__", ".*")
-    shutil.copytree(students.COURSE, folder, ignore=shutil.ignore_patterns(*generated))
-    for lab in labs:
-        shutil.copytree(students.COURSE / "source" / lab, folder / "source" / lab)
-    return folder
+    return students.make_course(tmp_path / "course", [])

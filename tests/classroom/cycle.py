@@ -15,9 +15,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import make_course
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 from students import (
+    LABS,
     NBGRADER,
     ROOT,
     answers,
@@ -26,9 +26,10 @@ from students import (
     hand_in,
     is_task,
     is_test,
+    make_course,
     marks,
     put,
-    reference,  # fmt: skip
+    reference,
 )
 
 GRADES = """
@@ -129,16 +130,23 @@ def plant(notebook, word: str) -> None:
     notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": state}
 
 
-def hostile(released, paths: list[Path], port: int, mark: str):
+UNSTOPPABLE = """
+import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+while True:
+    try:
+        while True:
+            pass
+    except BaseException:
+        pass
+"""
+ENDS = "import os\nos._exit(0)"
+
+
+def hostile(released, paths: list[Path], port: int, mark: str, end: str):
     notebook = hand_in(released, {})
-    tasks = [cell for cell in notebook.cells if is_task(cell)]
+    [cell for cell in notebook.cells if is_task(cell)][-1].source = end
     tests = [cell for cell in notebook.cells if is_test(cell)]
-    tasks[0].source = "while True:\n    pass"
-    tasks[1].source = "while True:\n    print('x' * 100_000)"
-    tasks[-1].source = (
-        "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True:\n    try:\n        while True:\n"
-        "            pass\n    except BaseException:\n        pass"
-    )
     tests[-1].source = "pass"
     tests[-1].metadata.nbgrader.points = 1000
     tests[-2].metadata.nbgrader.grade = False
@@ -152,6 +160,8 @@ def hostile(released, paths: list[Path], port: int, mark: str):
         new_code_cell(f"from IPython.display import HTML, Javascript, display\ndisplay(HTML({SCRIPT!r}))\n"
                       "display(Javascript('window.taken = 1'))"),
         new_markdown_cell(SCRIPT),
+        new_code_cell("while True:\n    pass"),
+        new_code_cell("while True:\n    print('x' * 100_000)"),
     ]  # fmt: skip
     return notebook
 
@@ -197,9 +207,10 @@ def cycle(lab: str, folder: Path) -> Cycle:
     put(hand_in(released, {}, written), course / "submitted", "earlier", lab)
     secrets = [path, course / "gradebook.db", course / "submitted" / "earlier" / f"{lab}.ipynb", home / "diary",
                ROOT / "README.md", Path("../../source") / lab / f"{lab}.ipynb"]  # fmt: skip
-    put(hostile(released, secrets, 9, mark), folder / "first", "hostile", lab)
+    end = UNSTOPPABLE if lab == LABS[0] else ENDS
+    put(hostile(released, secrets, 9, mark, end), folder / "first", "hostile", lab)
     before, start = state_of(course, "hostile"), time.monotonic()
-    limits = {"CELL_SECONDS": "6", "NOTEBOOK_SECONDS": "90", "LAB_DIARY": word, "HOME": str(home)}
+    limits = {"CELL_SECONDS": "12", "NOTEBOOK_SECONDS": "120", "LAB_DIARY": word, "HOME": str(home)}
     said = call(course, "grade", str(folder / "first"), **limits)
     result = Cycle(lab, course, released, text, word, secrets, mark, time.monotonic() - start)
     result.left = running(mark)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,14 @@ def hand_in(released, codes: dict[str, str], written: str | None = None):
 
 def reference(lab: str) -> dict[str, str]:
     return {marks(cell)["grade_id"]: cell.source for cell in source(lab).cells if is_task(cell)}
+
+
+def make_course(folder: Path, labs: list[str]) -> Path:
+    generated = ("release", "submitted", "autograded", "feedback", "source", "gradebook.db", "__pycache__", ".*")
+    shutil.copytree(COURSE, folder, ignore=shutil.ignore_patterns(*generated))
+    for lab in labs:
+        shutil.copytree(COURSE / "source" / lab, folder / "source" / lab)
+    return folder
 
 
 def put(notebook, folder: Path, student: str, lab: str) -> None:

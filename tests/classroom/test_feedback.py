@@ -3,7 +3,6 @@
 import re
 
 import pytest
-from cycle import graded  # noqa: F401 (a fixture)
 from students import EACH_LAB, answers
 
 pytestmark = [pytest.mark.browser, pytest.mark.parametrize("lab", EACH_LAB)]
@@ -19,7 +18,7 @@ def page(browser):
     context.close()
 
 
-def test_pages_show_points_and_the_students_own_outputs(lab, graded, page, tmp_path):  # noqa: F811
+def test_pages_show_points_and_the_students_own_outputs(lab, graded, page, tmp_path):
     cycle, (codes, lost) = graded(lab), answers(lab).NAIVE
     full = sum(cycle.full().values())
     for student, points in (("reference", full), ("naive", full - sum(lost.values())), ("blank", 0)):
@@ -42,7 +41,7 @@ def test_pages_show_points_and_the_students_own_outputs(lab, graded, page, tmp_p
                 assert re.sub(r"\s+", "", error.evalue) in re.sub(r"\s+", "", text), "what the test said"
 
 
-def test_a_students_script_does_not_run_in_the_page(lab, graded, page):  # noqa: F811
+def test_a_students_script_does_not_run_in_the_page(lab, graded, page):
     page.goto(graded(lab).feedback("hostile").as_uri())
     page.wait_for_timeout(500)
     assert page.evaluate("window.taken") is None

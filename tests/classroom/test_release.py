@@ -139,7 +139,7 @@ def test_release_refuses_what_would_leak_and_strips_what_it_can(course):
 
 
 def test_grading_says_in_a_sentence_what_it_cannot_do(course, tmp_path):
-    """A link, a folder with an odd name, a file that is no notebook, one that asks for too much: named, others graded."""
+    """A link, a folder with an odd name, a file that is no notebook, code that cheats: named, the others graded."""
     done = call(course, "grade", str(tmp_path / "nowhere"))
     assert done.returncode and "expected the folder that holds one folder for each student" in done.stderr
     source = small_lab()

@@ -251,6 +251,8 @@ def main() -> None:
     grading.add_argument("folder")
     grading.add_argument("--unsafe", action="store_true", help="do not confine the students' code")
     options = parser.parse_args()
+    # Ended from outside as by Ctrl-C: what was started is ended, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     if options.command == "grade":
         grade(options.folder, options.unsafe)
     else:

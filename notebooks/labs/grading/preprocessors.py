@@ -172,6 +172,7 @@ class RunConfined(Execute):
         super().__init__(**{"kernel_manager_class": ConfinedKernelManager, **options})
         self.shutdown_kernel = "immediate"
         self.startup_timeout = 180
+        self.iopub_timeout = 15  # that a kernel has to come to rest once it is interrupted
         self.store_widget_state = False
         self.timeout_func = lambda cell: max(1, min(self.timeout, int(self.deadline - monotonic())))
 
