@@ -11,8 +11,9 @@ What holds, and who holds it: the Linux kernel, not Python.
     no_new_privs, no capabilities     no set-user-ID program helps, and root is nobody in particular
     resource limits                   the size of a file, the memory of a process
 
-From Linux 6.12 on, signals reach only what the command itself has started. It is inherited by every child and cannot be
-taken off. What it does not stop: INSTRUCTOR.md says. Nothing of it needs root. https://docs.kernel.org/userspace-api/landlock.html
+Signals reach only what the command itself has started; before Linux 6.12, whose Landlock sees to that, only itself. All
+this is inherited by every child and cannot be taken off. What it does not stop, INSTRUCTOR.md says. Nothing of it needs root.
+https://docs.kernel.org/userspace-api/landlock.html
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ MACHINES = {
         "audit": 0xC000003E,
         "socket": 41,
         "prlimit64": 302,
+        "signals": dict(kill=62, tgkill=234),
+        "other_signals": dict(tkill=200, rt_sigqueueinfo=129, rt_tgsigqueueinfo=297, pidfd_send_signal=424),
         "refused": dict(
             connect=42, chown=92, fchown=93, lchown=94, fchownat=260, ptrace=101, setxattr=188, lsetxattr=189,
             fsetxattr=190, removexattr=197, lremovexattr=198, fremovexattr=199, **ANYWHERE,
@@ -55,6 +58,8 @@ MACHINES = {
         "audit": 0xC00000B7,
         "socket": 198,
         "prlimit64": 261,
+        "signals": dict(kill=129, tgkill=131),
+        "other_signals": dict(tkill=130, rt_sigqueueinfo=138, rt_tgsigqueueinfo=240, pidfd_send_signal=424),
         "refused": dict(
             connect=203, fchownat=54, fchown=55, ptrace=117, setxattr=5, lsetxattr=6, fsetxattr=7, removexattr=14,
             lremovexattr=15, fremovexattr=16, **ANYWHERE,
@@ -120,20 +125,24 @@ def confine_files(abi: int, read: list[Path], write: list[Path]) -> None:
     os.close(rules)
 
 
-def filter_system_calls() -> None:
+def filter_system_calls(abi: int) -> None:
     """A seccomp filter: what is refused fails with EPERM, what is ignored returns 0."""
     machine = MACHINES[platform.machine()]
+    refused, only = machine["refused"], [(machine["socket"], (1, 16)), (machine["prlimit64"], (0, 0))]
+    if abi < ABI_OF_SIGNALS:
+        refused = refused | machine["other_signals"]
+        only += [(number, (os.getpid(), os.getpid())) for number in machine["signals"].values()]
     LOAD, EQUAL, AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
     ALLOW, REFUSE, IGNORE = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x00050000
     NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16
     # (code, to skip if true, to skip if false, value); each check that holds falls on a RETURN.
     program = [(LOAD, 0, 0, ARCHITECTURE), (EQUAL, 1, 0, machine["audit"]), (RETURN, 0, 0, REFUSE)]
     program += [(LOAD, 0, 0, NUMBER), (AT_LEAST, 0, 1, 0x40000000), (RETURN, 0, 0, REFUSE)]  # x32's numbers
-    for numbers, answer in ((machine["refused"], REFUSE), (machine["ignored"], IGNORE)):
+    for numbers, answer in ((refused, REFUSE), (machine["ignored"], IGNORE)):
         for number in numbers.values():
             program += [(EQUAL, 0, 1, number), (RETURN, 0, 0, answer)]
     # Local sockets only (AF_UNIX; AF_NETLINK, by which ZeroMQ asks for the interfaces there are), no one else's limits.
-    for number, allowed in ((machine["socket"], (1, 16)), (machine["prlimit64"], (0, 0))):
+    for number, allowed in only:
         program += [(EQUAL, 0, 5, number), (LOAD, 0, 0, FIRST_ARGUMENT)]
         program += [(EQUAL, 1, 0, allowed[0]), (EQUAL, 0, 1, allowed[1])]
         program += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, REFUSE)]
@@ -170,7 +179,7 @@ def confine(read: list[Path], write: list[Path], *, memory: int, file_size: int)
     limit(resource.RLIMIT_DATA, memory)
     give_up_privileges()
     confine_files(abi, read, write)
-    filter_system_calls()
+    filter_system_calls(abi)
     # A kernel that says yes to all this and confines nothing would not be noticed otherwise.
     for what, attempt in (("read", lambda: os.open(outside, os.O_RDONLY)), ("own", lambda: os.chown(outside, -1, -1))):
         try:
@@ -194,7 +203,7 @@ def main() -> None:
         if options.check:
             abi = landlock_abi()
             confine([], [], memory=options.memory, file_size=options.file_size)
-            print(f"Landlock {abi}" + ("" if abi >= ABI_OF_SIGNALS else ", signals not confined before Linux 6.12"))
+            print(f"Landlock {abi}")
             return
         if not command:
             parser.error("expected a command after --")
