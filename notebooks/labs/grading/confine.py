@@ -11,9 +11,9 @@ What holds, and who holds it: the Linux kernel, not Python.
     no_new_privs, no capabilities     no set-user-ID program helps, and root is nobody in particular
     resource limits                   the size of a file, the memory of a process
 
-Signals reach only what the command itself has started; before Linux 6.12, whose Landlock sees to that, only itself. All
-this is inherited by every child and cannot be taken off. What it does not stop, INSTRUCTOR.md says. Nothing of it needs root.
-https://docs.kernel.org/userspace-api/landlock.html
+Signals reach only what the command itself has started; before Linux 6.12, whose Landlock sees to that, only itself.
+All this is inherited by every child and cannot be taken off. What it does not stop, INSTRUCTOR.md says. Nothing of it
+needs root. https://docs.kernel.org/userspace-api/landlock.html
 """
 
 from __future__ import annotations
