@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pwlib.data import VOID
 from pwlib.filters import METHODS, FilterBank, GridPositions, check_normalization, choose_method, make_filters
-from pwlib.lattice import LatticeBank, crew
+from pwlib.lattice import LatticeBank, crew, softmax
 
 SMALLEST_PROBABILITY = 1e-5  # what pydensecrf's unary_from_softmax clips at
 
@@ -245,11 +245,13 @@ class DenseCRF(nn.Module):
                 # The same update, with fewer passes over memory.
                 out = filters.mean_field(logits.mT, self.log_w.exp(), self.compatibility.T, steps, log=log)
             else:
-                log_q = torch.log_softmax(logits, dim=1).mT
-                log_p = log_q = log_q.contiguous() if steps else log_q
+                log_p = torch.log_softmax(logits, dim=1).mT.contiguous()
+                scores = log_p
                 for _ in range(steps):
-                    log_q = torch.log_softmax(log_p - self.pairwise(filters, log_q.exp()), dim=-1)
-                out = log_q if log else log_q.exp()
+                    q = softmax(scores)
+                    scores = log_p - self.pairwise(filters, q)
+                # Label by label in memory: a softmax over rows of a few labels is slower.
+                out = (torch.log_softmax if log else torch.softmax)(scores.mT.contiguous(), dim=1).mT
         # Contiguous: nll_loss refuses to run backward through a transposed view.
         return out.transpose(1, 2).contiguous().reshape(len(image), self.num_classes, height, width)
 

@@ -38,6 +38,7 @@ EPS = 1e-20  # the reference code's guard against an empty row
 BLOCK = 2**14  # points, a power of 2: few enough that their values stay at hand while their bags are summed
 LEAST = -1e30  # in place of minus infinity
 FLOOR = -30.0  # of a score: exp(-30) is nothing beside a probability in float32, and far from its underflow
+GATHER = 2**11  # points whose corners' rows are gathered at a time, likewise
 LARGE = 2**12  # beyond it float32 has too few digits left to place a point inside its simplex
 
 
@@ -210,10 +211,17 @@ def _less(one: Tensor, other: Tensor) -> Tensor:
     return torch.from_numpy(np.less(one.numpy(), other.numpy()).view(np.int8))  # three times faster than torch
 
 
-def barycentric(elevated: Tensor, base: Tensor) -> Tensor:
-    """Barycentric coordinates [P, d+1] of the points in their simplices, differentiable in `elevated`."""
+def barycentric(elevated: Tensor, base: Tensor, rank: Tensor | None = None) -> Tensor:
+    """Barycentric coordinates [P, d+1] of the points in their simplices, differentiable in `elevated`.
+
+    Where ranks are given, they sort; without, it is done anew, which is faster, but slower to differentiate.
+    """
     axes = len(elevated)
-    rest = list(torch.sub(elevated, base, alpha=axes) * (1 / axes))
+    rest = torch.sub(elevated, base, alpha=axes) * (1 / axes)
+    if rank is not None:
+        rest = torch.empty_like(rest).scatter(0, rank.long(), rest)
+        return torch.cat([(1 + rest[-1] - rest[0])[None], (rest[:-1] - rest[1:]).flip(0)]).T
+    rest = list(rest)
     for i, j in itertools.combinations(range(axes), 2):  # sorted in descending order, by exchange
         rest[i], rest[j] = torch.maximum(rest[i], rest[j]), torch.minimum(rest[i], rest[j])
     return torch.stack([1 + rest[-1] - rest[0], *(a - b for a, b in reversed([*itertools.pairwise(rest)]))]).T
@@ -508,10 +516,6 @@ class Joint:
     def taps(self) -> Tensor:
         return torch.tensor([1, 0.5, 0.5], device=self.corner.device).repeat(max(self.sizes))
 
-    @cached_property
-    def owner(self) -> Tensor:
-        return self.slice_offsets.new_tensor(range(self.points)).repeat_interleave(self.corners)
-
     def prepare(self, *weights: Weights) -> None:
         """Make now what is made when it is first needed, before several threads need it at once."""
         _ = self.slice_offsets, self.blur_offsets, self.taps, [w.sorted for w in weights]
@@ -528,8 +532,11 @@ class Joint:
 
     def splat(self, values: Tensor, weights: Weights) -> list[Tensor]:
         """[P, C] -> [M, C], a part a lattice"""
-        told = [self.tell(values[points], block, weights) for block, points in enumerate(self.blocks)]
-        return [self.hear(bags, kernel) for kernel, bags in enumerate(zip(*told, strict=True))]
+        self.prepare(weights)
+        with crew(values.device) as share:
+            told = share(len(self.blocks), lambda block: self.tell(values[self.blocks[block]], block, weights))
+            told = [*zip(*told, strict=True)]
+            return share(len(told), lambda kernel: self.hear(told[kernel], kernel))
 
     def blur(self, part: Tensor, kernel: int, reverse: bool = False) -> Tensor:
         """[M, C] -> [M, C], along a lattice's directions"""
@@ -545,12 +552,38 @@ class Joint:
         corner = self.corner[first:last]
         return bag_sum(table, corner.flatten(), self.slice_offsets[: len(rows) + 1], rows.flatten())
 
-    def dots(self, values: Tensor, table: Tensor) -> Tensor:
-        """values[p] . table[corner[p, k]], [P, corners]: the gradient of a splat's and of a slice's weights."""
-        backward = torch.ops.aten._embedding_bag_per_sample_weights_backward
-        return backward(values, table, self.corner.flatten(), self.slice_offsets, self.owner, 0).view(
-            self.points, self.corners
-        )
+    def read(self, table: Tensor, weights: Weights) -> Tensor:
+        """`slice`, of all points, block by block."""
+        out = table.new_empty(self.points, table.shape[1])
+        self.prepare(weights)
+
+        def one(block: int) -> None:
+            points = self.blocks[block]
+            out[points].copy_(self.slice(table, weights, points.start, points.stop))
+
+        with crew(table.device) as share:
+            share(len(self.blocks), one)
+        return out
+
+    def dots(self, values: Sequence[Tensor], tables: Sequence[Tensor]) -> Tensor:
+        """Sum over pairs of values[p] . table[corner[p, k]], [P, corners]: the gradient of weights.
+
+        Of a splat's or a slice's weights, or of both, which one gather serves.
+        """
+        table = _cat(tables, 1)
+        out = table.new_empty(self.points, self.corners)
+
+        def one(block: int) -> None:
+            points = self.blocks[block]
+            step = self.points if table.is_cuda else GATHER
+            for start in range(points.start, points.stop, step):
+                some = slice(start, min(start + step, points.stop))
+                rows = table.index_select(0, self.corner[some].flatten()).view(-1, self.corners, table.shape[1])
+                torch.bmm(rows, _cat([v[some] for v in values], 1)[:, :, None], out=out[some, :, None])
+
+        with crew(table.device) as share:
+            share(len(self.blocks), one)
+        return out
 
 
 def _mix(part: Tensor, mixing: Tensor) -> Tensor:
@@ -566,33 +599,80 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, values, splat_rows, slice_rows, mixing, joint, splat_weights, slice_weights):
-        blurred = [joint.blur(part, kernel) for kernel, part in enumerate(joint.splat(values, splat_weights))]
-        table = _cat([_mix(part, m) for part, m in zip(blurred, mixing, strict=True)])
-        ctx.extras = joint, splat_weights, slice_weights
-        ctx.save_for_backward(values, mixing, table, *blurred)
-        return joint.slice(table, slice_weights)
+        with crew(values.device) as share:
+            parts = joint.splat(values, splat_weights)
+            blurred = share(len(parts), lambda kernel: joint.blur(parts[kernel], kernel))
+            table = _cat([_mix(part, m) for part, m in zip(blurred, mixing, strict=True)])
+            ctx.extras = joint, splat_weights, slice_weights
+            ctx.save_for_backward(values, mixing, table, *blurred)
+            return joint.read(table, slice_weights)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         values, mixing, table, *blurred = ctx.saved_tensors
         joint, splat_weights, slice_weights = ctx.extras
+        values_too, splat_too, slice_too, mixing_too, *_ = ctx.needs_input_grad
         grad = grad.contiguous()
         to_values = to_splat = to_slice = to_mixing = None
-        if ctx.needs_input_grad[2]:
-            to_slice = joint.dots(grad, table)
-        parts = joint.splat(grad, slice_weights)
-        if ctx.needs_input_grad[3]:
-            pairs = zip(blurred, parts, strict=True)
-            to_mixing = torch.stack([b.T @ p if mixing.ndim > 1 else (b * p).sum() for b, p in pairs])
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            mixed = [_mix(part, m.T if m.ndim else m) for part, m in zip(parts, mixing, strict=True)]
-            back = _cat([joint.blur(part, kernel, reverse=True) for kernel, part in enumerate(mixed)])
-            if ctx.needs_input_grad[0]:
-                to_values = joint.slice(back, splat_weights)
-            if ctx.needs_input_grad[1]:
-                to_splat = joint.dots(values, back)
+        with crew(grad.device) as share:
+            parts = joint.splat(grad, slice_weights)
+            if mixing_too:
+                pairs = zip(blurred, parts, strict=True)
+                to_mixing = torch.stack([b.T @ p if mixing.ndim > 1 else (b * p).sum() for b, p in pairs])
+            if values_too or splat_too:
+                mixed = [_mix(part, m.T if m.ndim else m) for part, m in zip(parts, mixing, strict=True)]
+                back = _cat(share(len(mixed), lambda kernel: joint.blur(mixed[kernel], kernel, reverse=True)))
+            if values_too:
+                to_values = joint.read(back, splat_weights)
+            if splat_too and slice_too and splat_weights is slice_weights:
+                to_slice = joint.dots([grad, values], [table, back])
+            else:
+                to_slice = joint.dots([grad], [table]) if slice_too else None
+                to_splat = joint.dots([values], [back]) if splat_too else None
         return to_values, to_splat, to_slice, to_mixing, None, None, None
+
+
+class _Softmax(torch.autograd.Function):
+    """Over rows [P, K]. What lies e^30 below a row's best is nothing in float32, but slow to underflow to."""
+
+    @staticmethod
+    def forward(ctx, scores):
+        out = torch.empty_like(scores)
+        ones = scores.new_ones(scores.shape[1])
+
+        def one(block: int) -> None:
+            some = slice(block * BLOCK, (block + 1) * BLOCK)
+            q = out[some]
+            torch.sub(scores[some], scores[some].amax(1, keepdim=True), out=q).clamp_(min=FLOOR).exp_()
+            q.mul_(torch.mv(q, ones).reciprocal_()[:, None])
+
+        with crew(scores.device) as share:
+            share((len(scores) - 1) // BLOCK + 1, one)
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (q,) = ctx.saved_tensors
+        out, ones = torch.empty_like(q), q.new_ones(q.shape[1])
+
+        def one(block: int) -> None:
+            some = slice(block * BLOCK, (block + 1) * BLOCK)
+            slope = torch.mul(grad[some], q[some], out=out[some])
+            slope.sub_(torch.mv(slope, ones)[:, None] * q[some])
+
+        with crew(grad.device) as share:
+            share((len(q) - 1) // BLOCK + 1, one)
+        return out
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """torch.softmax(scores, -1) [B, N, K], up to exp(-30), faster on CPUs where probabilities are near 0 or 1."""
+    if scores.device.type != "cpu" or scores.dtype != torch.float32:
+        return torch.softmax(scores, -1)
+    return _Softmax.apply(scores.contiguous().flatten(0, 1)).view_as(scores)
 
 
 class LatticeFilter(GaussianFilter):
@@ -620,21 +700,22 @@ class LatticeFilter(GaussianFilter):
         flat = features.transpose(1, 2).double() if largest > LARGE else features.transpose(1, 2)
         weight = features.new_empty(self.batch * pixels, d + 1)
 
-        def place(part: Part) -> tuple[Simplices, Tensor | None]:
+        def place(part: Part) -> tuple[Simplices, tuple[Tensor, Tensor] | None]:
             start = part.image * pixels
             elevated = elevate(flat[part.image, :, part.points.start - start : part.points.stop - start])
             base, rank = enclosing_simplex(elevated)
             if not learn:
                 weight[part.points].copy_(barycentric(elevated, base))
-            return Simplices.of(base, rank, (part.block - 1).bit_length()), base if learn else None
+            return Simplices.of(base, rank, (part.block - 1).bit_length()), (base, rank) if learn else None
 
         with crew(features.device) as share:
             parts = Part.of(self.batch, pixels, features.device, 2 * share.threads)
-            simplices, bases = zip(*share(len(parts), lambda turn: place(parts[turn])), strict=True)
+            simplices, places = zip(*share(len(parts), lambda turn: place(parts[turn])), strict=True)
             self.lattice, told = build(parts, simplices, None if learn else weight)
             if learn:
                 flat = flat.transpose(0, 1).flatten(1)
-                weight = barycentric(elevate(flat), torch.cat(bases, 1)).contiguous().to(features.dtype)
+                base, rank = (torch.cat(rows, 1) for rows in zip(*places, strict=True))
+                weight = barycentric(elevate(flat), base, rank).contiguous().to(features.dtype)
             self.weight = weight
             self.gain = 1 / (1 + 2.0**-d)  # the reference code's alpha: an isolated vertex hears 1 + 2^-d of itself
             joint, weights = Joint([self.lattice]), Weights(self.weight, [self.lattice])
@@ -773,10 +854,10 @@ class LatticeBank(FilterBank):
         def score(points: slice, step: int) -> Tensor:
             if not step:
                 image, start = divmod(points.start, pixels)
-                here = rows[points]
-                here[:, :labels].copy_(logits[image, start : start + len(here)])
+                here, given = rows[points], logits[image, start : start + points.stop - points.start]
+                here[:, :labels].copy_(given)
                 here[:, labels:].fill_(LEAST)
-                return here.sub_(here.amax(1, keepdim=True)).clone()
+                return here.sub_(given.amax(1, keepdim=True)).clone()
             energy = joint.slice(table, self.read, points.start, points.stop).add_(rows[points])
             return energy if own is None else energy.sub_((q[points] * own[points]) @ gains)
 
@@ -805,8 +886,8 @@ class LatticeBank(FilterBank):
             else:
                 torch.mul(part, mixing[kernel], out=tables[kernel])
 
-        joint.prepare(self.read, self.write)
         with crew(rows.device) as share:
+            joint.prepare(self.read, self.write)
             for step in range(iterations + 1):
                 told = share(len(joint.blocks), lambda block, step=step: update(block, step))
                 if step < iterations:
