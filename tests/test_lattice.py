@@ -213,6 +213,71 @@ def test_mean_field_without_a_gradient_is_mean_field_with_one(normalization, sel
     torch.testing.assert_close(fast, crf(logits, image).detach(), rtol=1e-4, atol=1e-4)
 
 
+def test_mean_field_returns_marginals_or_their_logarithm_and_leaves_logits_alone():
+    generator = torch.Generator().manual_seed(0)
+    crf = DenseCRF(5, filtering="lattice")
+    logits, image = torch.randn(1, 5, 12, 15, generator=generator), torch.rand(1, 3, 12, 15, generator=generator)
+    given = logits.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(crf.marginals(logits, image), crf(logits, image).exp(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(logits, given)
+    with torch.inference_mode():
+        torch.testing.assert_close(crf(logits, image), crf(logits, image).clone())
+
+
+def test_scores_beyond_the_reach_of_exp_are_still_probabilities():
+    crf = DenseCRF(6, filtering="lattice", normalization="none", iterations=3)
+    torch.nn.init.constant_(crf.log_w, 2.0)  # hundreds of like pixels at weight 7: exp of their sum overflows
+    logits = torch.randn(1, 6, 16, 16, generator=torch.Generator().manual_seed(0))
+    image = torch.full((1, 3, 16, 16), 0.5)
+    with torch.no_grad():
+        fast = crf.marginals(logits, image)
+    torch.testing.assert_close(fast, crf(logits, image).exp().detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fast.sum(1), torch.ones(1, 16, 16))
+
+
+@pytest.mark.parametrize("spread", [1.0, 50.0, 1000.0])
+def test_softmax_and_its_gradient_are_those_of_float64(spread):
+    scores = spread * torch.randn(2, 300, 7, generator=torch.Generator().manual_seed(0))
+    uphill = torch.randn(2, 300, 7, generator=torch.Generator().manual_seed(1))
+    ours, theirs = scores.clone().requires_grad_(), scores.double().requires_grad_()
+    q, exact = lattice.softmax(ours), torch.softmax(theirs, -1)
+    (q * uphill).sum().backward()
+    (exact * uphill).sum().backward()
+    torch.testing.assert_close(q.double(), exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_crew_shares_tasks_out_keeps_their_order_and_puts_the_threads_back(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        cpu = torch.device("cpu")
+        with lattice.crew(cpu) as share, lattice.crew(cpu) as within:
+            assert share(7, lambda turn: turn**2) == [turn**2 for turn in range(7)]
+            assert share is within or threads == 1
+            assert set(share(9, lambda _: torch.get_num_threads())) == {1}
+        assert torch.get_num_threads() == threads
+        with pytest.raises(ZeroDivisionError), lattice.crew(cpu) as share:
+            share(5, lambda turn: 1 / (turn - 3))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_the_number_of_threads_changes_rounding_only(threads, monkeypatch):
+    monkeypatch.setattr(lattice, "BLOCK", 256)
+    f, v = portrait(40, 50), values(1, 2000, 7, dtype=torch.float32)
+    expected, before = LatticeFilter(f)(v), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        torch.testing.assert_close(LatticeFilter(f)(v), expected, rtol=1e-5, atol=1e-6)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_same_input_same_bits():
     f, v = portrait(60, 80), values(1, 4800, 7, dtype=torch.float32)
     torch.testing.assert_close(LatticeFilter(f)(v), LatticeFilter(f)(v), rtol=0, atol=0)
