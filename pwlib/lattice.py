@@ -683,8 +683,8 @@ class LatticeFilter(GaussianFilter):
             batch of values.
         normalization, self_message: as for every `GaussianFilter`; n and k(i, i) are the lattice's own.
 
-    Float32 or float64, any device; deterministic, up to rounding where the number of threads differs. Raises ValueError for features that are not finite, or that spread
-    over more lattice cells than 62 bits can number.
+    Float32 or float64, any device; deterministic, up to rounding where the number of threads differs. Raises ValueError
+    for features that are not finite, or that spread over more lattice cells than 62 bits can number.
     """
 
     def __init__(self, features: Tensor, *, normalization: str = "symmetric", self_message: bool = True):
