@@ -32,5 +32,5 @@ c.RunConfined.timeout = int(os.environ.get("CELL_SECONDS", 120))
 c.RunConfined.notebook_seconds = int(os.environ.get("NOTEBOOK_SECONDS", 600))
 
 c.GenerateFeedback.preprocessors = [GetGrades, WithoutTests, CSSHTMLHeaderPreprocessor]
-# What a student's cell shows is a page of the instructor's, too: it may hold no script.
-c.SanitizeHTML.enabled = True
+# What a student's cell shows is a page of the instructor's, too: it may hold no script. (Their text: see Restore.)
+c.HTMLExporter.sanitize_html = True

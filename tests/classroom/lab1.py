@@ -51,12 +51,12 @@ def stage1_loss(logits, labels, weights):
     "train_network": """
 def train_network(network, images, labels):
     torch.manual_seed(1)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=True)
-    epochs = 24
+    optimizer = torch.optim.Adam(network.parameters(), lr=6e-3)
+    epochs = 20
     network.train()
     for epoch in range(epochs):
         for group in optimizer.param_groups:
-            group["lr"] = 0.1 * (1 - epoch / epochs) ** 0.9
+            group["lr"] = 6e-3 * (1 - epoch / epochs) ** 0.9
         for index in torch.randperm(len(images)).split(10):
             loss = F.cross_entropy(network(images[index]), labels[index], ignore_index=VOID)
             optimizer.zero_grad()

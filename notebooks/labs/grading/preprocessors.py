@@ -31,6 +31,7 @@ from nbgrader.preprocessors import ClearHiddenTests, Execute, NbGraderPreprocess
 from traitlets import Integer, Unicode
 
 CONFINE = Path(__file__).with_name("confine.py")
+TAG = re.compile(r"<(?=[a-zA-Z/!?])")
 ATTACHED = re.compile(r"attachment:([^)\s\"'>]+)")
 
 # What a kernel needs of the system: programs and libraries, time, fonts, names of users; the processors.
@@ -61,7 +62,8 @@ class Restore(NbGraderPreprocessor):
     """Put a submission's cells in order: what is locked as released, what was deleted back, no metadata of its own.
 
     nbgrader restores the source of changed cells itself; this comes before it, for what it does not expect: a changed
-    cell that says it carries no points, one tagged to be skipped, a solution and its test deleted together.
+    cell that says it carries no points, one tagged to be skipped, a solution and its test deleted together. HTML in
+    the students' own text becomes text: nbgrader's pages would show it as it is, scripts and all.
     """
 
     release = Unicode(help="the folder of the released labs").tag(config=True)
@@ -89,6 +91,9 @@ class Restore(NbGraderPreprocessor):
                 place = 0 if before is None else next(i for i, c in enumerate(cells) if c is before) + 1
                 cells.insert(place, found[grade_id])
             before = found[grade_id]
+        for cell in cells:
+            if cell.cell_type != "code" and not utils.is_locked(cell):
+                cell.source = TAG.sub("&lt;", cell.source)
         nb.cells, nb.metadata = cells, deepcopy(released.metadata)
         return nb, resources
 
