@@ -67,7 +67,8 @@ class Objective(nn.Module):
     Where the model has a context, its pieces' likelihood is added in stages 2 and 3. In stage 2 the dense CRF refines
     what inference makes of the pieces as they are: -log q(label) then teaches the pieces nothing, only how much they
     count. With `joint_pieces` the pieces' likelihood is added in stage 1 instead of stage 2, which leaves the pieces as
-    they are: a few more steps on few other images made them worse wherever it was measured.
+    they are. More steps on the held-out images changed a point of mIoU on Scenes, up with one network and down with
+    another, and cost five to eight on CamVid, where these are other stretches of road.
     """
 
     def __init__(
