@@ -23,11 +23,11 @@ def seen(layers, cell, size):
 """,
     "make_network": """
 def make_network(num_classes):
-    # A branch at full size for outlines, one at a quarter for the surroundings.
+    # A branch at half size for outlines, one at a quarter for the surroundings.
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
-            self.near = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+            self.near = nn.Sequential(nn.Conv2d(3, 16, 3, 2, padding=1), nn.BatchNorm2d(16), nn.ReLU())
             far, channels = [], 3
             for stride, dilation in ((2, 1), (2, 1), (1, 2), (1, 4)):
                 far += [nn.Conv2d(channels, 32, 3, stride, padding=dilation, dilation=dilation), nn.BatchNorm2d(32)]
@@ -37,8 +37,10 @@ def make_network(num_classes):
             self.head = nn.Sequential(nn.Conv2d(48, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, num_classes, 1))
 
         def forward(self, image):
-            far = F.interpolate(self.far(image), size=image.shape[-2:], mode="bilinear", align_corners=False)
-            return self.head(torch.cat([self.near(image), far], 1))
+            near = self.near(image)
+            far = F.interpolate(self.far(image), size=near.shape[-2:], mode="bilinear", align_corners=False)
+            logits = self.head(torch.cat([near, far], 1))
+            return F.interpolate(logits, size=image.shape[-2:], mode="bilinear", align_corners=False)
 
     return Two()
 """,
