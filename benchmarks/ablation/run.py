@@ -11,8 +11,8 @@ Every network is trained on the same images (those stage 2 does not hold out), f
 and augmentation for one seed. Nothing is selected on the scored split: every stage hands on its last epoch. Rungs are
 compared seed by seed.
 
-    python benchmarks/ablation/run.py --data scenes --seeds 0 1 2 3 4                two CPU minutes a seed
-    python benchmarks/ablation/run.py --data camvid --root data/camvid --seeds 0 1 2   fifteen CPU minutes a seed
+    python benchmarks/ablation/run.py --data scenes --seeds 0 1 2 3 4                seven CPU minutes a seed
+    python benchmarks/ablation/run.py --data camvid --root data/camvid --seeds 0 1 2   twenty CPU minutes a seed
     python benchmarks/ablation/run.py --table
 
 Writes DATA.json beside this file after every network (DATA-full.json with --profile full, for a GPU) and keeps
@@ -113,7 +113,7 @@ def build(name: str, profile: Profile, classes: int) -> PiecewiseTrainedModel:
 
 
 def train(name: str, data: str, root: str, profile: Profile, epochs: tuple[int, int], seed: int, device: str):
-    """The trained model, the split it is scored on, and the CPU seconds it took."""
+    """The trained model, the split it is scored on, and the CPU seconds it took, None if some of it was done before."""
     options = {"size": profile.size} | ({"cache": True} if profile.size else {})
     whole, scored = (load(data, split, root, **options) for split in ("train", SPLIT[data]))
     fit, held = hold_out(whole, profile.held_out, seed)
@@ -121,7 +121,8 @@ def train(name: str, data: str, root: str, profile: Profile, epochs: tuple[int, 
     torch.manual_seed(seed + (1000 if name == "second" else 0))
     model = build(name, profile, whole.num_classes)
     settings = ("crf_learning_rate", "stage3_factor", "optimizer", "schedule", "weight_decay", "held_out")
-    start = time.process_time()
+    out = Path("runs/ablation") / f"{data}-{'quick' if profile.width < 1 else 'full'}-{seed}-{name}"
+    fresh, start = not any(out.glob("stage*.pt")), time.process_time()
     trainer = PiecewiseTrainer(
         model,
         device,
@@ -130,14 +131,14 @@ def train(name: str, data: str, root: str, profile: Profile, epochs: tuple[int, 
         **{key: getattr(profile, key) for key in settings},
         joint_pieces=model.context is not None,
         class_weights=class_weights(fit, profile.class_balance) if profile.class_balance else None,
-        out=Path("runs/ablation") / f"{data}-{'quick' if profile.width < 1 else 'full'}-{seed}-{name}",
+        out=out,
         resume=True,
         seed=seed + (1000 if name == "second" else 0),
     )
     trainer.train_stage1(DataLoader(fit.with_transform(augment), profile.batch, shuffle=True), epochs[0])
     if name in ("scales", "context"):
         trainer.train_stage2(DataLoader(held, profile.batch, shuffle=True), epochs[1])
-    return model, scored, time.process_time() - start
+    return model, scored, round(time.process_time() - start) if fresh else None
 
 
 def summary(scores: dict, classes: bool = True) -> dict:
@@ -154,12 +155,14 @@ def run(data: str, root: str, seed: int, profile: Profile, epochs: tuple[int, in
         model = models[name]
         with_crf = name in ("scales", "context")
         found = evaluate(model, loader, apply_crf=with_crf)
-        row = {"parameters": parameters(model.unary) + parameters(model.context), "cpu_seconds": round(seconds)}
+        row = {"parameters": parameters(model.unary) + parameters(model.context)}
+        if seconds is not None:
+            row["cpu_seconds"] = seconds
         if model.context is not None:
             row["weights"] = [round(w, 3) for w in model.context.log_weight.exp().tolist()]
             row["temperature"] = round(model.context.log_temperature.exp().item(), 3)
         keep(name, row | {part: summary(scores) for part, scores in found.items()})
-        print(f"{data}, seed {seed}, {name}: {round(seconds)} CPU seconds", flush=True)
+        print(f"{data}, seed {seed}, {name}: {'trained before' if seconds is None else f'{seconds} CPU seconds'}", flush=True)
         if name == "context":
             model.context.counting = "sum"
             with torch.no_grad():  # the paper's sum, over the same pieces as they are
