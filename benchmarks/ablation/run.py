@@ -162,7 +162,8 @@ def run(data: str, root: str, seed: int, profile: Profile, epochs: tuple[int, in
             row["weights"] = [round(w, 3) for w in model.context.log_weight.exp().tolist()]
             row["temperature"] = round(model.context.log_temperature.exp().item(), 3)
         keep(name, row | {part: summary(scores) for part, scores in found.items()})
-        print(f"{data}, seed {seed}, {name}: {'trained before' if seconds is None else f'{seconds} CPU seconds'}", flush=True)
+        took = "trained before" if seconds is None else f"{seconds} CPU seconds"
+        print(f"{data}, seed {seed}, {name}: {took}", flush=True)
         if name == "context":
             model.context.counting = "sum"
             with torch.no_grad():  # the paper's sum, over the same pieces as they are
