@@ -54,7 +54,7 @@ def stage1_loss(logits, labels, weights):
 def train_network(network, images, labels):
     torch.manual_seed(1)
     optimizer = torch.optim.Adam(network.parameters(), lr=6e-3)
-    epochs = 20
+    epochs = 36
     network.train()
     for epoch in range(epochs):
         for group in optimizer.param_groups:
