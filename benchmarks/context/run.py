@@ -14,6 +14,7 @@ per 8 px. Each of its cells sees more than the whole image, so that context is w
 
     python benchmarks/context/run.py                  some two minutes a seed on one core; writes result.json
     python benchmarks/context/run.py --network largefov
+    python benchmarks/context/run.py --data camvid --root data/camvid --seeds 0 1 2     the same question on photographs
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch.utils.data import DataLoader
 
 from pwlib.context import ContextualCRF
 from pwlib.crf import DenseCRF
-from pwlib.data import Augment, hold_out, load
+from pwlib.data import Augment, SegmentationDataset, hold_out, load
 from pwlib.evaluation import evaluate
 from pwlib.losses import balanced_weights
 from pwlib.model import PiecewiseTrainedModel
@@ -43,13 +44,17 @@ LOOK_ALIKES = ("plane", "boat", "roof", "tent")
 SETTINGS = {
     "train_images": 160,
     "test_images": 60,
-    "epochs": {"local": [8, 2], "largefov": [24, 2]},
+    "epochs": {"scenes, local": [8, 2], "scenes, largefov": [24, 2], "camvid, local": [12, 2]},
+    "camvid_size": [90, 120],
     "batch": 4,
     "channels": 48,
     "hidden": 32,
     "neighbours": 24,
     "learning_rate": 4e-3,
-    "crf": {"theta_alpha": 20.0, "theta_beta": 20.0, "theta_gamma": 1.5, "w_bilateral": 3.0, "w_spatial": 1.0},
+    "crf": {
+        "scenes": {"theta_alpha": 20.0, "theta_beta": 20.0, "theta_gamma": 1.5, "w_bilateral": 3.0, "w_spatial": 1.0},
+        "camvid": {"theta_alpha": 20.0, "theta_beta": 10.0, "theta_gamma": 1.5, "w_bilateral": 3.0, "w_spatial": 1.0},
+    },
 }
 
 
@@ -80,30 +85,37 @@ class LocalNet(nn.Module):
         return resize_logits(self.head(self.features(image)), image.shape[-2:], stride=self.cell_size)
 
 
-def build_network(name: str) -> nn.Module:
+def build_network(name: str, classes: int) -> nn.Module:
     if name == "local":
-        return LocalNet(10, SETTINGS["channels"])
-    return DeepLabLargeFOV(10, width=0.25, batch_norm=True, dropout=0.1)
+        return LocalNet(classes, SETTINGS["channels"])
+    return DeepLabLargeFOV(classes, width=0.25, batch_norm=True, dropout=0.1)
 
 
-def run(seed: int, counting: str, network: str) -> dict:
-    data = load("scenes", "train", length=SETTINGS["train_images"], seed=seed)
-    test = DataLoader(load("scenes", "test", length=SETTINGS["test_images"]), batch_size=8)
+def splits(name: str, root: str, seed: int) -> tuple[SegmentationDataset, SegmentationDataset]:
+    """What is learned from, and what is scored."""
+    if name == "scenes":
+        scored = load("scenes", "test", length=SETTINGS["test_images"])
+        return load("scenes", "train", length=SETTINGS["train_images"], seed=seed), scored
+    size = tuple(SETTINGS["camvid_size"])
+    return load(name, "train", root, size=size, cache=True), load(name, "val", root, size=size, cache=True)
+
+
+def run(seed: int, counting: str, network: str, data_name: str, root: str) -> dict:
+    data, scored = splits(data_name, root, seed)
+    test, classes = DataLoader(scored, batch_size=8), data.num_classes
     fit, held = hold_out(data, 0.25, seed)
-    counts = sum(torch.bincount(data[i][1].flatten(), minlength=256)[:10] for i in range(len(data)))
+    counts = sum(torch.bincount(data[i][1].flatten(), minlength=256)[:classes] for i in range(len(data)))
     torch.manual_seed(seed)
-    unary, epochs = build_network(network), SETTINGS["epochs"][network]
-    context = ContextualCRF(
-        10, unary.feature_channels, hidden=SETTINGS["hidden"], neighbours=SETTINGS["neighbours"], counting=counting
-    )
-    model = PiecewiseTrainedModel(
-        10, 5, unary=unary, context=context, crf=DenseCRF(10, filtering="lattice", **SETTINGS["crf"])
-    )
+    unary, epochs = build_network(network, classes), SETTINGS["epochs"][f"{data_name}, {network}"]
+    options = {"hidden": SETTINGS["hidden"], "neighbours": SETTINGS["neighbours"], "counting": counting}
+    context = ContextualCRF(classes, unary.feature_channels, **options)
+    crf = DenseCRF(classes, filtering="lattice", **SETTINGS["crf"][data_name])
+    model = PiecewiseTrainedModel(classes, 5, unary=unary, context=context, crf=crf)
 
     def trainer(model: nn.Module) -> PiecewiseTrainer:
         return PiecewiseTrainer(
             model,
-            num_classes=10,
+            num_classes=classes,
             learning_rate=SETTINGS["learning_rate"],
             optimizer="adamw",
             schedule="onecycle",
@@ -120,7 +132,7 @@ def run(seed: int, counting: str, network: str) -> dict:
     trainer(model).train_stage1(loader, epochs[0])
     print("stage 1:", round(time.process_time() - start), "CPU seconds", flush=True)
     scores = {"untuned": evaluate(model, test, iterations=5)}
-    alone = PiecewiseTrainedModel(10, 5, unary=copy.deepcopy(unary), crf=copy.deepcopy(model.crf))
+    alone = PiecewiseTrainedModel(classes, 5, unary=copy.deepcopy(unary), crf=copy.deepcopy(model.crf))
     loader = DataLoader(held, batch_size=SETTINGS["batch"], shuffle=True)
     for name, one in (("context", model), ("alone", alone)):
         trainer(one).train_stage2(loader, epochs[1])
@@ -134,8 +146,9 @@ def run(seed: int, counting: str, network: str) -> dict:
     }
     return {
         "seed": seed,
-        "counting": counting,
+        "data": data_name,
         "network": network,
+        "counting": counting,
         "cpu_seconds": round(time.process_time() - start),
         "weights": [round(w, 3) for w in context.log_weight.exp().tolist()],
         "temperature": round(context.log_temperature.exp().item(), 3),
@@ -144,9 +157,11 @@ def run(seed: int, counting: str, network: str) -> dict:
 
 
 def summary(scores: dict) -> dict:
+    row = {key: round(100 * scores[key], 2) for key in ("miou", "pixel_accuracy", "boundary_iou")}
+    if not set(LOOK_ALIKES) <= set(scores["per_class_iou"]):
+        return row
     ious = {name: round(100 * scores["per_class_iou"][name], 1) for name in LOOK_ALIKES}
-    mean = round(sum(ious.values()) / len(ious), 2)
-    return {"miou": round(100 * scores["miou"], 2), "look_alikes": mean, **ious}
+    return row | {"look_alikes": round(sum(ious.values()) / len(ious), 2), **ious}
 
 
 def interval(values: list[float]) -> str:
@@ -161,27 +176,29 @@ def interval(values: list[float]) -> str:
 
 def table(runs: list[dict]) -> str:
     lines = []
-    for kind in dict.fromkeys((run["network"], run["counting"]) for run in runs):
-        mine = [run for run in runs if (run["network"], run["counting"]) == kind]
-        lines.append("network: {}, counting: {}, {} seeds".format(*kind, len(mine)))
-        lines.append(f"{'':28}" + "".join(f"{k:>14}" for k in ("miou", "look_alikes", *LOOK_ALIKES)))
+    for kind in dict.fromkeys((run["data"], run["network"], run["counting"]) for run in runs):
+        mine = [run for run in runs if (run["data"], run["network"], run["counting"]) == kind]
+        columns = list(mine[0]["rows"]["unary"])
+        lines.append("{}, network: {}, counting: {}, {} seeds".format(*kind, len(mine)))
+        lines.append(f"{'':28}" + "".join(f"{column:>16}" for column in columns))
         for name in mine[0]["rows"]:
-            cells = [interval([run["rows"][name][k] for run in mine]) for k in ("miou", "look_alikes", *LOOK_ALIKES)]
-            lines.append(f"{name:28}" + "".join(f"{cell:>14}" for cell in cells))
+            cells = [interval([run["rows"][name][column] for run in mine]) for column in columns]
+            lines.append(f"{name:28}" + "".join(f"{cell:>16}" for cell in cells))
         for key, other in (
             ("context, pieces as learned", "unary"),
             ("context, weights learned", "unary"),
             ("context + dense CRF", "unary + dense CRF"),
         ):
-            for score in ("look_alikes", "miou"):
-                gain = interval([r["rows"][key][score] - r["rows"][other][score] for r in mine])
-                lines.append(f"{key} over {other}, {score}, paired: {gain} points of IoU")
+            gains = {c: interval([r["rows"][key][c] - r["rows"][other][c] for r in mine]) for c in columns[:4]}
+            lines.append(f"{key} over {other}, paired: " + ", ".join(f"{c} {gain}" for c, gain in gains.items()))
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--data", default="scenes", choices=("scenes", "camvid"))
+    parser.add_argument("--root", default="data")
     parser.add_argument("--network", default="local", choices=("local", "largefov"))
     parser.add_argument("--counting", nargs="+", default=["tree"], choices=("tree", "sum"))
     parser.add_argument("--out", type=Path, default=HERE / "result.json")
@@ -189,8 +206,9 @@ def main() -> None:
     runs = json.loads(given.out.read_text())["runs"] if given.out.exists() else []
     for counting in given.counting:
         for seed in given.seeds:
-            if not any((r["seed"], r["counting"], r["network"]) == (seed, counting, given.network) for r in runs):
-                runs.append(run(seed, counting, given.network))
+            kind = (seed, given.data, given.network, counting)
+            if not any((r["seed"], r["data"], r["network"], r["counting"]) == kind for r in runs):
+                runs.append(run(seed, counting, given.network, given.data, given.root))
                 content = {"settings": SETTINGS, "torch": torch.__version__.split("+")[0], "runs": runs}
                 given.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(table(runs))
