@@ -105,9 +105,8 @@ def curves(seed: int, pool: int, steps: int) -> list[dict]:
             optimizer = torch.optim.AdamW(crf.parameters(), lr=rate)
             runs.append((name, iterations, rate, crf, optimizer, [0.0], [round(score(crf, *held), 2)]))
     order = torch.cat([torch.randperm(len(train[2])) for _ in range(steps * SETTINGS["batch"] // len(train[2]) + 1)])
-    for step, chosen in enumerate(
-        tqdm(order.split(SETTINGS["batch"])[:steps], desc=f"seed {seed}, {pool}x", leave=False)
-    ):
+    bar = tqdm(order.split(SETTINGS["batch"])[:steps], desc=f"seed {seed}, {pool}x{pool}", unit="step", disable=None)
+    for step, chosen in enumerate(bar):
         features, logits, label = (part[chosen] for part in train)
         for _, iterations, _, crf, optimizer, seconds, scores in runs:
             start = time.process_time()
