@@ -132,15 +132,16 @@ def curves(seed: int, pool: int, steps: int) -> list[dict]:
     ]
 
 
+def arrival(row: dict, target: float) -> float:
+    """CPU seconds until a run reached the target; infinity if it did not."""
+    return next((s for s, m in zip(row["seconds"], row["miou"], strict=True) if m >= target), float("inf"))
+
+
 def to_target(rows: list[dict]) -> tuple[float, dict[str, float]]:
     """For one seed and map: the target, and each contender's CPU seconds to it with its better learning rate."""
     best = {name: max(max(r["miou"]) for r in rows if r["contender"] == name) for name in CONTENDERS}
     target = min(best.values()) - 1
-
-    def seconds(row: dict) -> float:
-        return next((s for s, m in zip(row["seconds"], row["miou"], strict=True) if m >= target), float("inf"))
-
-    return target, {name: min(seconds(r) for r in rows if r["contender"] == name) for name in CONTENDERS}
+    return target, {name: min(arrival(r, target) for r in rows if r["contender"] == name) for name in CONTENDERS}
 
 
 def table(rows: list[dict]) -> str:
@@ -156,6 +157,9 @@ def table(rows: list[dict]) -> str:
             ratios = [times[name] / times["piecewise"] for _, times in found]
             cells.append(f"{statistics.median(ratios):.1f} x ({min(ratios):.1f} to {max(ratios):.1f})")
         lines.append(f"| {size} | {target:.1f}, {start:.1f} | " + " | ".join(cells) + " |")
+        best = {n: [max(max(r["miou"]) for r in one if r["contender"] == n) for one in seeds] for n in CONTENDERS}
+        cells = [f"{statistics.median(scores):.1f}" for scores in best.values()]
+        lines.append(f"| {size}, best score | | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -169,10 +173,7 @@ def plot(rows: list[dict], path: Path) -> None:
         mine = [row for row in rows if row["map"] == size and row["seed"] == rows[0]["seed"]]
         target, _ = to_target(mine)
         for name, (colour, marker) in styles.items():
-            row = min(
-                (r for r in mine if r["contender"] == name),
-                key=lambda r: to_target([*[o for o in mine if o["contender"] != r["contender"]], r])[1][r["contender"]],
-            )
+            row = min((r for r in mine if r["contender"] == name), key=lambda r: arrival(r, target))
             axis.plot(row["seconds"], row["miou"], color=colour, marker=marker, markersize=3, label=name)
         axis.axhline(target, color="0.5", linestyle=":", label="target")
         axis.set(xlabel="CPU seconds of learning", ylabel="mIoU of cells, %", title=f"map {size}")
