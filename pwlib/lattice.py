@@ -174,12 +174,15 @@ def elevate(features: Tensor) -> Tensor:
 
     Adams, Baek & Davis 2010, p. 5; the standard deviation of the blur, sqrt(2/3) (d+1), is on p. 6.
     """
-    d = len(features)
-    # Column j of the basis, from 1, is j ones and -j, over its length, sqrt(j (j + 1)).
-    basis = [[(i < j) - j * (i == j) for j in range(1, d + 1)] for i in range(d + 1)]
-    scale = [math.sqrt(2 / 3) * (d + 1) / math.sqrt(j * (j + 1)) for j in range(1, d + 1)]
-    rows = [[entry * factor for entry, factor in zip(row, scale, strict=True)] for row in basis]
-    return features.new_tensor(rows) @ features
+    # One sum after the other, and no product of matrices: on a pixel grid coordinates are equal, modulo the simplex, at
+    # many points (x = 0, y a multiple of the bandwidth), and have to stay so to the last digit. Which vertices there are
+    # hangs on such ties.
+    d, rows, total = len(features), [], torch.zeros_like(features[0])
+    for j in range(d, 0, -1):
+        scaled = features[j - 1] * (math.sqrt(2 / 3) * (d + 1) / math.sqrt(j * (j + 1)))
+        rows.append(torch.sub(total, scaled, alpha=j))
+        total = total + scaled
+    return torch.stack([total, *reversed(rows)])
 
 
 @torch.no_grad()

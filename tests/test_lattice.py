@@ -374,3 +374,23 @@ def test_more_cells_than_keys_are_refused_in_words():
 def test_bad_features_are_refused_in_words(bad, message):
     with pytest.raises(ValueError, match=message):
         LatticeFilter(bad)
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_ties_of_the_pixel_grid_are_not_broken_by_rounding(fault, monkeypatch):
+    """At x = 0 and y a multiple of theta coordinates are equal, modulo the simplex; which vertices there are must not
+    hang on another feature's last digit. The fault is a product of matrices, which rounds the two apart."""
+    if fault:
+        basis = lattice.elevate(torch.eye(5, dtype=torch.float64))
+        monkeypatch.setattr(lattice, "elevate", lambda features: basis @ features)
+    generator = torch.Generator().manual_seed(0)
+    y, x = torch.meshgrid(torch.arange(24.0), torch.arange(36.0), indexing="ij")
+    position = torch.stack([x, y], -1).reshape(1, -1, 2).double() / 5
+    jumps = []
+    for _ in range(4):
+        colour = 1 + 250 * torch.rand(1, 24 * 36, 3, generator=generator, dtype=torch.float64)
+        values = torch.rand(1, 24 * 36, 4, generator=generator, dtype=torch.float64)
+        at = [torch.cat([position, colour / (16.3 + nudge)], -1) for nudge in (0, 1e-12, 1e-10)]
+        there, *beside = (LatticeFilter(features, normalization="row")(values) for features in at)
+        jumps += [(one - there).abs().max().item() for one in beside]
+    assert (max(jumps) > 1e-6) == fault, jumps
