@@ -175,8 +175,8 @@ def elevate(features: Tensor) -> Tensor:
     Adams, Baek & Davis 2010, p. 5; the standard deviation of the blur, sqrt(2/3) (d+1), is on p. 6.
     """
     # One sum after the other, and no product of matrices: on a pixel grid coordinates are equal, modulo the simplex, at
-    # many points (x = 0, y a multiple of the bandwidth), and have to stay so to the last digit. Which vertices there are
-    # hangs on such ties.
+    # many points (x = 0, y a multiple of the bandwidth), and have to stay so to the last digit. Which vertices there
+    # are hangs on such ties.
     d, rows, total = len(features), [], torch.zeros_like(features[0])
     for j in range(d, 0, -1):
         scaled = features[j - 1] * (math.sqrt(2 / 3) * (d + 1) / math.sqrt(j * (j + 1)))
