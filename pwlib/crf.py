@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pwlib.crew import crew
 from pwlib.data import VOID
 from pwlib.filters import METHODS, FilterBank, GridPositions, check_normalization, choose_method, make_filters
-from pwlib.lattice import LatticeBank, crew, softmax
+from pwlib.lattice import LatticeBank, softmax
 
 SMALLEST_PROBABILITY = 1e-5  # what pydensecrf's unary_from_softmax clips at
 

@@ -16,22 +16,19 @@ The conventions are those of Kraehenbuehl & Koltun's reference code, whose margi
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pwlib.crew import crew
 from pwlib.filters import FilterBank, GaussianFilter, GridPositions
 
 EPS = 1e-20  # the reference code's guard against an empty row
@@ -40,55 +37,6 @@ LEAST = -1e30  # in place of minus infinity
 FLOOR = -30.0  # of a score: exp(-30) is nothing beside a probability in float32, and far from its underflow
 GATHER = 2**11  # points whose corners' rows are gathered at a time, likewise
 LARGE = 2**12  # beyond it float32 has too few digits left to place a point inside its simplex
-
-
-class Crew:
-    """share(count, task) -> [task(0), .., task(count - 1)], shared out among threads; tasks are not differentiated."""
-
-    def __init__(self, pool: ThreadPoolExecutor | None = None, threads: int = 1):
-        self.pool, self.threads = pool, threads
-        self.inference = torch.is_inference_mode_enabled()  # a thread of its own does not know
-
-    def __call__(self, count: int, task: Callable[[int], Any]) -> list:
-        results, turns = [None] * count, iter(range(count))
-
-        def work() -> None:
-            with torch.inference_mode(self.inference), torch.no_grad():
-                for turn in turns:
-                    results[turn] = task(turn)
-
-        others = [self.pool.submit(work) for _ in range(min(self.threads, count) - 1)]
-        work()
-        for other in others:
-            other.result()
-        return results
-
-
-_here = threading.local()
-
-
-@contextlib.contextmanager
-def crew(device: torch.device) -> Iterator[Crew]:
-    """On a CPU, as many threads as torch uses, each of which runs its operations alone; elsewhere just this one.
-
-    So a task's operations work, one after the other, on what its core has in its cache; with all cores at each of them
-    it would change cores, and cores wait for each other, at every one. A crew within a crew is the same one.
-    """
-    if found := getattr(_here, "crew", None):
-        yield found
-        return
-    threads = torch.get_num_threads()
-    if threads == 1 or device.type != "cpu":
-        yield Crew()
-        return
-    torch.set_num_threads(1)  # of this thread, and of those it starts
-    try:
-        with ThreadPoolExecutor(threads - 1) as pool:
-            _here.crew = Crew(pool, threads)
-            yield _here.crew
-    finally:
-        _here.crew = None
-        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -712,7 +660,7 @@ class LatticeFilter(GaussianFilter):
             return Simplices.of(base, rank, (part.block - 1).bit_length()), (base, rank) if learn else None
 
         with crew(features.device) as share:
-            parts = Part.of(self.batch, pixels, features.device, 2 * share.threads)
+            parts = Part.of(self.batch, pixels, features.device, share.threads)
             simplices, places = zip(*share(len(parts), lambda turn: place(parts[turn])), strict=True)
             self.lattice, told = build(parts, simplices, None if learn else weight)
             if learn:
@@ -768,10 +716,15 @@ class LatticeBank(FilterBank):
     ):
         make = {"normalization": normalization, "self_message": self_message}
         device = features[0].theta.device if isinstance(features[0], GridPositions) else features[0].device
-        with crew(device):
-            super().__init__(
-                [_grid(f, **make) if isinstance(f, GridPositions) else LatticeFilter(f, **make) for f in features]
-            )
+
+        def one(turn: int) -> LatticeFilter:
+            f = features[turn]
+            return _grid(f, **make) if isinstance(f, GridPositions) else LatticeFilter(f, **make)
+
+        with crew(device) as share:
+            turns = range(len(features))
+            # Side by side, unless a gradient is wanted: tasks have none.
+            super().__init__([one(turn) for turn in turns] if torch.is_grad_enabled() else share(len(turns), one))
             self._join(max(f.batch for f in self.filters))
 
     @classmethod

@@ -248,24 +248,6 @@ def test_softmax_and_its_gradient_are_those_of_float64(spread):
     torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_crew_shares_tasks_out_keeps_their_order_and_puts_the_threads_back(threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        cpu = torch.device("cpu")
-        with lattice.crew(cpu) as share, lattice.crew(cpu) as within:
-            assert share(7, lambda turn: turn**2) == [turn**2 for turn in range(7)]
-            assert share is within or threads == 1
-            assert set(share(9, lambda _: torch.get_num_threads())) == {1}
-        assert torch.get_num_threads() == threads
-        with pytest.raises(ZeroDivisionError), lattice.crew(cpu) as share:
-            share(5, lambda turn: 1 / (turn - 3))
-        assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("threads", [1, 4])
 def test_the_number_of_threads_changes_rounding_only(threads, monkeypatch):
     monkeypatch.setattr(lattice, "BLOCK", 256)
