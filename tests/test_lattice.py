@@ -248,6 +248,16 @@ def test_softmax_and_its_gradient_are_those_of_float64(spread):
     torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("count", [1, 2, 30_000])
+def test_every_key_is_located_whoever_shares_its_slot(count):
+    numbers = np.random.default_rng(0).choice(2**20, (2, count))
+    keys = torch.from_numpy(np.unique(numbers[0] * 6 - 2**40))
+    wanted = torch.cat([keys, keys + 6, keys - 1, torch.from_numpy(numbers[1]) * 6 - 2**40]).view(2, -1)
+    place = {key: at for at, key in enumerate(keys.tolist())}
+    expected = [place.get(key, len(keys)) for key in wanted.flatten().tolist()]
+    assert lattice._locate(keys, wanted).flatten().tolist() == expected
+
+
 @pytest.mark.parametrize("threads", [1, 4])
 def test_the_number_of_threads_changes_rounding_only(threads, monkeypatch):
     monkeypatch.setattr(lattice, "BLOCK", 256)
