@@ -242,7 +242,7 @@ class DenseCRF(nn.Module):
         with torch.autocast(logits.device.type, enabled=False), self._crew(image):
             logits, image = self._check(logits, image)
             filters = self.filters(image)
-            if isinstance(filters, LatticeBank) and not torch.is_grad_enabled():
+            if isinstance(filters, LatticeBank):
                 # The same update, with fewer passes over memory.
                 out = filters.mean_field(logits.mT, self.log_w.exp(), self.compatibility.T, steps, log=log)
             else:

@@ -532,29 +532,22 @@ class Joint:
             share(len(self.blocks), one)
         return out
 
-    def dots(self, values: Sequence[Tensor], tables: Sequence[Tensor]) -> Tensor:
-        """Sum over pairs of values[p] . table[corner[p, k]], [P, corners]: the gradient of weights.
+    def dots(self, block: int, values: Sequence[Tensor], table: Tensor, out: Tensor) -> None:
+        """Adds to out [points of a block, corners] values[p] . table[corner[p, k]]: the gradient of weights.
 
-        Of a splat's or a slice's weights, or of both, which one gather serves.
+        Of a splat's or a slice's weights, or of both, which one gather serves: values and tables side by side.
         """
-        table = _cat(tables, 1)
-        out = table.new_empty(self.points, self.corners)
-
-        def one(block: int) -> None:
-            points = self.blocks[block]
-            step = self.points if table.is_cuda else GATHER
-            for start in range(points.start, points.stop, step):
-                some = slice(start, min(start + step, points.stop))
-                rows = table.index_select(0, self.corner[some].flatten()).view(-1, self.corners, table.shape[1])
-                torch.bmm(rows, _cat([v[some] for v in values], 1)[:, :, None], out=out[some, :, None])
-
-        with crew(table.device) as share:
-            share(len(self.blocks), one)
-        return out
+        points = self.blocks[block]
+        count, corner = points.stop - points.start, self.corner[points]
+        step = count if table.is_cuda else GATHER
+        for start in range(0, count, step):
+            some = slice(start, start + step)
+            rows = table.index_select(0, corner[some].flatten()).view(-1, self.corners, table.shape[1])
+            out[some] += torch.bmm(rows, _cat([v[some] for v in values], 1)[:, :, None])[:, :, 0]
 
 
-def _mix(part: Tensor, mixing: Tensor) -> Tensor:
-    return part @ mixing if mixing.ndim else part * mixing
+def _mix(part: Tensor, mixing: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.mm(part, mixing, out=out) if mixing.ndim else torch.mul(part, mixing, out=out)
 
 
 class _Apply(torch.autograd.Function):
@@ -592,12 +585,175 @@ class _Apply(torch.autograd.Function):
                 back = _cat(share(len(mixed), lambda kernel: joint.blur(mixed[kernel], kernel, reverse=True)))
             if values_too:
                 to_values = joint.read(back, splat_weights)
+            ends = [(slice_too, grad, table), (splat_too, values, back if splat_too else None)]
             if splat_too and slice_too and splat_weights is slice_weights:
-                to_slice = joint.dots([grad, values], [table, back])
+                to_slice = _dots(joint, [grad, values], [table, back])
             else:
-                to_slice = joint.dots([grad], [table]) if slice_too else None
-                to_splat = joint.dots([values], [back]) if splat_too else None
+                to_slice, to_splat = (_dots(joint, [v], [rows]) if wanted else None for wanted, v, rows in ends)
         return to_values, to_splat, to_slice, to_mixing, None, None, None
+
+
+def _dots(joint: Joint, values: Sequence[Tensor], tables: Sequence[Tensor]) -> Tensor:
+    table = _cat(tables, 1)
+    out = table.new_zeros(joint.points, joint.corners)
+
+    def one(block: int) -> None:
+        points = joint.blocks[block]
+        joint.dots(block, [v[points] for v in values], table, out[points])
+
+    with crew(table.device) as share:
+        share(len(joint.blocks), one)
+    return out
+
+
+def _softmax_backward(slope: Tensor, q: Tensor, ones: Tensor) -> Tensor:
+    """In place, rows [P, K]: from the slope along q to that along q's scores."""
+    slope.mul_(q)
+    return slope.addcmul_(torch.mv(slope, ones)[:, None], q, value=-1)
+
+
+class _MeanField(torch.autograd.Function):
+    """`LatticeBank.mean_field`, with gradients to all that is a tensor; planes [K, B N], scores or (log=False) marginals.
+
+    What is done to a block of pixels, from slice to splat, is done while it is in the cache, and so on the way back.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, write_rows, read_rows, mixing, gains, own, bank, iterations, log, keep):
+        joint, write, read = bank.joint, bank.write, bank.read
+        batch, pixels, labels = logits.shape
+        # Rows that fill whole vector registers: the added labels have probability zero.
+        spare = -labels % 8 if logits.dtype == torch.float32 and labels > 4 else 0
+        rows = logits.new_empty(batch * pixels, labels + spare)
+        mixing, gains = F.pad(mixing, (0, spare, 0, spare)), F.pad(gains, (0, spare, 0, spare))
+        if torch.equal(gains, gains[0, 0] * torch.eye(len(gains)).to(gains)):
+            mixing = mixing[:, 0, 0]  # Potts: a number
+        ones, planes = rows.new_ones(labels + spare), logits.new_empty(labels, batch * pixels)
+        marginals = [torch.empty_like(rows) for _ in range(iterations + (not log) if keep else own is not None)]
+        tables = [rows.new_empty(sum(joint.sizes), labels + spare) for _ in range(iterations if keep else 1)]
+        blurred = [[] for _ in range(iterations)]
+
+        def score(points: slice, step: int) -> Tensor:
+            if not step:
+                image, start = divmod(points.start, pixels)
+                here, given = rows[points], logits[image, start : start + points.stop - points.start]
+                here[:, :labels].copy_(given)
+                here[:, labels:].fill_(LEAST)
+                return here.sub_(given.amax(1, keepdim=True)).clone()
+            energy = joint.slice(tables[keep * (step - 1)], read, points.start, points.stop).add_(rows[points])
+            return energy if own is None else energy.sub_((marginals[keep * (step - 1)][points] * own[points]) @ gains)
+
+        def update(block: int, step: int) -> list[Tensor] | None:
+            points = joint.blocks[block]
+            here = score(points, step)
+            if step < iterations or not log:
+                # Softmax, but for the maximum that it subtracts: no score that counts is far below zero. To raise
+                # those that are costs little, while exp is slow where it underflows.
+                here = here.clamp_(min=FLOOR).exp_()
+                total = torch.mv(here, ones)
+                if total.max() < math.inf:
+                    here.mul_(total.reciprocal_()[:, None])
+                else:
+                    here = torch.softmax(score(points, step), -1)
+                if keep * step < len(marginals):
+                    marginals[keep * step][points].copy_(here)
+            if step < iterations:
+                return joint.tell(here, block, write)
+            planes[:, points].copy_(here[:, :labels].T)
+
+        def spread(kernel: int, step: int, told: Sequence[Sequence[Tensor]]) -> Tensor:
+            part = joint.blur(joint.hear([bags[kernel] for bags in told], kernel), kernel)
+            _mix(part, mixing[kernel], tables[keep * step].split(joint.sizes)[kernel])
+            return part
+
+        with crew(rows.device) as share:
+            joint.prepare(read, write)
+            for step in range(iterations + 1):
+                told = share(len(joint.blocks), lambda block, step=step: update(block, step))
+                if step < iterations:
+                    parts = share(len(joint.sizes), lambda kernel, step=step, told=told: spread(kernel, step, told))
+                    blurred[step] = parts if keep else []
+        if keep:
+            ctx.save_for_backward(mixing, gains, own)
+            ctx.shape = logits.shape
+            ctx.extras = joint, write, read, marginals, tables, blurred, log
+        return planes
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        mixing, gains, own = ctx.saved_tensors
+        joint, write, read, marginals, tables, blurred, log = ctx.extras
+        logits_too, write_too, read_too, mixing_too = ctx.needs_input_grad[:4]
+        labels, width, steps = len(grad), len(gains), len(blurred)
+        here = grad.new_empty(joint.points, width)  # the gradient of the scores that a step begins or ends with
+        total, ones = torch.empty_like(here), here.new_ones(width)
+        to_mixing = mixing.new_zeros(len(joint.sizes), width, width)
+        to_own, to_gains = here.new_zeros(joint.points, 1), torch.zeros_like(gains)
+        together = write is read
+        to_write, to_read = (
+            here.new_zeros(joint.points, joint.corners) if wanted else None
+            for wanted in (write_too and not together, read_too)
+        )
+        back = here.new_empty(sum(joint.sizes), width)
+        backs = back.split(joint.sizes)
+
+        def begin(block: int) -> list[Tensor]:
+            points = joint.blocks[block]
+            slope = here[points]
+            slope[:, :labels].copy_(grad[:, points].T)
+            slope[:, labels:].zero_()
+            if not log:
+                _softmax_backward(slope, marginals[steps][points], ones)
+            total[points].copy_(slope)
+            return joint.tell(slope, block, read) if steps else []
+
+        def spread(kernel: int, step: int, told: Sequence[Sequence[Tensor]]) -> None:
+            part = joint.hear([bags[kernel] for bags in told], kernel)
+            if mixing_too:
+                to_mixing[kernel].addmm_(blurred[step][kernel].T, part)
+            part = _mix(part, mixing[kernel].T if mixing.ndim > 1 else mixing[kernel])
+            backs[kernel].copy_(joint.blur(part, kernel, reverse=True))
+
+        def weigh(block: int, step: int, slope: Tensor, q: Tensor, pair: Sequence[Tensor]) -> None:
+            points = joint.blocks[block]
+            if together and read_too:
+                joint.dots(block, [slope[:, :labels], q[:, :labels]], pair[0], to_read[points])
+                return
+            if read_too:
+                joint.dots(block, [slope[:, :labels]], pair[0], to_read[points])
+            if write_too:
+                joint.dots(block, [q[:, :labels]], pair[-1], to_write[points])
+
+        def retreat(block: int, step: int, pair: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+            points = joint.blocks[block]
+            slope, q, shared = here[points], marginals[step][points], None
+            weigh(block, step, slope, q, pair)
+            along_q = joint.slice(back, write, points.start, points.stop)
+            if own is not None:
+                heard = slope @ gains.T
+                to_own[points].sub_((q * heard).sum(1, keepdim=True))
+                shared = (q * own[points]).T @ slope
+                along_q.sub_(heard.mul_(own[points]))
+            slope.copy_(_softmax_backward(along_q, q, ones))
+            total[points].add_(slope)
+            return joint.tell(slope, block, read) if step else [], shared
+
+        with crew(grad.device) as share:
+            blocks = len(joint.blocks)
+            told = share(blocks, begin)
+            for step in reversed(range(steps)):
+                share(len(backs), lambda kernel, step=step, told=told: spread(kernel, step, told))
+                pair = [tables[step][:, :labels], back[:, :labels]]
+                pair = [torch.cat(pair, 1)] if together and read_too else pair
+                done = share(blocks, lambda block, step=step, pair=pair: retreat(block, step, pair))
+                told = [bags for bags, _ in done]
+                if own is not None:
+                    to_gains -= sum(shared for _, shared in done)
+        inner = slice(labels)
+        to_logits = total.view(*ctx.shape[:2], width)[..., :labels] if logits_too else None
+        to_mixing, to_gains = to_mixing[:, inner, inner], to_gains[inner, inner]
+        return to_logits, to_write, to_read, to_mixing, to_gains, None if own is None else to_own, *[None] * 4
 
 
 class _Softmax(torch.autograd.Function):
@@ -627,8 +783,7 @@ class _Softmax(torch.autograd.Function):
 
         def one(block: int) -> None:
             some = slice(block * BLOCK, (block + 1) * BLOCK)
-            slope = torch.mul(grad[some], q[some], out=out[some])
-            slope.sub_(torch.mv(slope, ones)[:, None] * q[some])
+            _softmax_backward(out[some].copy_(grad[some]), q[some], ones)
 
         with crew(grad.device) as share:
             share((len(q) - 1) // BLOCK + 1, one)
@@ -792,78 +947,27 @@ class LatticeBank(FilterBank):
         own = values * sum(w * f.own_share() for w, f in zip(weights, self.filters, strict=True))
         return out - (own if compatibility is None else own @ compatibility)
 
-    @torch.no_grad()
     def mean_field(
         self, logits: Tensor, weights: Tensor, compatibility: Tensor, iterations: int, *, log: bool = True
     ) -> Tensor:
         """log_q [B, N, K] after `iterations` of q <- softmax(logits - (sum_m weights[m] message_m(q)) @ compatibility).
 
-        What `__call__` does inside a loop, without a gradient and with fewer passes over memory: what is done to a
-        block of pixels, from slice to splat, is done while it is in the cache. log=False returns q itself, which is
-        cheaper than its logarithm.
+        What `__call__` does inside a loop, with fewer passes over memory, and with the same gradients. log=False
+        returns q itself, which is cheaper than its logarithm.
         """
         batch, pixels, labels = logits.shape
         if batch != self.batch:
             self._join(batch)
-        joint = self.joint
-        # Rows that fill whole vector registers: the added labels have probability zero.
-        spare = -labels % 8 if logits.dtype == torch.float32 and labels > 4 else 0
-        rows = logits.new_empty(batch * pixels, labels + spare)
         # An energy that all labels share changes nothing: made so that pixels only ever speak for labels, it keeps each
         # pixel's best score above 0, and Potts becomes a number.
-        gains = F.pad(compatibility.amax(1, keepdim=True) - compatibility, (0, spare, 0, spare))
-        mixing = (weights * self.gain)[:, None, None] * gains
-        if torch.equal(gains, gains[0, 0] * torch.eye(len(gains)).to(gains)):
-            mixing = mixing[:, 0, 0]
-        own = q = None
+        gains = compatibility.detach().amax(1, keepdim=True) - compatibility
+        mixing, own = (weights * self.gain)[:, None, None] * gains, None
         if not self.filters[0].self_message:
             own = sum(w * f.own_share() for w, f in zip(weights, self.filters, strict=True))
-            own, q = own.expand(batch, -1, -1).flatten(0, 1), torch.empty_like(rows)
-        table, ones = rows.new_empty(sum(joint.sizes), labels + spare), rows.new_ones(labels + spare)
-        tables = table.split(joint.sizes)
-        planes = logits.new_empty(labels, batch * pixels)
-
-        def score(points: slice, step: int) -> Tensor:
-            if not step:
-                image, start = divmod(points.start, pixels)
-                here, given = rows[points], logits[image, start : start + points.stop - points.start]
-                here[:, :labels].copy_(given)
-                here[:, labels:].fill_(LEAST)
-                return here.sub_(given.amax(1, keepdim=True)).clone()
-            energy = joint.slice(table, self.read, points.start, points.stop).add_(rows[points])
-            return energy if own is None else energy.sub_((q[points] * own[points]) @ gains)
-
-        def update(block: int, step: int) -> list[Tensor] | None:
-            points = joint.blocks[block]
-            here = score(points, step)
-            if step < iterations or not log:
-                # Softmax, but for the maximum that it subtracts: no score that counts is far below zero. To raise
-                # those that are costs little, while exp is slow where it underflows.
-                here = here.clamp_(min=FLOOR).exp_()
-                total = torch.mv(here, ones)
-                if total.max() < math.inf:
-                    here.mul_(total.reciprocal_()[:, None])
-                else:
-                    here = torch.softmax(score(points, step), -1)
-            if step < iterations:
-                if own is not None:
-                    q[points].copy_(here)
-                return joint.tell(here, block, self.write)
-            planes[:, points].copy_(here[:, :labels].T)
-
-        def spread(kernel: int, told: Sequence[Sequence[Tensor]]) -> None:
-            part = joint.blur(joint.hear([bags[kernel] for bags in told], kernel), kernel)
-            if mixing[kernel].ndim:
-                torch.mm(part, mixing[kernel], out=tables[kernel])
-            else:
-                torch.mul(part, mixing[kernel], out=tables[kernel])
-
-        with crew(rows.device) as share:
-            joint.prepare(self.read, self.write)
-            for step in range(iterations + 1):
-                told = share(len(joint.blocks), lambda block, step=step: update(block, step))
-                if step < iterations:
-                    share(len(self.filters), lambda kernel, told=told: spread(kernel, told))
+            own = own.expand(batch, -1, -1).flatten(0, 1)
+        keep = torch.is_grad_enabled()
+        ends = self.write.rows, self.read.rows
+        planes = _MeanField.apply(logits, *ends, mixing, gains, own, self, iterations, log, keep)
         planes = planes.view(labels, batch, pixels).transpose(0, 1)
         return (torch.log_softmax(planes, 1) if log else planes).mT
 

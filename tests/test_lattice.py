@@ -193,24 +193,77 @@ def test_bank_is_the_weighted_sum_of_its_messages():
     torch.testing.assert_close(bank(v, w, mu), (0.5 * one + 2 * two) @ mu)
 
 
+def one_message_at_a_time(crf, logits, image, steps):
+    """Mean field as its formula reads; every step is autograd's own business."""
+    log_p = torch.log_softmax(logits, 1).flatten(2).mT
+    filters, scores = crf.filters(image), log_p
+    for _ in range(steps):
+        scores = log_p - crf.pairwise(filters, torch.softmax(scores, -1))
+    return torch.log_softmax(scores, -1).mT.reshape(logits.shape)
+
+
 @pytest.mark.parametrize(("normalization", "self_message"), SWITCHES)
-@pytest.mark.parametrize("labels", [2, 5, 8, 21])
-def test_mean_field_without_a_gradient_is_mean_field_with_one(normalization, self_message, labels, monkeypatch):
+@pytest.mark.parametrize(("labels", "potts"), [(2, True), (5, False), (8, True), (21, False)])
+def test_mean_field_and_its_gradients_are_those_of_its_formula(normalization, self_message, labels, potts, monkeypatch):
     monkeypatch.setattr(lattice, "BLOCK", 64)  # so small that an image takes several rounds
     generator = torch.Generator().manual_seed(labels)
-    mu = 1 - torch.eye(labels) + 0.1 * torch.rand(labels, labels, generator=generator)
+    mu = 1 - torch.eye(labels) + 0.1 * (not potts) * torch.rand(labels, labels, generator=generator)
     crf = DenseCRF(
         labels, compatibility=mu, filtering="lattice", normalization=normalization, self_message=self_message
     )
     if normalization == "none":
         torch.nn.init.constant_(crf.log_w, -4.0)
-    logits, image = (
-        torch.randn(2, labels, 12, 15, generator=generator),
-        torch.rand(2, 3, 12, 15, generator=generator) / 4,
-    )
+    crf.double()
+    logits = torch.randn(2, labels, 12, 15, generator=generator).double().requires_grad_()
+    image = (torch.rand(2, 3, 12, 15, generator=generator).double() / 4).requires_grad_()
+    uphill = torch.randn(logits.shape, generator=generator).double()
+    inputs = [logits, image, *crf.parameters()]
+    expected = one_message_at_a_time(crf, logits, image, 3)
+    found = crf(logits, image, iterations=3)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    gradients = [torch.autograd.grad((out * uphill).sum(), inputs) for out in (found, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-7 * theirs.abs().max().item())
+    # Float32 pads its rows. (Its bandwidth gradients are not float64's: features round to other sides of a simplex.)
+    crf, logits, image = crf.float(), logits.float(), image.float()
+    expected, found = one_message_at_a_time(crf, logits, image, 3), crf(logits, image, iterations=3)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    gradients = [torch.autograd.grad((out * uphill).sum(), inputs[2:]) for out in (found, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
     with torch.no_grad():
-        fast = crf(logits, image)
-    torch.testing.assert_close(fast, crf(logits, image).detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(crf(logits, image, iterations=3), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_mean_field_s_gradients_match_finite_differences(log):
+    f, shared = features(25, 3, batch=2).requires_grad_(), features(25, 2, seed=5).requires_grad_()
+    logits = values(2, 25, 3).requires_grad_()
+    w, mu = values(1, 1, 2)[0, 0].requires_grad_(), values(1, 3, 3)[0].requires_grad_()
+
+    def update(f, shared, logits, w, mu):
+        return LatticeBank([shared, f], self_message=False).mean_field(logits, w, mu, 2, log=log)
+
+    assert torch.autograd.gradcheck(update, (f, shared, logits, w, mu), eps=1e-7, atol=1e-5, fast_mode=True)
+
+
+@pytest.mark.parametrize("frozen", ["log_theta", "log_w", "compatibility", "logits"])
+def test_what_learns_in_mean_field_does_not_hang_on_what_does_not(frozen):
+    generator = torch.Generator().manual_seed(0)
+    crf = DenseCRF(4, filtering="lattice")
+    logits, image = torch.randn(1, 4, 12, 15, generator=generator), torch.rand(1, 3, 12, 15, generator=generator)
+    gradients = []
+    for learning in (True, False):
+        crf.requires_grad_().zero_grad()
+        for name, parameter in crf.named_parameters():
+            parameter.requires_grad_(learning or not name.startswith(frozen))
+        held = logits.clone().requires_grad_(learning or frozen != "logits")
+        crf(held, image, iterations=2)[:, 1].sum().backward()
+        found = {name: p.grad for name, p in (*crf.named_parameters(), ("logits", held)) if not name.startswith(frozen)}
+        gradients.append({name: gradient.clone() for name, gradient in found.items()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_mean_field_returns_marginals_or_their_logarithm_and_leaves_logits_alone():
