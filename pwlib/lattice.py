@@ -543,7 +543,7 @@ class Joint:
         for start in range(0, count, step):
             some = slice(start, start + step)
             rows = table.index_select(0, corner[some].flatten()).view(-1, self.corners, table.shape[1])
-            out[some] += torch.bmm(rows, _cat([v[some] for v in values], 1)[:, :, None])[:, :, 0]
+            out[some, :, None].baddbmm_(rows, _cat([v[some] for v in values], 1)[:, :, None])
 
 
 def _mix(part: Tensor, mixing: Tensor, out: Tensor | None = None) -> Tensor:
@@ -623,7 +623,7 @@ class _MeanField(torch.autograd.Function):
         joint, write, read = bank.joint, bank.write, bank.read
         batch, pixels, labels = logits.shape
         # Rows that fill whole vector registers: the added labels have probability zero.
-        spare = -labels % 8 if logits.dtype == torch.float32 and labels > 4 else 0
+        spare = -labels % 8 if logits.dtype == torch.float32 and -labels % 8 * 4 < labels else 0
         rows = logits.new_empty(batch * pixels, labels + spare)
         mixing, gains = F.pad(mixing, (0, spare, 0, spare)), F.pad(gains, (0, spare, 0, spare))
         if torch.equal(gains, gains[0, 0] * torch.eye(len(gains)).to(gains)):
