@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,11 +32,12 @@ from torch import Tensor
 from pwlib.crew import crew
 from pwlib.filters import FilterBank, GaussianFilter, GridPositions
 
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # what is used of it, in `Joint.dots`, is tested
+
 EPS = 1e-20  # the reference code's guard against an empty row
 BLOCK = 2**14  # points, a power of 2: few enough that their values stay at hand while their bags are summed
 LEAST = -1e30  # in place of minus infinity
 FLOOR = -30.0  # of a score: exp(-30) is nothing beside a probability in float32, and far from its underflow
-GATHER = 2**11  # points whose corners' rows are gathered at a time, likewise
 MULTIPLIER = 0x2545F4914F6CDD1D  # of xorshift64*: spreads keys well (the golden ratio's multiples do not)
 LARGE = 2**12  # beyond it float32 has too few digits left to place a point inside its simplex
 
@@ -163,20 +165,41 @@ def _less(one: Tensor, other: Tensor) -> Tensor:
     return torch.from_numpy(np.less(one.numpy(), other.numpy()).view(np.int8))  # three times faster than torch
 
 
-def barycentric(elevated: Tensor, base: Tensor, rank: Tensor | None = None) -> Tensor:
-    """Barycentric coordinates [P, d+1] of the points in their simplices, differentiable in `elevated`.
-
-    Where ranks are given, they sort; without, it is done anew, which is faster, but slower to differentiate.
-    """
+def barycentric(elevated: Tensor, base: Tensor) -> Tensor:
+    """Barycentric coordinates [P, d+1] of the points in their simplices; transposed in memory."""
     axes = len(elevated)
-    rest = torch.sub(elevated, base, alpha=axes) * (1 / axes)
-    if rank is not None:
-        rest = torch.empty_like(rest).scatter(0, rank.long(), rest)
-        return torch.cat([(1 + rest[-1] - rest[0])[None], (rest[:-1] - rest[1:]).flip(0)]).T
-    rest = list(rest)
+    rest = list(torch.sub(elevated, base, alpha=axes) * (1 / axes))
     for i, j in itertools.combinations(range(axes), 2):  # sorted in descending order, by exchange
         rest[i], rest[j] = torch.maximum(rest[i], rest[j]), torch.minimum(rest[i], rest[j])
     return torch.stack([1 + rest[-1] - rest[0], *(a - b for a, b in reversed([*itertools.pairwise(rest)]))]).T
+
+
+class _Barycentric(torch.autograd.Function):
+    """Barycentric coordinates [B N, d+1], which are there already, with their gradient to the features [B, N, d]."""
+
+    @staticmethod
+    def forward(ctx, features, weight, parts, ranks):
+        ctx.shape, ctx.parts, ctx.ranks = features.shape, parts, ranks
+        return weight.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        batch, pixels, d = ctx.shape
+        out = grad.new_empty(batch, d, pixels)
+        back = elevate(torch.eye(d, dtype=grad.dtype, device=grad.device)).T / (d + 1)
+
+        def one(turn: int) -> None:
+            part, rank = ctx.parts[turn], ctx.ranks[turn].long()
+            # Coordinate d - r is the step from the r-th largest coordinate, of those within the simplex, to the next.
+            along = grad[part.points].T.flip(0)
+            along = along.sub(along.roll(1, 0)).gather(0, rank)
+            start = part.image * pixels
+            out[part.image, :, part.points.start - start : part.points.stop - start].copy_(back @ along)
+
+        with crew(grad.device) as share:
+            share(len(ctx.parts), one)
+        return out.mT, None, None, None
 
 
 @dataclass(frozen=True)
@@ -240,10 +263,10 @@ class _Bags:
     keys: Tensor
     corner: Tensor
     blocks: list[tuple[Tensor, Tensor, Tensor]]
-    ones: Tensor | None
+    ones: Tensor
 
 
-def _bags(part: Part, simplices: Simplices, low: Tensor, strides: Sequence[int], weight: Tensor | None) -> _Bags:
+def _bags(part: Part, simplices: Simplices, low: Tensor, strides: Sequence[int], weight: Tensor) -> _Bags:
     axes, device = len(simplices.rank), simplices.rank.device
     rank, starts, counts, points = simplices.rank.long(), simplices.starts, simplices.counts, len(simplices.members)
     key = torch.zeros_like(starts)
@@ -273,10 +296,7 @@ def _bags(part: Part, simplices: Simplices, low: Tensor, strides: Sequence[int],
     order = order.index_select(0, _runs(begins, lengths, ends, axes * points))
     bags = ends.index_select(0, shared)
 
-    ones = None
-    if weight is not None:
-        sums = bag_sum(F.pad(weight, (0, (1 << bits) - axes)), simplices.members, F.pad(starts, (0, 1), value=points))
-        ones = bag_sum(sums.view(-1, 1), corners, shared)
+    sums = bag_sum(F.pad(weight, (0, (1 << bits) - axes)), simplices.members, F.pad(starts, (0, 1), value=points))
     cuts = torch.searchsorted(keys, torch.arange(len(blocks) + 1, device=device) * bound).tolist()
     entries = [axes * (block.stop - block.start) for block in blocks]
     parts = zip(order.split(entries), (order >> bits).split(entries), itertools.pairwise(cuts), strict=True)
@@ -284,20 +304,18 @@ def _bags(part: Part, simplices: Simplices, low: Tensor, strides: Sequence[int],
         keys % bound + part.image * bound if len(blocks) > 1 or part.image else keys,
         corner.view(-1, 1 << bits)[:, :axes],
         [(order, point, bags[first : last + 1] - bags[first]) for order, point, (first, last) in parts],
-        ones,
+        bag_sum(sums.view(-1, 1), corners, shared),
     )
 
 
 @torch.no_grad()
-def build(
-    parts: Sequence[Part], simplices: Sequence[Simplices], weight: Tensor | None = None
-) -> tuple[Lattice, list[Tensor | None]]:
+def build(parts: Sequence[Part], simplices: Sequence[Simplices], weight: Tensor) -> tuple[Lattice, list[Tensor]]:
     """Number the vertices that the simplices touch, and link them to their points and to their neighbours.
 
     A vertex of remainder k has coordinates (d+1) c_i + k, with c_i = base_i or base_i - 1, so c_0 .. c_{d-1} and k name
     it. They are the digits of one integer, its key: sorting keys finds equal vertices, adding a constant gives a
-    neighbour. Each image has a lattice of its own; `simplices` are those of each part. Where weight [P, d+1] is given,
-    also returns what each part's bags hear if all points say 1.
+    neighbour. Each image has a lattice of its own; `simplices` are those of each part. With the points' weights
+    [P, d+1] also returns what each part's bags hear if all points say 1.
     """
     axes, device = len(simplices[0].rank), simplices[0].rank.device
     d = axes - 1
@@ -313,8 +331,7 @@ def build(
     corner = torch.empty(parts[-1].points.stop, axes, dtype=torch.int32, device=device)
 
     def bags(turn: int) -> _Bags:
-        rows = None if weight is None else weight[parts[turn].points]
-        return _bags(parts[turn], simplices[turn], low, strides, rows)
+        return _bags(parts[turn], simplices[turn], low, strides, weight[parts[turn].points])
 
     with crew(device) as share:
         found = share(len(parts), bags)
@@ -539,11 +556,15 @@ class Joint:
         """
         points = self.blocks[block]
         count, corner = points.stop - points.start, self.corner[points]
-        step = count if table.is_cuda else GATHER
-        for start in range(0, count, step):
-            some = slice(start, start + step)
-            rows = table.index_select(0, corner[some].flatten()).view(-1, self.corners, table.shape[1])
-            out[some, :, None].baddbmm_(rows, _cat([v[some] for v in values], 1)[:, :, None])
+        values = _cat(values, 1)
+        if table.is_cuda:
+            rows = table.index_select(0, corner.flatten()).view(count, self.corners, -1)
+            out[:, :, None].baddbmm_(rows, values[:, :, None])
+            return
+        # A product of dense matrices where a sparse one has entries, added to those.
+        entries = self.slice_offsets[: count + 1], corner.flatten(), out.view(-1)
+        entries = torch.sparse_csr_tensor(*entries, (count, len(table)), check_invariants=False)
+        torch.sparse.sampled_addmm(entries, values, table.T, out=entries)
 
 
 def _mix(part: Tensor, mixing: Tensor, out: Tensor | None = None) -> Tensor:
@@ -756,6 +777,32 @@ class _MeanField(torch.autograd.Function):
         return to_logits, to_write, to_read, to_mixing, to_gains, None if own is None else to_own, *[None] * 4
 
 
+class _Sums(torch.autograd.Function):
+    """What each point hears if all say 1, n [P, 1], which is there already, with its gradient to the weights."""
+
+    @staticmethod
+    def forward(ctx, rows, n, table, joint, weights, gain):
+        ctx.extras = table, joint, weights, gain
+        return n.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        table, joint, weights, gain = ctx.extras
+        out = torch.empty_like(weights.rows)
+
+        def one(block: int) -> None:
+            points = joint.blocks[block]
+            corner = joint.corner[points].flatten()
+            heard, told = (some[:, 0].index_select(0, corner).view_as(out[points]) for some in (table, back))
+            torch.addcmul(told, heard, grad[points], out=out[points])
+
+        with crew(grad.device) as share:
+            back = joint.blur(joint.splat(grad.contiguous(), weights)[0], 0, reverse=True).mul_(gain)
+            share(len(joint.blocks), one)
+        return out, *[None] * 5
+
+
 class _Softmax(torch.autograd.Function):
     """Over rows [P, K]. What lies e^30 below a row's best is nothing in float32, but slow to underflow to."""
 
@@ -819,40 +866,37 @@ class LatticeFilter(GaussianFilter):
             raise ValueError("features hold NaN or infinity; expected finite numbers (is a bandwidth zero?)")
         self.batch, pixels, d = features.shape
         learn = torch.is_grad_enabled() and features.requires_grad
-        flat = features.transpose(1, 2).double() if largest > LARGE else features.transpose(1, 2)
+        flat = features.detach().transpose(1, 2)
+        if largest > LARGE:
+            flat = flat.double()
         weight = features.new_empty(self.batch * pixels, d + 1)
 
-        def place(part: Part) -> tuple[Simplices, tuple[Tensor, Tensor] | None]:
+        def place(part: Part) -> tuple[Simplices, Tensor | None]:
             start = part.image * pixels
             elevated = elevate(flat[part.image, :, part.points.start - start : part.points.stop - start])
             base, rank = enclosing_simplex(elevated)
-            if not learn:
-                weight[part.points].copy_(barycentric(elevated, base))
-            return Simplices.of(base, rank, (part.block - 1).bit_length()), (base, rank) if learn else None
+            weight[part.points].copy_(barycentric(elevated, base))
+            return Simplices.of(base, rank, (part.block - 1).bit_length()), rank if learn else None
 
         with crew(features.device) as share:
             parts = Part.of(self.batch, pixels, features.device, share.threads)
-            simplices, places = zip(*share(len(parts), lambda turn: place(parts[turn])), strict=True)
-            self.lattice, told = build(parts, simplices, None if learn else weight)
-            if learn:
-                flat = flat.transpose(0, 1).flatten(1)
-                base, rank = (torch.cat(rows, 1) for rows in zip(*places, strict=True))
-                weight = barycentric(elevate(flat), base, rank).contiguous().to(features.dtype)
-            self.weight = weight
+            simplices, ranks = zip(*share(len(parts), lambda turn: place(parts[turn])), strict=True)
+            self.lattice, told = build(parts, simplices, weight)
             self.gain = 1 / (1 + 2.0**-d)  # the reference code's alpha: an isolated vertex hears 1 + 2^-d of itself
-            joint, weights = Joint([self.lattice]), Weights(self.weight, [self.lattice])
-            if learn:
-                one = torch.ones_like(self.weight[:, :1])
-                n = _Apply.apply(one, weights.rows, weights.rows, one[0] * self.gain, joint, weights, weights)
-            else:
-                n = torch.empty_like(weight[:, :1])
+            n = torch.empty_like(weight[:, :1])
+            joint, weights = Joint([self.lattice]), Weights(weight, [self.lattice])
+            with torch.no_grad():
                 table = joint.blur(joint.hear(told, 0), 0).mul_(self.gain)
 
-                def read(part: Part) -> None:
-                    n[part.points].copy_(joint.slice(table, weights, part.points.start, part.points.stop))
+            def read(part: Part) -> None:
+                n[part.points].copy_(joint.slice(table, weights, part.points.start, part.points.stop))
 
-                joint.prepare()
-                share(len(parts), lambda turn: read(parts[turn]))
+            joint.prepare()
+            share(len(parts), lambda turn: read(parts[turn]))
+        if learn:
+            weight = _Barycentric.apply(features, weight, parts, ranks)
+            n = _Sums.apply(weight, n, table, joint, weights, self.gain)
+        self.weight = weight
         self.n = n.view(self.batch, pixels, 1)
         if not self_message:
             self.own = torch.minimum(_self_weight(self.weight) * self.gain, n).view_as(self.n)
