@@ -643,18 +643,19 @@ class _MeanField(torch.autograd.Function):
     def forward(ctx, logits, write_rows, read_rows, mixing, gains, own, bank, iterations, log, keep):
         joint, write, read = bank.joint, bank.write, bank.read
         batch, pixels, labels = logits.shape
-        # Rows that fill whole vector registers: the added labels have probability zero.
-        spare = -labels % 8 if logits.dtype == torch.float32 and -labels % 8 * 4 < labels else 0
+        # Rows that fill vector registers better: the added labels have probability zero, and no gradient.
+        spare = -labels % 4 if logits.dtype == torch.float32 and labels > 4 else 0
         rows = logits.new_empty(batch * pixels, labels + spare)
         mixing, gains = F.pad(mixing, (0, spare, 0, spare)), F.pad(gains, (0, spare, 0, spare))
         if torch.equal(gains, gains[0, 0] * torch.eye(len(gains)).to(gains)):
             mixing = mixing[:, 0, 0]  # Potts: a number
         ones, planes = rows.new_ones(labels + spare), logits.new_empty(labels, batch * pixels)
-        marginals = [torch.empty_like(rows) for _ in range(iterations + (not log) if keep else own is not None)]
+        marginals = [[None] * len(joint.blocks) for _ in range(iterations + 1 if keep else 1)]
         tables = [rows.new_empty(sum(joint.sizes), labels + spare) for _ in range(iterations if keep else 1)]
         blurred = [[] for _ in range(iterations)]
 
-        def score(points: slice, step: int) -> Tensor:
+        def score(block: int, step: int) -> Tensor:
+            points = joint.blocks[block]
             if not step:
                 image, start = divmod(points.start, pixels)
                 here, given = rows[points], logits[image, start : start + points.stop - points.start]
@@ -662,11 +663,10 @@ class _MeanField(torch.autograd.Function):
                 here[:, labels:].fill_(LEAST)
                 return here.sub_(given.amax(1, keepdim=True)).clone()
             energy = joint.slice(tables[keep * (step - 1)], read, points.start, points.stop).add_(rows[points])
-            return energy if own is None else energy.sub_((marginals[keep * (step - 1)][points] * own[points]) @ gains)
+            return energy if own is None else energy.sub_((marginals[keep * (step - 1)][block] * own[points]) @ gains)
 
         def update(block: int, step: int) -> list[Tensor] | None:
-            points = joint.blocks[block]
-            here = score(points, step)
+            here = score(block, step)
             if step < iterations or not log:
                 # Softmax, but for the maximum that it subtracts: no score that counts is far below zero. To raise
                 # those that are costs little, while exp is slow where it underflows.
@@ -675,12 +675,12 @@ class _MeanField(torch.autograd.Function):
                 if total.max() < math.inf:
                     here.mul_(total.reciprocal_()[:, None])
                 else:
-                    here = torch.softmax(score(points, step), -1)
-                if keep * step < len(marginals):
-                    marginals[keep * step][points].copy_(here)
+                    here = torch.softmax(score(block, step), -1)
+                if keep or own is not None:
+                    marginals[keep * step][block] = here
             if step < iterations:
                 return joint.tell(here, block, write)
-            planes[:, points].copy_(here[:, :labels].T)
+            planes[:, joint.blocks[block]].copy_(here[:, :labels].T)
 
         def spread(kernel: int, step: int, told: Sequence[Sequence[Tensor]]) -> Tensor:
             part = joint.blur(joint.hear([bags[kernel] for bags in told], kernel), kernel)
@@ -707,25 +707,24 @@ class _MeanField(torch.autograd.Function):
         joint, write, read, marginals, tables, blurred, log = ctx.extras
         logits_too, write_too, read_too, mixing_too = ctx.needs_input_grad[:4]
         labels, width, steps = len(grad), len(gains), len(blurred)
-        here = grad.new_empty(joint.points, width)  # the gradient of the scores that a step begins or ends with
-        total, ones = torch.empty_like(here), here.new_ones(width)
+        slopes = [None] * len(joint.blocks)  # the gradient of the scores that a step begins or ends with
+        total, ones = grad.new_empty(joint.points, width), grad.new_ones(width)
         to_mixing = mixing.new_zeros(len(joint.sizes), width, width)
-        to_own, to_gains = here.new_zeros(joint.points, 1), torch.zeros_like(gains)
+        to_own, to_gains = grad.new_zeros(joint.points, 1), torch.zeros_like(gains)
         together = write is read
         to_write, to_read = (
-            here.new_zeros(joint.points, joint.corners) if wanted else None
+            grad.new_zeros(joint.points, joint.corners) if wanted else None
             for wanted in (write_too and not together, read_too)
         )
-        back = here.new_empty(sum(joint.sizes), width)
+        back = grad.new_empty(sum(joint.sizes), width)
         backs = back.split(joint.sizes)
 
         def begin(block: int) -> list[Tensor]:
             points = joint.blocks[block]
-            slope = here[points]
+            slope = slopes[block] = grad.new_zeros(points.stop - points.start, width)
             slope[:, :labels].copy_(grad[:, points].T)
-            slope[:, labels:].zero_()
             if not log:
-                _softmax_backward(slope, marginals[steps][points], ones)
+                _softmax_backward(slope, marginals[steps][block], ones)
             total[points].copy_(slope)
             return joint.tell(slope, block, read) if steps else []
 
@@ -736,27 +735,27 @@ class _MeanField(torch.autograd.Function):
             part = _mix(part, mixing[kernel].T if mixing.ndim > 1 else mixing[kernel])
             backs[kernel].copy_(joint.blur(part, kernel, reverse=True))
 
-        def weigh(block: int, step: int, slope: Tensor, q: Tensor, pair: Sequence[Tensor]) -> None:
+        def weigh(block: int, slope: Tensor, q: Tensor, pair: Sequence[Tensor]) -> None:
             points = joint.blocks[block]
             if together and read_too:
-                joint.dots(block, [slope[:, :labels], q[:, :labels]], pair[0], to_read[points])
+                joint.dots(block, [slope, q], pair[0], to_read[points])
                 return
             if read_too:
-                joint.dots(block, [slope[:, :labels]], pair[0], to_read[points])
+                joint.dots(block, [slope], pair[0], to_read[points])
             if write_too:
-                joint.dots(block, [q[:, :labels]], pair[-1], to_write[points])
+                joint.dots(block, [q], pair[1], to_write[points])
 
         def retreat(block: int, step: int, pair: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
             points = joint.blocks[block]
-            slope, q, shared = here[points], marginals[step][points], None
-            weigh(block, step, slope, q, pair)
+            slope, q, shared = slopes[block], marginals[step][block], None
+            weigh(block, slope, q, pair)
             along_q = joint.slice(back, write, points.start, points.stop)
             if own is not None:
                 heard = slope @ gains.T
                 to_own[points].sub_((q * heard).sum(1, keepdim=True))
                 shared = (q * own[points]).T @ slope
                 along_q.sub_(heard.mul_(own[points]))
-            slope.copy_(_softmax_backward(along_q, q, ones))
+            slope = slopes[block] = _softmax_backward(along_q, q, ones)
             total[points].add_(slope)
             return joint.tell(slope, block, read) if step else [], shared
 
@@ -765,7 +764,7 @@ class _MeanField(torch.autograd.Function):
             told = share(blocks, begin)
             for step in reversed(range(steps)):
                 share(len(backs), lambda kernel, step=step, told=told: spread(kernel, step, told))
-                pair = [tables[step][:, :labels], back[:, :labels]]
+                pair = [tables[step], back]
                 pair = [torch.cat(pair, 1)] if together and read_too else pair
                 done = share(blocks, lambda block, step=step, pair=pair: retreat(block, step, pair))
                 told = [bags for bags, _ in done]
