@@ -216,35 +216,52 @@ class DenseCRF(nn.Module):
 
     def pairwise(self, filters: FilterBank, q: Tensor) -> Tensor:
         """The energy each label meets from all other pixels: marginals q [B, N, K] -> [B, N, K]."""
-        # `penalize` is linear: what it makes of the identity is its matrix, which a lattice applies to fewer rows.
-        return filters(q, self.log_w.exp(), self.penalize(torch.eye(self.num_classes).to(self.compatibility)))
+        return filters(q, self.log_w.exp(), self._penalties())
+
+    def _penalties(self) -> Tensor:
+        """`penalize` is linear: what it makes of the identity is its matrix, which a lattice applies to fewer rows."""
+        return self.penalize(torch.eye(self.num_classes).to(self.compatibility))
 
     def penalize(self, message: Tensor) -> Tensor:
         """sum_l' mu(l, l') message(l'), [..., K]: what the votes heard cost each label."""
         return message @ self.compatibility.T
 
-    def forward(self, logits: Tensor, image: Tensor, *, iterations: int | None = None) -> Tensor:
+    def forward(
+        self, logits: Tensor, image: Tensor, *, iterations: int | None = None, filters: FilterBank | None = None
+    ) -> Tensor:
         """log_q [B, K, H, W], log-marginals, from logits [B, K, H, W] and the image [B, 3, H, W] in [0, 1].
 
         Train with `nll_loss(log_q, label)`; never with a cross-entropy on exp(log_q), which would be a second softmax.
+        `filters`, what `filters(image)` returned, saves making them again for an image that comes back while the
+        bandwidths stay as they are (made under `torch.no_grad()`, they are constants: bandwidths then have no gradient).
         Raises ValueError for shapes that do not fit and for logits that are not finite.
         """
-        return self._infer(logits, image, iterations, log=True)
+        return self._infer(logits, image, iterations, filters, log=True)
 
     @torch.no_grad()
-    def marginals(self, logits: Tensor, image: Tensor, *, iterations: int | None = None) -> Tensor:
+    def marginals(
+        self, logits: Tensor, image: Tensor, *, iterations: int | None = None, filters: FilterBank | None = None
+    ) -> Tensor:
         """q [B, K, H, W], the marginals themselves: exp of what `forward` returns, without a gradient, and cheaper."""
-        return self._infer(logits, image, iterations, log=False)
+        return self._infer(logits, image, iterations, filters, log=False)
 
-    def _infer(self, logits: Tensor, image: Tensor, iterations: int | None, log: bool) -> Tensor:
+    def _infer(
+        self, logits: Tensor, image: Tensor, iterations: int | None, filters: FilterBank | None, *, log: bool
+    ) -> Tensor:
         height, width = image.shape[-2:]
         steps = self.iterations if iterations is None else iterations
         with torch.autocast(logits.device.type, enabled=False), self._crew(image):
             logits, image = self._check(logits, image)
-            filters = self.filters(image)
+            if filters is None:
+                filters = self.filters(image)
+            elif filters.shape[0] not in (1, len(image)) or filters.shape[1] != height * width:
+                raise ValueError(
+                    f"filters were made for {filters.shape[0]} x {filters.shape[1]} pixels, the image has {len(image)} x "
+                    f"{height * width}; expected what `filters(image)` returned"
+                )
             if isinstance(filters, LatticeBank):
                 # The same update, with fewer passes over memory.
-                out = filters.mean_field(logits.mT, self.log_w.exp(), self.compatibility.T, steps, log=log)
+                out = filters.mean_field(logits.mT, self.log_w.exp(), self._penalties(), steps, log=log)
             else:
                 log_p = torch.log_softmax(logits, dim=1).mT.contiguous()
                 scores = log_p

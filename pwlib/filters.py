@@ -197,6 +197,11 @@ class FilterBank:
     def __init__(self, filters: Sequence[GaussianFilter | Callable[[Tensor], Tensor]]):
         self.filters = list(filters)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Images (1 where they share their features) and pixels that the filters were made for."""
+        return max(len(f.n) for f in self.filters), self.filters[0].n.shape[1]
+
     def messages(self, values: Tensor) -> list[Tensor]:
         """One [B, N, C] a kernel: normalised, unweighted."""
         return [f(values) for f in self.filters]

@@ -32,7 +32,9 @@ from torch import Tensor
 from pwlib.crew import crew
 from pwlib.filters import FilterBank, GaussianFilter, GridPositions
 
-warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # what is used of it, in `Joint.dots`, is tested
+warnings.filterwarnings(
+    "ignore", "Sparse CSR tensor support is in beta"
+)  # what is used of it, in `Joint.dots`, is tested
 
 EPS = 1e-20  # the reference code's guard against an empty row
 BLOCK = 2**14  # points, a power of 2: few enough that their values stay at hand while their bags are summed

@@ -84,6 +84,26 @@ def test_mean_field_is_what_the_equations_say(normalization, self_message):
     assert_is_mean_field(make(normalization=normalization, self_message=self_message, compatibility=asymmetric()))
 
 
+@pytest.mark.parametrize("filtering", ["exact", "lattice"])
+def test_filters_made_before_serve_an_image_that_comes_back(filtering, monkeypatch):
+    crf = make(filtering=filtering)
+    logits, image = problem()
+    expected = crf(logits, image)
+    with torch.no_grad():
+        filters = crf.filters(image)
+    monkeypatch.setattr(crf, "filters", None)  # not made again
+    held = logits.clone().requires_grad_()
+    found = crf(held, image, filters=filters)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(crf.marginals(logits, image, filters=filters), expected.exp())
+    for _ in range(2):
+        held.grad = None
+        crf(held, image, filters=filters).square().sum().backward()
+        assert held.grad.abs().sum() > 0 and crf.log_theta_alpha.grad is None and crf.log_w.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match=r"1 x \d+ pixels, the image has 1 x \d+; expected what"):
+        crf(logits[..., :-1, :], image[..., :-1, :], filters=filters)
+
+
 class WrongSign(DenseCRF):
     def penalize(self, message):
         return -super().penalize(message)
@@ -108,6 +128,15 @@ class ColoursInUnitRange(DenseCRF):
 def test_planted_faults_are_caught(fault):
     with pytest.raises(AssertionError):
         assert_is_mean_field(make(kind=fault, compatibility=asymmetric()))
+
+
+@pytest.mark.parametrize("fault", [WrongSign, TransposedCompatibility])
+def test_a_subclass_s_penalty_counts_on_lattices_too(fault):
+    logits, image = problem()
+    for gradient in (True, False):
+        with torch.set_grad_enabled(gradient):
+            plain, other = (make(kind=k, compatibility=asymmetric(), filtering="lattice") for k in (DenseCRF, fault))
+            assert (plain(logits, image) - other(logits, image)).abs().max() > 0.01
 
 
 def test_a_wrong_sign_makes_labels_flip_and_the_right_one_does_not():
