@@ -233,7 +233,8 @@ class DenseCRF(nn.Module):
 
         Train with `nll_loss(log_q, label)`; never with a cross-entropy on exp(log_q), which would be a second softmax.
         `filters`, what `filters(image)` returned, saves making them again for an image that comes back while the
-        bandwidths stay as they are (made under `torch.no_grad()`, they are constants: bandwidths then have no gradient).
+        bandwidths stay as they are (made under `torch.no_grad()` they are constants, and the
+        bandwidths have no gradient).
         Raises ValueError for shapes that do not fit and for logits that are not finite.
         """
         return self._infer(logits, image, iterations, filters, log=True)
@@ -255,9 +256,10 @@ class DenseCRF(nn.Module):
             if filters is None:
                 filters = self.filters(image)
             elif filters.shape[0] not in (1, len(image)) or filters.shape[1] != height * width:
+                made = " x ".join(map(str, filters.shape))
                 raise ValueError(
-                    f"filters were made for {filters.shape[0]} x {filters.shape[1]} pixels, the image has {len(image)} x "
-                    f"{height * width}; expected what `filters(image)` returned"
+                    f"filters were made for {made} pixels, the image has {len(image)} x {height * width}; "
+                    "expected what `filters(image)` returned"
                 )
             if isinstance(filters, LatticeBank):
                 # The same update, with fewer passes over memory.

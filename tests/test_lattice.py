@@ -8,7 +8,7 @@ import torch
 from matplotlib import cbook
 from PIL import Image
 
-from pwlib import lattice
+from pwlib import lattice, permutohedral
 from pwlib.crf import DenseCRF
 from pwlib.filters import ExactFilter, GridPositions
 from pwlib.lattice import LatticeBank, LatticeFilter
@@ -96,7 +96,7 @@ def test_equals_the_dictionary_lattice(dims, spread, normalization):
 
 @pytest.mark.parametrize("dims", [2, 5])
 def test_several_blocks_of_points_make_the_same_lattice(dims, monkeypatch):
-    monkeypatch.setattr(lattice, "BLOCK", 32)
+    monkeypatch.setattr(permutohedral, "BLOCK", 32)
     f, v = features(150, dims, spread=0.7), values(1, 150, 4)
     built = LatticeFilter(f, normalization="none")
     assert len(built.lattice.heard) > built.lattice.size  # some vertex hears from more than one block
@@ -112,9 +112,9 @@ def test_pixels_that_share_a_simplex_are_found_and_change_nothing(monkeypatch):
         points = torch.arange(base.shape[1])
         return points, torch.ones_like(points), points
 
-    _, counts, _ = lattice._group(*lattice.enclosing_simplex(lattice.elevate(f[0].T)), 14)
+    _, counts, _ = permutohedral._group(*permutohedral.enclosing_simplex(permutohedral.elevate(f[0].T)), 14)
     assert counts.sum() == 120 and len(counts) <= 40
-    monkeypatch.setattr(lattice, "_group", apart)
+    monkeypatch.setattr(permutohedral, "_group", apart)
     torch.testing.assert_close(LatticeFilter(f, normalization="none")(v), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -205,7 +205,7 @@ def one_message_at_a_time(crf, logits, image, steps):
 @pytest.mark.parametrize(("normalization", "self_message"), SWITCHES)
 @pytest.mark.parametrize(("labels", "potts"), [(2, True), (5, False), (8, True), (21, False)])
 def test_mean_field_and_its_gradients_are_those_of_its_formula(normalization, self_message, labels, potts, monkeypatch):
-    monkeypatch.setattr(lattice, "BLOCK", 64)  # so small that an image takes several rounds
+    monkeypatch.setattr(permutohedral, "BLOCK", 64)  # so small that an image takes several rounds
     generator = torch.Generator().manual_seed(labels)
     mu = 1 - torch.eye(labels) + 0.1 * (not potts) * torch.rand(labels, labels, generator=generator)
     crf = DenseCRF(
@@ -308,12 +308,12 @@ def test_every_key_is_located_whoever_shares_its_slot(count):
     wanted = torch.cat([keys, keys + 6, keys - 1, torch.from_numpy(numbers[1]) * 6 - 2**40]).view(2, -1)
     place = {key: at for at, key in enumerate(keys.tolist())}
     expected = [place.get(key, len(keys)) for key in wanted.flatten().tolist()]
-    assert lattice._locate(keys, wanted).flatten().tolist() == expected
+    assert permutohedral._locate(keys, wanted).flatten().tolist() == expected
 
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_the_number_of_threads_changes_rounding_only(threads, monkeypatch):
-    monkeypatch.setattr(lattice, "BLOCK", 256)
+    monkeypatch.setattr(permutohedral, "BLOCK", 256)
     f, v = portrait(40, 50), values(1, 2000, 7, dtype=torch.float32)
     expected, before = LatticeFilter(f)(v), torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -426,7 +426,7 @@ def test_ties_of_the_pixel_grid_are_not_broken_by_rounding(fault, monkeypatch):
     """At x = 0 and y a multiple of theta coordinates are equal, modulo the simplex; which vertices there are must not
     hang on another feature's last digit. The fault is a product of matrices, which rounds the two apart."""
     if fault:
-        basis = lattice.elevate(torch.eye(5, dtype=torch.float64))
+        basis = permutohedral.elevate(torch.eye(5, dtype=torch.float64))
         monkeypatch.setattr(lattice, "elevate", lambda features: basis @ features)
     generator = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(torch.arange(24.0), torch.arange(36.0), indexing="ij")

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from pwlib.crf import DenseCRF
 from pwlib.data import load
 from pwlib.filters import ExactFilter, FilterBank, GaussianFilter, SeparableFilter
-from pwlib.lattice import bag_sum, barycentric, elevate, enclosing_simplex
+from pwlib.permutohedral import bag_sum, barycentric, elevate, enclosing_simplex
 
 SIZE, ITERATIONS = (64, 96), 10
 STANDARD = "1 blur, scale 1"
