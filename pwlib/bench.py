@@ -5,10 +5,10 @@ in a process of its own for each. Set-up is that of the kernels (the unary energ
 what `pwlib` keeps between images of one size, the lattice of the spatial kernel, is thrown away first; "next" is set-up
 where it is kept.
 
-The streaming bound is the time this machine needs, at the rate at which it copies memory, to move the bytes of one
-lattice iteration if each of its passes reads what it needs and writes what it makes once, and caches keep nothing from
-one pass to the next (`streaming_bytes` counts them). The stricter bound allows for one pass only: read the marginals
-and the unary energies, write the marginals.
+The streaming bound is the time this machine needs, at the rate at which it copies memory before and after the runs, to
+move the bytes of one lattice iteration if each of its passes reads what it needs and writes what it makes once, and
+caches keep nothing from one pass to the next (`streaming_bytes` counts them). The stricter bound allows for one pass
+only: read the marginals and the unary energies, write the marginals.
 """
 
 from __future__ import annotations
@@ -200,8 +200,11 @@ def seconds(step: Step) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def copy_rate(megabytes: int = 64, repeats: int = 7) -> float:
-    """Bytes a second this machine moves when it copies memory: read plus written, best of several."""
+def copy_rate(megabytes: int = 64, repeats: int = 3) -> float:
+    """Bytes a second this machine moves when it copies memory: read plus written, best of several.
+
+    Into new memory at each call: where it happens to lie can double the rate.
+    """
     source = torch.ones(megabytes * 2**18)
     target = torch.empty_like(source)
     return 2 * source.nbytes / min(seconds(lambda: target.copy_(source))[0] for _ in range(repeats))
@@ -231,12 +234,12 @@ def _peak_here(name: str, height: int, width: int, labels: int, iterations: int)
     return (kilobytes("VmHWM") - before) / 1024
 
 
-def measure(height: int, width: int, labels: int, args: argparse.Namespace, rate: float, bar: tqdm) -> list[dict]:
+def measure(height: int, width: int, labels: int, args: argparse.Namespace, bar: tqdm) -> list[dict]:
     """One row a contender: milliseconds, MB, agreement with exact mean field where that was run."""
     image, logits = problem(height, width, labels)
     built = {name: make(image, logits) for name, make in contenders(height * width, args.peers).items()}
     times = {name: [] for name in built}
-    marginals = {}
+    marginals, rates = {}, [copy_rate() for _ in range(5)]
     for repeat in range(args.repeats + 1):
         for name, (set_up, infer) in built.items():
             bar.set_postfix_str(f"{height}x{width}, {labels} labels, {name}")
@@ -248,7 +251,7 @@ def measure(height: int, width: int, labels: int, args: argparse.Namespace, rate
             if repeat:  # the first round warms up
                 times[name].append((first, again, (all_ - none) / args.iterations, first + all_))
             bar.update()
-    rows = []
+    rows, rate = [], statistics.median(rates + [copy_rate() for _ in range(5)])
     bounds = {
         "times_streaming_bound": streaming_bytes(image, labels) / rate,
         "times_stricter_bound": 3 * 4 * height * width * labels / rate,
@@ -261,6 +264,7 @@ def measure(height: int, width: int, labels: int, args: argparse.Namespace, rate
         row |= {"set_up_ms": set_up, "next_set_up_ms": following, "iteration_ms": iteration, "total_ms": total}
         row["peak_mb"] = None if "cuda" in name else peak_memory(name, height, width, labels, args.iterations)
         row |= {key: None if "cuda" in name else iteration / (1000 * bound) for key, bound in bounds.items()}
+        row["copy_gb_per_s"] = rate / 1e9
         for other, q in (("exact", truth), ("pydensecrf2", marginals.get("pydensecrf2"))):
             if q is not None and other != name:
                 difference = (marginals[name].cpu() - q.cpu()).abs()
@@ -344,14 +348,12 @@ def table(rows: list[dict]) -> str:
 def run(args: argparse.Namespace) -> int:
     if args.json and not Path(args.json).resolve().parent.is_dir():
         raise FileNotFoundError(f"the folder of {args.json} does not exist; expected a file in a folder that does")
-    rate = copy_rate()
     result: dict[str, Any] = {
         "machine": {
             "processor": _processor(),
             "threads": torch.get_num_threads(),
             "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
             "torch": torch.__version__,
-            "copy_gb_per_s": rate / 1e9,
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "rows": [],
@@ -365,7 +367,7 @@ def run(args: argparse.Namespace) -> int:
     runs = sum(len(contenders(h * w, args.peers)) for h, w, _ in problems) * (args.repeats + 2)
     with tqdm(total=runs, desc="bench crf", unit="run") as bar:
         for height, width, labels in problems:
-            rows = measure(height, width, labels, args, rate, bar)
+            rows = measure(height, width, labels, args, bar)
             result["rows"] += rows
             bar.clear()
             print(f"\n{height}x{width}, {labels} labels, {args.iterations} iterations\n{table(rows)}", flush=True)

@@ -1,8 +1,8 @@
 """Draw cost against pixels and against labels from the results of `python -m pwlib bench crf`.
 
-    python -m pwlib bench crf --peers --sizes 64x96 96x144 192x288 375x500 512x1024 1024x2048 --repeats 1 \\
+    python -m pwlib bench crf --peers --sizes 64x96 96x144 192x288 375x500 512x1024 1024x2048 --repeats 3 \\
         --json benchmarks/crf/pixels.json
-    python -m pwlib bench crf --peers --sizes 240x320 --labels 2 11 21 50 150 --repeats 1 \\
+    python -m pwlib bench crf --peers --sizes 240x320 --labels 2 11 21 50 150 --repeats 3 \\
         --json benchmarks/crf/labels.json
     python benchmarks/crf/plot.py                 writes cost.svg beside itself
 """
