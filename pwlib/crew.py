@@ -63,17 +63,23 @@ class Crew:
 
 _here = threading.local()
 
+WORTH = 2**14  # points a thread: with fewer to work on, threads wait for each other longer than they work
+
 
 @contextlib.contextmanager
-def crew(device: torch.device) -> Iterator[Crew]:
-    """On a CPU, as many threads as torch uses; elsewhere just this one. A crew within a crew is the same one."""
+def crew(device: torch.device, points: int) -> Iterator[Crew]:
+    """On a CPU, up to as many threads as torch uses, as `points` are worth it; elsewhere just this one.
+
+    A crew within a crew is the same one.
+    """
     if found := getattr(_here, "crew", None):
         yield found
         return
-    threads = torch.get_num_threads()
-    if threads == 1 or device.type != "cpu":
+    if device.type != "cpu":
         yield Crew(1)
         return
+    before = torch.get_num_threads()
+    threads = max(1, min(before, points // WORTH))
     share, over = Crew(threads), False
 
     def join() -> None:
@@ -94,4 +100,4 @@ def crew(device: torch.device) -> Iterator[Crew]:
             share.changed.notify_all()
         for other in others:
             other.join()
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)

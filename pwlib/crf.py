@@ -211,8 +211,10 @@ class DenseCRF(nn.Module):
 
     def _crew(self, image: Tensor) -> contextlib.AbstractContextManager:
         """Where lattices will be built, a crew from the start: cores at one operation linger before they make way."""
-        method = choose_method(self.filtering, image.shape[-2] * image.shape[-1], image.device)
-        return crew(image.device) if method == "lattice" and not torch.is_grad_enabled() else contextlib.nullcontext()
+        pixels = image.shape[-2] * image.shape[-1]
+        if torch.is_grad_enabled() or choose_method(self.filtering, pixels, image.device) != "lattice":
+            return contextlib.nullcontext()
+        return crew(image.device, len(image) * pixels)
 
     def pairwise(self, filters: FilterBank, q: Tensor) -> Tensor:
         """The energy each label meets from all other pixels: marginals q [B, N, K] -> [B, N, K]."""

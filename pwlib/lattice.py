@@ -74,7 +74,7 @@ class _Barycentric(torch.autograd.Function):
             start = part.image * pixels
             out[part.image, :, part.points.start - start : part.points.stop - start].copy_(back @ along)
 
-        with crew(grad.device) as share:
+        with crew(grad.device, len(grad)) as share:
             share(len(ctx.parts), one)
         return out.mT, None, None, None
 
@@ -95,7 +95,7 @@ class Weights:
             parts = zip(rows[points].split(corners, 1), self.lattices, strict=True)
             return [_padded(part).index_select(0, lattice.parts[block][0]) for part, lattice in parts]
 
-        with crew(rows.device) as share:
+        with crew(rows.device, len(rows)) as share:
             return share(len(self.lattices[0].blocks), task)
 
 
@@ -125,7 +125,7 @@ class Joint:
                 parts = [f.corner[points] + start for f, start in zip(lattices, starts, strict=False)]
                 torch.cat(parts, 1, out=self.corner[points])
 
-            with crew(self.corner.device) as share:
+            with crew(self.corner.device, self.points) as share:
                 share(len(self.blocks), number)
 
     def _steps(self, count: int, step: int) -> Tensor:
@@ -160,7 +160,7 @@ class Joint:
     def splat(self, values: Tensor, weights: Weights) -> list[Tensor]:
         """[P, C] -> [M, C], a part a lattice"""
         self.prepare(weights)
-        with crew(values.device) as share:
+        with crew(values.device, self.points) as share:
             told = share(len(self.blocks), lambda block: self.tell(values[self.blocks[block]], block, weights))
             told = [*zip(*told, strict=True)]
             return share(len(told), lambda kernel: self.hear(told[kernel], kernel))
@@ -188,7 +188,7 @@ class Joint:
             points = self.blocks[block]
             out[points].copy_(self.slice(table, weights, points.start, points.stop))
 
-        with crew(table.device) as share:
+        with crew(table.device, self.points) as share:
             share(len(self.blocks), one)
         return out
 
@@ -223,7 +223,7 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, values, splat_rows, slice_rows, mixing, joint, splat_weights, slice_weights):
-        with crew(values.device) as share:
+        with crew(values.device, joint.points) as share:
             parts = joint.splat(values, splat_weights)
             blurred = share(len(parts), lambda kernel: joint.blur(parts[kernel], kernel))
             table = _cat([_mix(part, m) for part, m in zip(blurred, mixing, strict=True)])
@@ -239,7 +239,7 @@ class _Apply(torch.autograd.Function):
         values_too, splat_too, slice_too, mixing_too, *_ = ctx.needs_input_grad
         grad = grad.contiguous()
         to_values = to_splat = to_slice = to_mixing = None
-        with crew(grad.device) as share:
+        with crew(grad.device, joint.points) as share:
             parts = joint.splat(grad, slice_weights)
             if mixing_too:
                 pairs = zip(blurred, parts, strict=True)
@@ -265,7 +265,7 @@ def _dots(joint: Joint, values: Sequence[Tensor], tables: Sequence[Tensor]) -> T
         points = joint.blocks[block]
         joint.dots(block, [v[points] for v in values], table, out[points])
 
-    with crew(table.device) as share:
+    with crew(table.device, joint.points) as share:
         share(len(joint.blocks), one)
     return out
 
@@ -330,7 +330,7 @@ class _MeanField(torch.autograd.Function):
             _mix(part, mixing[kernel], tables[keep * step].split(joint.sizes)[kernel])
             return part
 
-        with crew(rows.device) as share:
+        with crew(rows.device, len(rows)) as share:
             joint.prepare(read, write)
             for step in range(iterations + 1):
                 told = share(len(joint.blocks), lambda block, step=step: update(block, step))
@@ -402,7 +402,7 @@ class _MeanField(torch.autograd.Function):
             total[points].add_(slope)
             return joint.tell(slope, block, read) if step else [], shared
 
-        with crew(grad.device) as share:
+        with crew(grad.device, joint.points) as share:
             blocks = len(joint.blocks)
             told = share(blocks, begin)
             for step in reversed(range(steps)):
@@ -439,7 +439,7 @@ class _Sums(torch.autograd.Function):
             heard, told = (some[:, 0].index_select(0, corner).view_as(out[points]) for some in (table, back))
             torch.addcmul(told, heard, grad[points], out=out[points])
 
-        with crew(grad.device) as share:
+        with crew(grad.device, joint.points) as share:
             back = joint.blur(joint.splat(grad.contiguous(), weights)[0], 0, reverse=True).mul_(gain)
             share(len(joint.blocks), one)
         return out, *[None] * 5
@@ -459,7 +459,7 @@ class _Softmax(torch.autograd.Function):
             torch.sub(scores[some], scores[some].amax(1, keepdim=True), out=q).clamp_(min=FLOOR).exp_()
             q.mul_(torch.mv(q, ones).reciprocal_()[:, None])
 
-        with crew(scores.device) as share:
+        with crew(scores.device, len(scores)) as share:
             share((len(scores) - 1) // BLOCK + 1, one)
         ctx.save_for_backward(out)
         return out
@@ -474,7 +474,7 @@ class _Softmax(torch.autograd.Function):
             some = slice(block * BLOCK, (block + 1) * BLOCK)
             _softmax_backward(out[some].copy_(grad[some]), q[some], ones)
 
-        with crew(grad.device) as share:
+        with crew(grad.device, len(grad)) as share:
             share((len(q) - 1) // BLOCK + 1, one)
         return out
 
@@ -520,7 +520,7 @@ class LatticeFilter(GaussianFilter):
             weight[part.points].copy_(barycentric(elevated, base))
             return Simplices.of(base, rank, (part.block - 1).bit_length()), rank if learn else None
 
-        with crew(features.device) as share:
+        with crew(features.device, self.batch * pixels) as share:
             parts = Part.of(self.batch, pixels, features.device, share.threads)
             simplices, ranks = zip(*share(len(parts), lambda turn: place(parts[turn])), strict=True)
             self.lattice, told = build(parts, simplices, weight)
@@ -572,13 +572,14 @@ class LatticeBank(FilterBank):
         self_message: bool = True,
     ):
         make = {"normalization": normalization, "self_message": self_message}
+        shapes = [(1, f.height * f.width) if isinstance(f, GridPositions) else tuple(f.shape[:2]) for f in features]
         device = features[0].theta.device if isinstance(features[0], GridPositions) else features[0].device
 
         def one(turn: int) -> LatticeFilter:
             f = features[turn]
             return _grid(f, **make) if isinstance(f, GridPositions) else LatticeFilter(f, **make)
 
-        with crew(device) as share:
+        with crew(device, math.prod(max(shapes))) as share:
             turns = range(len(features))
             # Side by side, unless a gradient is wanted: tasks have none.
             super().__init__([one(turn) for turn in turns] if torch.is_grad_enabled() else share(len(turns), one))
@@ -612,7 +613,7 @@ class LatticeBank(FilterBank):
                 for row, end in zip(rows, zip(*ends, strict=True), strict=False):
                     torch.cat(end, 1, out=row[points])
 
-            with crew(first.weight.device) as share:
+            with crew(first.weight.device, self.joint.points) as share:
                 share(len(self.joint.blocks), weigh)
         self.write = Weights(rows[0], lattices)
         self.read = Weights(rows[1], lattices) if apart else self.write

@@ -18,6 +18,7 @@ from torch import Tensor
 from pwlib.crew import crew
 
 BLOCK = 2**14  # points, a power of 2: few enough that their values stay at hand while their bags are summed
+MOST = 8  # blocks that are embedded at a time: more are out of the cache
 MULTIPLIER = 0x2545F4914F6CDD1D  # of xorshift64*: spreads keys well (the golden ratio's multiples do not)
 
 
@@ -90,8 +91,8 @@ class Part:
         if device.type == "cuda":  # a GPU sums all points at once
             block = step = 1 << (pixels - 1).bit_length()
         else:
-            block = BLOCK
-            step = block * math.ceil(math.ceil(pixels / block) / math.ceil(count / images))
+            block, blocks = BLOCK, math.ceil(pixels / BLOCK)
+            step = block * math.ceil(blocks / max(math.ceil(count / images), math.ceil(blocks / MOST)))
         starts = [(image, start) for image in range(images) for start in range(0, pixels, step)]
         return [
             Part(image, slice(image * pixels + start, image * pixels + min(start + step, pixels)), block)
@@ -284,7 +285,7 @@ def build(parts: Sequence[Part], simplices: Sequence[Simplices], weight: Tensor)
     def bags(turn: int) -> _Bags:
         return _bags(parts[turn], simplices[turn], low, strides, weight[parts[turn].points])
 
-    with crew(device) as share:
+    with crew(device, len(weight)) as share:
         found = share(len(parts), bags)
         keys = torch.cat([bags.keys for bags in found])
         keys, heard = _sort(keys, torch.arange(len(keys), device=device), strides[d] * (parts[-1].image + 1), len(keys))

@@ -5,9 +5,9 @@ import threading
 import pytest
 import torch
 
-from pwlib.crew import crew
+from pwlib.crew import WORTH, crew
 
-CPU = torch.device("cpu")
+CPU, MANY = torch.device("cpu"), 2**20
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -20,11 +20,23 @@ def threads(request):
 
 
 def test_results_stand_in_the_order_of_their_tasks_and_each_task_has_one_core(threads):
-    with crew(CPU) as share, crew(CPU) as within:
+    with crew(CPU, MANY) as share, crew(CPU, MANY) as within:
         assert share(7, lambda turn: turn**2) == [turn**2 for turn in range(7)]
         assert share(0, lambda turn: turn) == []
         assert share is within or threads == 1
         assert set(share(9, lambda _: torch.get_num_threads())) == {1}
+
+
+def test_few_points_are_work_for_one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for points, threads in ((1, 1), (WORTH, 1), (3 * WORTH, 3), (100 * WORTH, 4)):
+            with crew(CPU, points) as share:
+                assert share.threads == threads and torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_threads_work_at_the_same_time():
@@ -32,7 +44,7 @@ def test_threads_work_at_the_same_time():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with crew(CPU) as share:
+        with crew(CPU, MANY) as share:
             assert len(set(share(2, lambda _: (together.wait(), threading.get_ident())[1]))) == 2
     finally:
         torch.set_num_threads(before)
@@ -40,20 +52,20 @@ def test_threads_work_at_the_same_time():
 
 def test_a_failure_comes_out_after_the_other_tasks_are_done(threads):
     done = []
-    with pytest.raises(ZeroDivisionError), crew(CPU) as share:
+    with pytest.raises(ZeroDivisionError), crew(CPU, MANY) as share:
         share(5, lambda turn: done.append(1 / (turn - 3)))
     assert len(done) == 4
 
 
 def test_tasks_share_out_tasks_of_their_own(threads):
     """More of them wait than there are threads: whoever waits has to work."""
-    with crew(CPU) as share:
+    with crew(CPU, MANY) as share:
         inner = share(6, lambda i: sum(share(5, lambda j: sum(share(3, lambda k: 100 * i + 10 * j + k)))))
     assert inner == [sum(100 * i + 10 * j + k for j in range(5) for k in range(3)) for i in range(6)]
 
 
 def test_a_failure_within_a_task_is_that_tasks(threads):
-    with crew(CPU) as share:
+    with crew(CPU, MANY) as share:
 
         def outer(turn):
             try:
@@ -66,6 +78,6 @@ def test_a_failure_within_a_task_is_that_tasks(threads):
 
 @pytest.mark.parametrize("inference", [True, False])
 def test_tasks_run_in_their_callers_mode_and_without_a_gradient(threads, inference):
-    with torch.inference_mode(not inference), crew(CPU) as share, torch.inference_mode(inference):
+    with torch.inference_mode(not inference), crew(CPU, MANY) as share, torch.inference_mode(inference):
         found = share(8, lambda _: (torch.ones(1).is_inference(), torch.is_grad_enabled()))
     assert set(found) == {(inference, False)}

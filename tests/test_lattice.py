@@ -94,9 +94,15 @@ def test_equals_the_dictionary_lattice(dims, spread, normalization):
     torch.testing.assert_close(LatticeFilter(f, normalization=normalization)(v)[0], expected, rtol=1e-9, atol=1e-9)
 
 
+def work_in_blocks_of(points, monkeypatch):
+    """So small that a small image takes several, and several threads."""
+    monkeypatch.setattr("pwlib.permutohedral.BLOCK", points)
+    monkeypatch.setattr("pwlib.crew.WORTH", points)
+
+
 @pytest.mark.parametrize("dims", [2, 5])
 def test_several_blocks_of_points_make_the_same_lattice(dims, monkeypatch):
-    monkeypatch.setattr(permutohedral, "BLOCK", 32)
+    work_in_blocks_of(32, monkeypatch)
     f, v = features(150, dims, spread=0.7), values(1, 150, 4)
     built = LatticeFilter(f, normalization="none")
     assert len(built.lattice.heard) > built.lattice.size  # some vertex hears from more than one block
@@ -205,7 +211,7 @@ def one_message_at_a_time(crf, logits, image, steps):
 @pytest.mark.parametrize(("normalization", "self_message"), SWITCHES)
 @pytest.mark.parametrize(("labels", "potts"), [(2, True), (5, False), (8, True), (21, False)])
 def test_mean_field_and_its_gradients_are_those_of_its_formula(normalization, self_message, labels, potts, monkeypatch):
-    monkeypatch.setattr(permutohedral, "BLOCK", 64)  # so small that an image takes several rounds
+    work_in_blocks_of(64, monkeypatch)
     generator = torch.Generator().manual_seed(labels)
     mu = 1 - torch.eye(labels) + 0.1 * (not potts) * torch.rand(labels, labels, generator=generator)
     crf = DenseCRF(
@@ -313,7 +319,7 @@ def test_every_key_is_located_whoever_shares_its_slot(count):
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_the_number_of_threads_changes_rounding_only(threads, monkeypatch):
-    monkeypatch.setattr(permutohedral, "BLOCK", 256)
+    work_in_blocks_of(256, monkeypatch)
     f, v = portrait(40, 50), values(1, 2000, 7, dtype=torch.float32)
     expected, before = LatticeFilter(f)(v), torch.get_num_threads()
     torch.set_num_threads(threads)
