@@ -4,6 +4,12 @@ The modules read in the order data flows: data, unary (and featmap), filters (an
 likelihoods, context, metrics, model, trainer.
 """
 
+import os
+
+# OpenMP reads it once, when torch is imported. Threads that wait for more to do, at full load, take the cores from
+# those of `pwlib.crew`, and from any process beside this one.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from pwlib.context import ContextualCRF
 from pwlib.crf import DenseCRF, Kernel, Trace, dense_crf, probabilities_from_labels
 from pwlib.data import VOID, load
