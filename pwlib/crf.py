@@ -235,8 +235,7 @@ class DenseCRF(nn.Module):
 
         Train with `nll_loss(log_q, label)`; never with a cross-entropy on exp(log_q), which would be a second softmax.
         `filters`, what `filters(image)` returned, saves making them again for an image that comes back while the
-        bandwidths stay as they are (made under `torch.no_grad()` they are constants, and the
-        bandwidths have no gradient).
+        bandwidths stay as they are; made under `torch.no_grad()` they are constants, and bandwidths have no gradient.
         Raises ValueError for shapes that do not fit and for logits that are not finite.
         """
         return self._infer(logits, image, iterations, filters, log=True)
