@@ -1,5 +1,8 @@
 """Tasks shared out among threads: all done once, in their places, whoever waits for whom."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -81,3 +84,14 @@ def test_tasks_run_in_their_callers_mode_and_without_a_gradient(threads, inferen
     with torch.inference_mode(not inference), crew(CPU, MANY) as share, torch.inference_mode(inference):
         found = share(8, lambda _: (torch.ones(1).is_inference(), torch.is_grad_enabled()))
     assert set(found) == {(inference, False)}
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("active", "ACTIVE")])
+def test_openmp_s_threads_wait_asleep_unless_told_otherwise(given, expected):
+    """What OpenMP says of itself once torch has loaded it."""
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | {"OMP_DISPLAY_ENV": "true"}
+    env |= {"OMP_WAIT_POLICY": given} if given else {}
+    done = subprocess.run([sys.executable, "-c", "import pwlib"], env=env, capture_output=True, text=True, check=True)
+    if "OMP_WAIT_POLICY" not in done.stderr:
+        pytest.skip("this OpenMP does not say how its threads wait")
+    assert f"OMP_WAIT_POLICY = '{expected}'" in done.stderr
