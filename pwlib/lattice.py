@@ -601,7 +601,7 @@ class LatticeBank(FilterBank):
         apart = first.normalization == "row"  # what is written is weighted differently from what is read
         if torch.is_grad_enabled() and any(f.weight.requires_grad for f in self.filters):
             ends = [[end.repeat(batch // f.batch, 1) for end in f.ends()] for f in self.filters]
-            rows = [_cat(end, 1) for end in zip(*ends, strict=True)]
+            rows = [_cat(end, 1) for end in itertools.islice(zip(*ends, strict=True), 1 + apart)]
         else:
             shape = self.joint.points, self.joint.corners
             rows = [first.weight.new_empty(shape) for _ in range(1 + apart)]
