@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from pwlib.crew import crew
 from pwlib.data import VOID
 from pwlib.filters import METHODS, FilterBank, GridPositions, check_normalization, choose_method, make_filters
-from pwlib.lattice import LatticeBank, softmax
+from pwlib.lattice import LatticeBank
 
 SMALLEST_PROBABILITY = 1e-5  # what pydensecrf's unary_from_softmax clips at
 
@@ -269,7 +269,7 @@ class DenseCRF(nn.Module):
                 log_p = torch.log_softmax(logits, dim=1).mT.contiguous()
                 scores = log_p
                 for _ in range(steps):
-                    q = softmax(scores)
+                    q = torch.softmax(scores, -1)
                     scores = log_p - self.pairwise(filters, q)
                 # Label by label in memory: a softmax over rows of a few labels is slower.
                 out = (torch.log_softmax if log else torch.softmax)(scores.mT.contiguous(), dim=1).mT

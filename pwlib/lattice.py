@@ -31,7 +31,6 @@ from torch import Tensor
 from pwlib.crew import crew
 from pwlib.filters import FilterBank, GaussianFilter, GridPositions
 from pwlib.permutohedral import (
-    BLOCK,
     Lattice,
     Part,
     Simplices,
@@ -443,47 +442,6 @@ class _Sums(torch.autograd.Function):
             back = joint.blur(joint.splat(grad.contiguous(), weights)[0], 0, reverse=True).mul_(gain)
             share(len(joint.blocks), one)
         return out, *[None] * 5
-
-
-class _Softmax(torch.autograd.Function):
-    """Over rows [P, K]. What lies e^30 below a row's best is nothing in float32, but slow to underflow to."""
-
-    @staticmethod
-    def forward(ctx, scores):
-        out = torch.empty_like(scores)
-        ones = scores.new_ones(scores.shape[1])
-
-        def one(block: int) -> None:
-            some = slice(block * BLOCK, (block + 1) * BLOCK)
-            q = out[some]
-            torch.sub(scores[some], scores[some].amax(1, keepdim=True), out=q).clamp_(min=FLOOR).exp_()
-            q.mul_(torch.mv(q, ones).reciprocal_()[:, None])
-
-        with crew(scores.device, len(scores)) as share:
-            share((len(scores) - 1) // BLOCK + 1, one)
-        ctx.save_for_backward(out)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (q,) = ctx.saved_tensors
-        out, ones = torch.empty_like(q), q.new_ones(q.shape[1])
-
-        def one(block: int) -> None:
-            some = slice(block * BLOCK, (block + 1) * BLOCK)
-            _softmax_backward(out[some].copy_(grad[some]), q[some], ones)
-
-        with crew(grad.device, len(grad)) as share:
-            share((len(q) - 1) // BLOCK + 1, one)
-        return out
-
-
-def softmax(scores: Tensor) -> Tensor:
-    """torch.softmax(scores, -1) [B, N, K], up to exp(-30), faster on CPUs where probabilities are near 0 or 1."""
-    if scores.device.type != "cpu" or scores.dtype != torch.float32:
-        return torch.softmax(scores, -1)
-    return _Softmax.apply(scores.contiguous().flatten(0, 1)).view_as(scores)
 
 
 class LatticeFilter(GaussianFilter):
