@@ -66,3 +66,20 @@ def test_readme_has_the_tables_of_the_stored_results(folder):
     for path in results:
         for line in table(json.loads(path.read_text(encoding="utf-8"))["runs"]).splitlines():
             assert line in text, f"{path.name}: {line!r} is not in README.md"
+
+
+def test_readmes_have_the_ratios_of_the_stored_runs():
+    runs = [json.loads((BENCHMARKS / "crf" / f"reference-{run}.json").read_text())["rows"] for run in range(1, 6)]
+    readme = (BENCHMARKS / "crf" / "README.md").read_text(encoding="utf-8")
+    columns = {"set-up": "set_up_ms", "set-up, next image": "next_set_up_ms", "one iteration": "iteration_ms"}
+    for name, key in (columns | {"total": "total_ms"}).items():
+        faster = [f"{theirs[key] / ours[key]:.2f}" for ours, theirs in runs]
+        assert f"| {name} | {' | '.join(faster)} |" in readme
+    memory = [f"{ours['peak_mb'] / theirs['peak_mb']:.2f}" for ours, theirs in runs]
+    assert f"| peak memory, times the peer's | {' | '.join(memory)} |" in readme
+    for row, name in zip(runs[3], ("`pwlib`, lattice", "pydensecrf2"), strict=True):  # the run that is shown
+        times = f"{row['set_up_ms']:.0f} ms | {row['next_set_up_ms']:.0f} ms | {row['iteration_ms']:.2g} ms"
+        line = f"{times} | {row['total_ms'] / 1000:.2f} s | {row['peak_mb']:.0f} MB |"
+        for text in (readme, (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")):
+            assert any(shown.startswith(f"| {name}") and shown.endswith(line) for shown in text.splitlines()), line
+    assert all(ours["labels_as_pydensecrf2"] == 1 and ours["mean_difference_to_pydensecrf2"] < 1e-7 for ours, _ in runs)
