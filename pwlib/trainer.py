@@ -12,7 +12,7 @@ under mean field's marginals.
 Why stage 2 has images of its own: on those the network was fitted to it hardly errs, so there is nothing for a CRF to
 correct, and it learns that it is not needed. Why it has no class weights: they ask for a prior that the pixels do not
 have, and the CRF, which sees whole regions, follows it further than a network does. Why its likelihood has a
-temperature: see `pwlib.objectives.Objective`.
+temperature: see `pwlib.objective.Objective`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pwlib.loaders import Batches
 from pwlib.losses import make_loss
 from pwlib.metrics import ConfusionMatrix
 from pwlib.model import PiecewiseTrainedModel
-from pwlib.objectives import CRF_LOSSES, SCHEDULES, Objective, calibrated, rate
+from pwlib.objective import CRF_LOSSES, SCHEDULES, Objective, calibrated, rate
 
 OPTIMIZERS = ("sgd", "adamw")
 CRF_LEARNING_RATE = {"sgd": 0.1, "adamw": 0.02}

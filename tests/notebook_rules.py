@@ -64,7 +64,7 @@ def images(notebook, name: str) -> Iterator[str]:
             for mime in (m for m in data if m.startswith("image/")):
                 pictured.append(place)
                 if len(output.metadata.get(mime, {}).get("alt", "").strip()) < SHORTEST_ALT:
-                    yield f"cell {cell.id} shows a figure without alt text: use pwlib.plots.show(figure, alt=…)"
+                    yield f"cell {cell.id} shows a figure without alt text: use pwlib.course.plots.show(figure, alt=…)"
             if WIDGET in data:
                 widgets.append((place, cell.id))
             else:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from pwlib import checkpoints
-from pwlib.__main__ import main
+from pwlib.cli.parser import main
 from pwlib.crf import DenseCRF
 from pwlib.data import load
 from pwlib.losses import make_loss

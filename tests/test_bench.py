@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from pwlib import bench
-from pwlib.__main__ import main
+from pwlib.cli.parser import benchmark, main
+
+bench = benchmark()
 
 ARGS = ["bench", "crf", "--sizes", "20x30", "--labels", "3", "--iterations", "2", "--repeats", "1"]
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pwlib import checks
-from pwlib.checks import EXERCISES, Verdict, Wrong, check, exercise, expect, expect_close, expect_shape
+from pwlib.course import checks
+from pwlib.course.checks import EXERCISES, Verdict, Wrong, check, exercise, expect, expect_close, expect_shape
 
 
 @pytest.fixture(autouse=True)

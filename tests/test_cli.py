@@ -11,9 +11,9 @@ import torch
 from cli_fixtures import CLASSES, python
 from PIL import Image
 
-from pwlib.__main__ import main
+from pwlib.cli.parser import main
+from pwlib.cli.profiles import PROFILES, build_model
 from pwlib.data import voc_palette
-from pwlib.profiles import PROFILES, build_model
 
 # ---------------------------------------------------------------------------------------------------------------- train
 
@@ -68,7 +68,7 @@ def test_the_seed_decides(pictures, tmp_path):
 CTRL_C = """
 import os, signal, sys
 from pwlib import checkpoints
-from pwlib.__main__ import main
+from pwlib.cli.parser import main
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 save = checkpoints.save

@@ -12,13 +12,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from pwlib import checkpoints
-from pwlib.__main__ import main
+from pwlib.cli.parser import main
 from pwlib.context import ContextualCRF
 from pwlib.crf import DenseCRF
 from pwlib.data import load
 from pwlib.featmap import FeatMapNet
 from pwlib.model import PiecewiseTrainedModel
-from pwlib.objectives import Objective
+from pwlib.objective import Objective
 from pwlib.trainer import PiecewiseTrainer
 from pwlib.unary import DeepLabLargeFOV, cell_labels, resize_logits
 

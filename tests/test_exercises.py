@@ -1,6 +1,6 @@
 """Every exercise: its solution passes, its stub is "not yet", its planted wrong answers are told apart.
 
-`tests/exercises/nb02.py` holds WRONG = {"02.1": [(wrong_answer, "fragment of the message it must get"), …], …}.
+`tests/wrong_answers/nb02.py` holds WRONG = {"02.1": [(wrong_answer, "fragment of the message it must get"), …], …}.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pwlib import checks
+from pwlib.course import checks
 
 HERE = Path(__file__).parent
 NOTEBOOKS = sorted((HERE.parent / "notebooks").glob("[0-9]*.ipynb"))
@@ -55,7 +55,7 @@ def printed(path: Path) -> dict[str, Printed]:
 
 
 def wrong_answers(notebook: str) -> dict[str, list]:
-    """WRONG of tests/exercises/nbXX.py, loaded by its path."""
+    """WRONG of tests/wrong_answers/nbXX.py, loaded by its path."""
     path = HERE / "exercises" / f"nb{notebook}.py"
     assert path.exists(), f"notebook {notebook} has no planted wrong answers: {path.name} is missing"
     spec = importlib.util.spec_from_file_location(f"wrong_answers_{notebook}", path)

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import nbformat
 import pytest
 
-from pwlib import plots
+from pwlib.course import plots
 
 sys.path.insert(0, os.path.dirname(__file__))
 import budgets

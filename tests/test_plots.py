@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib import colors
 
-from pwlib import plots
+from pwlib.course import plots
 from pwlib.data import VOID, colorize, voc_palette
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pwlib.__main__ import parser
+from pwlib.cli.parser import parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

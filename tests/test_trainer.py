@@ -21,7 +21,7 @@ from pwlib.crf import DenseCRF
 from pwlib.data import Augment, load
 from pwlib.evaluation import best_record, evaluate
 from pwlib.model import PiecewiseTrainedModel
-from pwlib.objectives import calibrated, rate
+from pwlib.objective import calibrated, rate
 from pwlib.trainer import PiecewiseTrainer
 
 TINY_RUN = Path(__file__).with_name("tiny_run.py")

@@ -33,14 +33,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from pwlib import checkpoints
-from pwlib.commands import class_weights
+from pwlib.cli.commands import class_weights
+from pwlib.cli.profiles import PROFILES, Profile
 from pwlib.context import ContextualCRF
 from pwlib.crf import DenseCRF
 from pwlib.data import Augment, hold_out, load
 from pwlib.evaluation import evaluate
 from pwlib.featmap import FeatMapNet
 from pwlib.model import PiecewiseTrainedModel
-from pwlib.profiles import PROFILES, Profile
 from pwlib.trainer import PiecewiseTrainer
 
 HERE = Path(__file__).parent

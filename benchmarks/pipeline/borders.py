@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from pwlib import checkpoints
-from pwlib.commands import load_split, read_config
+from pwlib.cli.commands import load_split, read_config
+from pwlib.cli.profiles import build_model
 from pwlib.crf import DenseCRF
 from pwlib.data import VOID, hold_out
 from pwlib.metrics import ConfusionMatrix, boundary_mask
-from pwlib.objectives import rate
-from pwlib.profiles import build_model
+from pwlib.objective import rate
 
 # optimizer, rate, and whether class biases b stand beside the temperature: -log softmax(log q / T + b)
 WAYS = {

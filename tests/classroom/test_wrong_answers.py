@@ -7,7 +7,7 @@ import matplotlib
 import pytest
 from students import EACH_LAB, answers, is_task, is_test, marks, source, tasks
 
-from pwlib import plots
+from pwlib.course import plots
 
 matplotlib.use("agg")
 

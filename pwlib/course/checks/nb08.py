@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from pwlib.checks import NotYet, Wrong, exercise, expect, expect_close, expect_shape
+from pwlib.course.checks import NotYet, Wrong, exercise, expect, expect_close, expect_shape
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 

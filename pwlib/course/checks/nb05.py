@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from pwlib.checks import NotYet, Wrong, exercise, expect, expect_close, expect_shape
+from pwlib.course.checks import NotYet, Wrong, exercise, expect, expect_close, expect_shape
 
 
 @exercise("05.1", title="Freeze it, bit for bit", minutes=10, difficulty=2)

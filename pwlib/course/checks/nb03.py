@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from pwlib.checks import exercise, expect, expect_close, expect_shape
+from pwlib.course.checks import exercise, expect, expect_close, expect_shape
 
 
 @exercise("03.1", title="Keys for another kernel", minutes=15, difficulty=2)

@@ -8,7 +8,7 @@ with which pixels send their mass to one another are worked out there. So a save
                       follow the reader's hand and can be set and observed from Python
     embed_html        the same, as one self-contained piece of HTML: no kernel, no request to any host
     embed_notebook    a notebook with every explorer in it replaced by that HTML, for nbconvert or a site generator:
-                      jupyter nbconvert --to html --HTMLExporter.preprocessors=pwlib.explore.embed_notebook x.ipynb
+                      jupyter nbconvert --to html --HTMLExporter.preprocessors=pwlib.course.explore.embed_notebook x
 
 A notebook stores an explorer's data once, in its metadata's widget state (nbclient and JupyterLab save it there). To
 strip other metadata and keep the explorers: `nbstripout --keep-output --keep-metadata-keys metadata.widgets`.
@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from pwlib.course.plots import label_colours, most_changed, to_uint8
 from pwlib.crf import Trace
-from pwlib.plots import label_colours, most_changed, to_uint8
 
 try:
     import anywidget

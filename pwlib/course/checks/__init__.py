@@ -1,8 +1,9 @@
 """Checks for the notebooks' exercises: `check("02.1", my_function)` says what is wrong, not only that something is.
 
-Each notebook's checks live in a module of their own, `pwlib.checks.nb02`, imported when first asked for. A check is a
-function of the learner's answer, registered with `exercise`; it calls the answer on several cases and compares it with
-an oracle of its own. It raises `Wrong`, with one sentence that names the mistake, or returns (a sentence, if it likes).
+Each notebook's checks live in a module of their own, `pwlib.course.checks.nb02`, imported when first asked for. A
+check is a function of the learner's answer, registered with `exercise`; it calls the answer on several cases and
+compares it with an oracle of its own. It raises `Wrong`, with one sentence that names the
+mistake, or returns (a sentence, if it likes).
 
     @exercise("02.1", title="The energy of a labelling", minutes=10, difficulty=2)
     def energy(answer):

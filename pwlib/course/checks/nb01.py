@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from pwlib.checks import exercise, expect, expect_close, expect_shape
+from pwlib.course.checks import exercise, expect, expect_close, expect_shape
 
 
 @exercise("01.1", title="How large is the map?", minutes=5, difficulty=1)

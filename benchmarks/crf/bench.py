@@ -212,8 +212,14 @@ def copy_rate(megabytes: int = 64, repeats: int = 3) -> float:
 
 def peak_memory(name: str, height: int, width: int, labels: int, iterations: int) -> float | None:
     """MB that one inference of a contender adds to a fresh process at its peak; None where /proc does not say."""
-    call = f"from pwlib import bench; print(bench._peak_here({name!r}, {height}, {width}, {labels}, {iterations}))"
-    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, env=os.environ, check=True)
+    call = "import sys; sys.path.insert(0, sys.argv[1]); import bench; print(bench._peak_here(*eval(sys.argv[2])))"
+    done = subprocess.run(
+        [sys.executable, "-c", call, str(Path(__file__).parent), repr((name, height, width, labels, iterations))],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+        check=True,
+    )
     last = done.stdout.split()[-1]
     return None if last == "None" else float(last)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from pwlib import exact
-from pwlib.checks import NotYet, exercise, expect, expect_close, expect_shape
+from pwlib.course.checks import NotYet, exercise, expect, expect_close, expect_shape
 from pwlib.crf import DenseCRF, Trace
 from pwlib.data import VOID, load
 

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from pwlib.checks import exercise, expect, expect_close, expect_shape
+from pwlib.course.checks import exercise, expect, expect_close, expect_shape
 
 
 def _ratio(part, whole):

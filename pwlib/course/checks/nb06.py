@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pwlib.checks import NotYet, Wrong, exercise, expect, expect_close
+from pwlib.course.checks import NotYet, Wrong, exercise, expect, expect_close
 
 
 @exercise("06.1", title="The gradient of a piece", minutes=10, difficulty=2)

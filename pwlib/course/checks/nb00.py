@@ -2,7 +2,7 @@
 
 import torch
 
-from pwlib.checks import Wrong, exercise, expect, expect_close, expect_shape
+from pwlib.course.checks import Wrong, exercise, expect, expect_close, expect_shape
 
 
 @exercise("00.1", title="Paint a label map", minutes=5, difficulty=1)

@@ -19,12 +19,13 @@ import torch.distributed
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from pwlib import checkpoints, loaders, plots
+from pwlib import checkpoints, loaders
+from pwlib.cli.profiles import PROFILES, build_model
+from pwlib.course import plots
 from pwlib.data import VOID, Augment, SegmentationDataset, hold_out, load, read_image
 from pwlib.evaluation import best_record, evaluate
 from pwlib.losses import balanced_weights
 from pwlib.model import PiecewiseTrainedModel
-from pwlib.profiles import PROFILES, build_model
 from pwlib.trainer import PiecewiseTrainer
 
 STAGES = ("stage1", "stage2", "stage3")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pwlib.checks import NotYet, exercise, expect, expect_close
+from pwlib.course.checks import NotYet, exercise, expect, expect_close
 
 
 @exercise("04.1", title="Backwards through the softmax", minutes=10, difficulty=2)
