@@ -56,7 +56,7 @@ def printed(path: Path) -> dict[str, Printed]:
 
 def wrong_answers(notebook: str) -> dict[str, list]:
     """WRONG of tests/wrong_answers/nbXX.py, loaded by its path."""
-    path = HERE / "exercises" / f"nb{notebook}.py"
+    path = HERE / "wrong_answers" / f"nb{notebook}.py"
     assert path.exists(), f"notebook {notebook} has no planted wrong answers: {path.name} is missing"
     spec = importlib.util.spec_from_file_location(f"wrong_answers_{notebook}", path)
     module = importlib.util.module_from_spec(spec)
