@@ -36,6 +36,17 @@ def test_history_draws_every_number_at_its_epoch():
     ]
 
 
+def test_history_draws_every_part_that_was_validated():
+    """A run with a contextual CRF scores three parts; each gets a curve of its own colour and marker."""
+    scores = {"unary": {"miou": 0.3}, "context": {"miou": 0.4}, "crf": {"miou": 0.5}}
+    _, right = plots.history({"stage2": [{"epoch": 1, "loss": 1.0, "val": scores}]}).axes
+    drawn = [line for line in right.lines if line.get_marker() != "None"]
+    assert [line.get_ydata().tolist() for line in drawn] == [[0.3], [0.4], [0.5]]
+    assert len({line.get_marker() for line in drawn}) == len({line.get_color() for line in drawn}) == 3
+    wanted = ["validation, unary", "validation, context", "validation, CRF"]
+    assert [text.get_text() for text in right.get_legend().get_texts()] == wanted
+
+
 def test_history_of_a_run_without_validation(tmp_path):
     plots.history({"stage1": [{"epoch": 1, "loss": 1.0, "miou": None}]}).savefig(tmp_path / "history.png")
     assert (tmp_path / "history.png").stat().st_size > 1000

@@ -1,7 +1,7 @@
-"""Static figures: a training history, predictions beside the truth, overlays, a trace of mean field.
+"""Static figures: a training history, predictions beside the true labels, overlays, a trace of mean field.
 
-Every function returns a matplotlib `Figure` that a notebook shows as a cell's value and `savefig` writes; none touches
-the state of pyplot. Lines are Okabe & Ito's colours, told apart by their markers too.
+The functions return a matplotlib `Figure` and leave the state of pyplot unchanged. A notebook shows the figure as the
+value of a cell or with `show`; `savefig` writes it to a file. Curves differ in marker and in colour (Okabe & Ito).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from pwlib.crf import Trace
 from pwlib.data import VOID, colorize, voc_palette
 
-# Okabe & Ito (2008): told apart with any colour vision.
+# Okabe & Ito (2008): distinguishable with any colour vision.
 COLOURS = {
     "blue": "#0072B2",
     "orange": "#E69F00",
@@ -36,14 +36,22 @@ COLOURS = {
 
 
 def figure(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
-    """A figure outside pyplot's books (so that a notebook shows it once), and its axes [rows, columns]."""
+    """Create a figure and its axes [rows, columns]; pyplot does not track it, so that a notebook shows it only once."""
     fig, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained", **options)
     plt.close(fig)
     return fig, axes
 
 
 def history(history: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Loss and mIoU over all epochs of the three stages, from what `PiecewiseTrainer` returns (or its history.json)."""
+    """Plot loss and mIoU against the epochs of the three stages.
+
+    Args:
+        history: {"stage1": [record, ...], ...}, as `PiecewiseTrainer` returns it and writes it to history.json.
+
+    Returns:
+        The figure: the training loss on the left; on the right mIoU on the training batches and, for each part of the
+        model that was validated (network, context, CRF), on the validation split.
+    """
     fig, ((left, right),) = figure(1, 2, figsize=(10, 3.6))
     start, ends, curves = 0, [], {}
     for stage in sorted(history):
@@ -61,13 +69,15 @@ def history(history: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         "training loss": (COLOURS["black"], "."),
         "training batches": (COLOURS["orange"], "."),
         "validation, unary": (COLOURS["blue"], "o"),
+        "validation, context": (COLOURS["green"], "s"),
         "validation, crf": (COLOURS["vermilion"], "^"),
     }
-    for name, (colour, marker) in styles.items():
+    for name, curve in curves.items():
+        colour, marker = styles.get(name, (COLOURS["purple"], "D"))
         axes = left if name == "training loss" else right
         label = name.replace("crf", "CRF")
         for stage in history:
-            points = [(x, y) for x, y, of in curves.get(name, []) if of == stage]
+            points = [(x, y) for x, y, of in curve if of == stage]
             if points:
                 axes.plot(*zip(*points, strict=True), color=colour, marker=marker, ms=4, lw=1.2, label=label)
                 label = None
@@ -87,9 +97,13 @@ def history(history: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 def predictions(
     rows: Sequence[tuple[Tensor, Mapping[str, Tensor]]], palette: np.ndarray, class_names: Sequence[str]
 ) -> Figure:
-    """One row an image: the image, then each label map under its title, and a legend of the classes that occur.
+    """Show images beside their label maps, with a legend of the classes that occur.
 
-    rows: (image [3, H, W] in [0, 1], {title: label [H, W]}), the same titles in each.
+    Args:
+        rows: one (image, {title: label}) per row; image [3, H, W] in [0, 1], label int64 [H, W] with 255 = void.
+            All rows have the same titles.
+        palette: uint8 [K + 1, 3], the colour of void last.
+        class_names: K names.
     """
     titles = list(rows[0][1])
     height, width = rows[0][0].shape[-2:]
@@ -110,7 +124,12 @@ def predictions(
 
 
 def legend(fig: Figure, palette: np.ndarray, class_names: Sequence[str], present: Sequence[int] | None = None) -> None:
-    """Name the palette's colours below the figure: all classes, or those `present` (255 is void)."""
+    """Add a legend of class colours below the figure.
+
+    Args:
+        palette: uint8 [K, 3], or [K + 1, 3] with the colour of void last.
+        present: the classes to list (255 is void); all K by default.
+    """
     present = range(len(class_names)) if present is None else present
     handles = [
         Patch(
@@ -124,7 +143,17 @@ def legend(fig: Figure, palette: np.ndarray, class_names: Sequence[str], present
 
 
 def overlay(image: Tensor, label: Tensor, palette: np.ndarray, *, alpha: float = 0.55) -> np.ndarray:
-    """The label map's colours over the image [3, H, W]: uint8 [H, W, 3]. Void stays the bare image."""
+    """Blend the colours of a label map into its image; void pixels show the image alone.
+
+    Args:
+        image: [3, H, W] in [0, 1].
+        label: [H, W], 255 = void.
+        palette: uint8 [K + 1, 3], the colour of void last.
+        alpha: weight of the label's colour, 0 to 1.
+
+    Returns:
+        uint8 [H, W, 3].
+    """
     pixels, colours = to_uint8(image).astype(np.float32), colorize(label, palette).astype(np.float32)
     share = np.where(np.asarray(label) == VOID, 0.0, alpha)[..., None]
     return ((1 - share) * pixels + share * colours).round().astype(np.uint8)
@@ -138,14 +167,18 @@ def trace(
     iterations: Sequence[int] = (0, 1, 2, -1),
     label: int | None = None,
 ) -> Figure:
-    """What the mean-field explorer shows, held still: one row an iteration, for one class.
+    """Show mean field for one class, one row per iteration: the static counterpart of the explorer.
 
-    The first row is iteration 0: image, unary energy and free energy beside the unary's own marginal, entropy and
-    labels. Row t holds the messages that iteration t - 1 sent, the pairwise energy they made, and what came of it. A
-    column's colours mean the same in all rows.
+    The first row is iteration 0: image, unary energy and free energy, then marginal, entropy and labels of the unary
+    alone. Row t shows the messages of update t, the pairwise energy that they give, and the marginal, entropy and
+    labels after it. A column has one colour scale for all rows.
 
-    iterations: 0..T, negative ones from the end; those past it are left out. label: the class, default the one that
-    mean field changes most.
+    Args:
+        trace: the recorded run, from `DenseCRF.trace`.
+        class_names: K names; "label 0", "label 1", ... by default.
+        palette: uint8 [K, 3] or [K + 1, 3]; see `label_colours` for the default.
+        iterations: those to show, 0 to T; negative numbers count from the end, numbers beyond T are ignored.
+        label: the class to show; by default the one whose marginals change most.
     """
     steps, kernels = trace.messages.shape[:2]
     classes, height, width = trace.unary.shape
@@ -200,7 +233,7 @@ def trace(
 
 
 def bar(fig: Figure, drawn: Any, axes: Axes) -> None:
-    """A thin colour bar under a column of maps."""
+    """Draw a thin colour bar below a column of maps."""
     axes.set_axis_on()
     scale = fig.colorbar(drawn, cax=axes, orientation="horizontal", ticks=MaxNLocator(3))
     scale.ax.tick_params(labelsize=6.5, length=2)
@@ -208,12 +241,20 @@ def bar(fig: Figure, drawn: Any, axes: Axes) -> None:
 
 
 def most_changed(trace: Trace) -> int:
-    """The class whose marginals the whole of mean field changes most."""
+    """Return the class whose marginals differ most between the first and the last iteration."""
     return int((trace.q[-1] - trace.q[0]).abs().sum((1, 2)).argmax())
 
 
 def label_colours(num_classes: int, palette: np.ndarray | None = None) -> np.ndarray:
-    """uint8 [K, 3]: the rows of `palette` ([K, 3], or [K + 1, 3] with void last), by default Okabe & Ito's or VOC's."""
+    """Return one colour per class, uint8 [K, 3].
+
+    Args:
+        palette: uint8 [K, 3], or [K + 1, 3] with void last. By default the colours of Okabe & Ito, or those of VOC if
+            there are more than eight classes.
+
+    Raises:
+        ValueError: if the palette has another shape.
+    """
     if palette is None:
         if num_classes > len(COLOURS):
             return voc_palette(num_classes)[:-1]
@@ -225,26 +266,32 @@ def label_colours(num_classes: int, palette: np.ndarray | None = None) -> np.nda
 
 
 def to_uint8(image: Tensor) -> np.ndarray:
-    """[3, H, W] in [0, 1] -> uint8 [H, W, 3]."""
+    """Convert an image [3, H, W] in [0, 1] to uint8 [H, W, 3]."""
     return (255 * image.detach().cpu().clamp(0, 1)).round().byte().permute(1, 2, 0).numpy()
 
 
 def draw(axes: Axes, picture: np.ndarray, title: str = "") -> None:
-    """A picture without ticks, pixels kept square and sharp."""
+    """Draw a picture [H, W] or [H, W, 3] without ticks and without smoothing."""
     axes.imshow(picture, interpolation="nearest")
     axes.set_title(title, fontsize=9)
     axes.set_axis_off()
 
 
 def show(fig: Figure, *, alt: str, dpi: int = 90) -> None:
-    """Display the figure in a notebook as a PNG that carries `alt`, a sentence for those who cannot see it; close it.
+    """Display a figure in a notebook as a PNG with alternative text, and close it.
 
-    The text is stored in the output's metadata, and as its plain-text form. ValueError without a text.
+    Args:
+        alt: what the figure shows, in words, for readers who cannot see it. It is stored in the metadata of the output
+            and as its plain-text form.
+        dpi: resolution in pixels per inch.
+
+    Raises:
+        ValueError: if `alt` is empty.
     """
-    from IPython.display import display  # a notebook has it; the library alone does not need it
+    from IPython.display import display  # installed with Jupyter; the library itself does not need it
 
     if not alt.strip():
-        raise ValueError("show needs alt text: a sentence that says what the figure shows")
+        raise ValueError("alt is empty; expected a sentence that says what the figure shows")
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight")
     plt.close(fig)
