@@ -1,0 +1,51 @@
+"""The public names of pwlib, and the rules on size and imports that `tests/structure.py` checks."""
+
+import ast
+
+import pwlib
+from tests import structure
+
+
+def test_public_names():
+    assert sorted(pwlib.__all__) == [
+        "ContextualCRF",
+        "DeepLabLargeFOV",
+        "DenseCRF",
+        "FeatMapNet",
+        "Kernel",
+        "PiecewiseTrainedModel",
+        "PiecewiseTrainer",
+        "Trace",
+        "VOID",
+        "dense_crf",
+        "load",
+        "probabilities_from_labels",
+    ]
+    for name in pwlib.__all__:
+        item = getattr(pwlib, name)
+        if callable(item):  # a constant has no docstring of its own; a dataclass gets its signature as one
+            assert item.__doc__ and not item.__doc__.startswith(f"{name}("), f"{name} has no docstring"
+
+
+def test_imports_in_functions_and_of_submodules_are_found():
+    source = """
+import torch
+import pwlib.a
+from pwlib import b, name
+from pwlib.c import d
+def later():
+    from pwlib.e import name
+"""
+    modules = {"pwlib", "pwlib.a", "pwlib.b", "pwlib.c", "pwlib.c.d", "pwlib.e", "pwlib.f"}
+    assert structure.imported_by(ast.parse(source), modules) == {
+        "pwlib", "pwlib.a", "pwlib.b", "pwlib.c.d", "pwlib.e"
+    }  # fmt: skip
+
+
+def test_a_cycle_and_a_wrong_direction_are_found():
+    imports = {"pwlib.a": {"pwlib.b"}, "pwlib.b": {"pwlib.c"}, "pwlib.c": set(), "pwlib.cli.d": {"pwlib.a"}}
+    assert not structure.find_cycle(imports) and not structure.wrong_directions(imports)
+    imports["pwlib.c"] = {"pwlib.a"}
+    assert structure.find_cycle(imports) == ["pwlib.a", "pwlib.b", "pwlib.c", "pwlib.a"]
+    imports["pwlib.c"] = {"pwlib.cli.d"}
+    assert len(structure.wrong_directions(imports)) == 1
