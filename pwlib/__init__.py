@@ -1,6 +1,6 @@
 """CNN + CRF segmentation you can read: the library under a course on piecewise training of deep structured models.
 
-The modules read in the order data flows: data, unary (and featmap), filters (and lattice), crf, exact, losses,
+The modules read in the order data flows: data, networks, filters (and lattice), crf, exact, losses,
 likelihoods, context, metrics, model, trainer.
 """
 
@@ -13,10 +13,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from pwlib.context import ContextualCRF
 from pwlib.crf import DenseCRF, Kernel, Trace, dense_crf, probabilities_from_labels
 from pwlib.data import VOID, load
-from pwlib.featmap import FeatMapNet
 from pwlib.model import PiecewiseTrainedModel
+from pwlib.networks import DeepLabLargeFOV, FeatMapNet
 from pwlib.trainer import PiecewiseTrainer
-from pwlib.unary import DeepLabLargeFOV
 
 __all__ = [
     "VOID",

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pwlib.crf import DenseCRF
-from pwlib.unary import DeepLabLargeFOV, as_unary, resize_logits
+from pwlib.networks import DeepLabLargeFOV, as_unary, resize_logits
 
 
 class PiecewiseTrainedModel(nn.Module):
@@ -27,7 +27,7 @@ class PiecewiseTrainedModel(nn.Module):
     Args:
         num_classes: K, at least 2.
         crf_iterations: mean-field iterations where a call names none. A `crf` of your own is called with this number.
-        unary: any module from image to logits; see `pwlib.unary.as_unary`. None: `DeepLabLargeFOV(num_classes)`.
+        unary: any module from image to logits; see `pwlib.networks.as_unary`. None: `DeepLabLargeFOV(num_classes)`.
         context: a `ContextualCRF` between the two, or None. It wants a network that shows its map, as `FeatMapNet` and
             `DeepLabLargeFOV` do: `features`, their `head`, `feature_channels` and `cell_size`.
         crf: module called as crf(logits, image, iterations=n) -> log-marginals. None: `DenseCRF(num_classes)`.

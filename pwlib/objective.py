@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pwlib.loaders import summed
 from pwlib.losses import cross_entropy, structured
 from pwlib.model import PiecewiseTrainedModel
-from pwlib.unary import cell_labels
+from pwlib.networks import cell_labels
 
 SCHEDULES = ("poly", "onecycle", "constant")
 CRF_LOSSES = ("marginal", "piecewise")

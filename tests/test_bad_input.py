@@ -18,8 +18,8 @@ from pwlib.crf import DenseCRF
 from pwlib.data import load
 from pwlib.losses import make_loss
 from pwlib.model import PiecewiseTrainedModel
+from pwlib.networks import DeepLabLargeFOV
 from pwlib.trainer import PiecewiseTrainer
-from pwlib.unary import DeepLabLargeFOV
 
 
 def trainer_of(model, **options):

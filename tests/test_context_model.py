@@ -16,11 +16,10 @@ from pwlib.cli.parser import main
 from pwlib.context import ContextualCRF
 from pwlib.crf import DenseCRF
 from pwlib.data import load
-from pwlib.featmap import FeatMapNet
 from pwlib.model import PiecewiseTrainedModel
+from pwlib.networks import DeepLabLargeFOV, FeatMapNet, cell_labels, resize_logits
 from pwlib.objective import Objective
 from pwlib.trainer import PiecewiseTrainer
-from pwlib.unary import DeepLabLargeFOV, cell_labels, resize_logits
 
 SIZE, K = (24, 36), 10
 

@@ -1,4 +1,4 @@
-"""FeatMap-Net, against planted geometry, scipy's maximum filter, loops and VGG's own weights."""
+"""FeatMap-Net, against known geometry, scipy's maximum filter, loops and VGG's weights."""
 
 import math
 
@@ -9,8 +9,7 @@ from scipy.ndimage import maximum_filter
 from torch import nn
 from torchvision.models import vgg
 
-from pwlib.featmap import FeatMapNet
-from pwlib.unary import DeepLabLargeFOV, as_unary, cell_labels, resize_logits
+from pwlib.networks import DeepLabLargeFOV, FeatMapNet, as_unary, cell_labels, resize_logits
 
 MEAN, STD = 0.485, 0.229  # ImageNet's, red
 
@@ -49,7 +48,7 @@ def test_every_part_can_be_switched_off():
 
 
 def test_blocks_are_shared_and_block_6_is_not():
-    """A second scale adds one block 6 and what the head needs to read it: no more parameters, and no other ones."""
+    """A second scale adds one block 6 and the head's weights for its features, and no other parameters."""
     one, two = tiny(scales=(1.0,), pyramid=()), tiny(scales=(1.0, 0.5), pyramid=())
     count = {name: sum(p.numel() for p in module.parameters()) for name, module in two.named_children()}
     assert count["blocks"] == sum(p.numel() for p in one.blocks.parameters())
@@ -66,7 +65,7 @@ def test_sliding_pyramid_pooling_is_a_maximum_filter():
     own, fives, nines = features.chunk(3)
     assert own.std() > 0
     for pooled, side in ((fives, 5), (nines, 9)):
-        # Features are behind a ReLU, so a border of zeros is a border of nothing.
+        # Features are not negative (ReLU), so zeros around the map do not change the maximum.
         expected = [maximum_filter(channel.numpy(), size=side, mode="constant", cval=0.0) for channel in own]
         assert (pooled.numpy() == expected).all()
 
@@ -84,7 +83,7 @@ def test_sliding_pyramid_pooling_is_a_maximum_filter():
         ({"output_stride": 12}, "output_stride is 12"),
     ],
 )
-def test_impossible_networks_are_refused(options, message):
+def test_impossible_options_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         tiny(**options)
 
@@ -98,7 +97,7 @@ def test_it_passes_as_unary_unchanged():
 
 
 def plant_identity(net, channel):
-    """Convolutions pass channel 0 on, poolings average; the head reads feature `channel`: the red channel, blurred."""
+    """Convolutions copy channel 0, poolings average, the head reads feature `channel`: the blurred red channel."""
     for parent in list(net.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.MaxPool2d):
@@ -116,8 +115,8 @@ def plant_identity(net, channel):
 
 
 def misplacement(net, size, margin=72):
-    """How many px off the logits lie, at worst, away from the frame: a ramp must come back as the same ramp."""
-    y, x = torch.meshgrid(*(torch.arange(1.0, s + 1) for s in size), indexing="ij")  # from 1: no ReLU clips it
+    """Largest displacement of the logits in px, away from the border: a ramp must come back as the same ramp."""
+    y, x = torch.meshgrid(*(torch.arange(1.0, s + 1) for s in size), indexing="ij")  # from 1, so that no ReLU clips it
     worst = 0.0
     for ramp in (y, x):
         with torch.no_grad():
@@ -127,7 +126,7 @@ def misplacement(net, size, margin=72):
 
 
 class Careless(FeatMapNet):
-    """Resizes by the scale exactly: maps hang over the image by part of a cell, and are laid over it all the same."""
+    """A planted fault: resizes by the exact scale, so that maps extend beyond the image by part of a cell."""
 
     def features(self, image):
         image, maps = self.normalize(image), []
@@ -140,14 +139,14 @@ class Careless(FeatMapNet):
 
 @pytest.mark.parametrize("size", [(208, 209), (211, 214), (205, 223)])
 @pytest.mark.parametrize("channel", [0, 8, 16])  # the three scales; 8 channels each
-def test_every_scales_features_sit_over_their_pixels(size, channel):
+def test_features_of_every_scale_are_aligned_with_the_image(size, channel):
     assert misplacement(plant_identity(tiny(), channel), size) < 0.02
     torch.manual_seed(0)
     careless = Careless(3, width=1 / 64, output_stride=8, dilation=1)
-    assert misplacement(plant_identity(careless, channel), size) > 0.3  # the planted fault is seen
+    assert misplacement(plant_identity(careless, channel), size) > 0.3  # the test detects the planted fault
 
 
-def test_cell_labels_are_those_under_the_cells_centres():
+def test_cell_labels_are_the_labels_under_the_cell_centres():
     label = torch.randint(0, 9, (2, 13, 18), generator=torch.Generator().manual_seed(0))
     for cells, cell_size in [
         ((4, 6), None),
@@ -166,8 +165,8 @@ def test_cell_labels_are_those_under_the_cells_centres():
                 assert torch.equal(found[:, i, j], expected)
 
 
-def test_a_cells_label_comes_back_when_scores_are_resized():
-    """label -> cells -> one-hot scores -> pixels: regions as large as a few cells survive, at any overhang."""
+def test_resized_one_hot_cell_labels_give_the_label_back():
+    """Regions of a few cells survive label -> cells -> one-hot scores -> pixels, also if cells exceed the image."""
     label = torch.zeros(1, 45, 61, dtype=torch.int64)
     label[:, 20:], label[:, :, 33:] = 1, 2
     for cells, cell_size in [((6, 8), 8), ((6, 8), None), ((9, 12), None)]:
@@ -181,14 +180,14 @@ def test_a_cells_label_comes_back_when_scores_are_resized():
 # ----------------------------------------------------------------------------------------------------------- weights
 
 
-def test_vggs_weights_go_where_they_belong():
+def test_vgg_weights_are_copied_to_blocks_1_to_6():
     torch.manual_seed(2)
     state = {f"features.{k}": v for k, v in vgg.make_layers(vgg.cfgs["D"]).state_dict().items()}
     state |= {"classifier.0.weight": torch.randn(4096, 512 * 49) * 0.01, "classifier.0.bias": torch.randn(4096)}
     net = FeatMapNet(2, pyramid=(), scales=(1.0, 0.5))
     net.load_vgg(state)
     torch.testing.assert_close(net.blocks[4][0].weight, state["features.24.weight"])
-    # Its taps are those of VGG's 7x7 cells 0, 3, 6 in either direction, of every fourth output.
+    # The taps are VGG's cells 0, 3 and 6 of 7x7 in both directions, of every fourth output.
     for block in net.block6:
         for i, j in [(0, 0), (1, 1), (2, 0)]:
             tap = state["classifier.0.weight"].view(4096, 512, 7, 7)[4 * 5, :, 3 * i, 3 * j]
@@ -198,7 +197,7 @@ def test_vggs_weights_go_where_they_belong():
         FeatMapNet(2, width=1 / 8).load_vgg(state)
 
 
-def test_deeplab_gives_its_features_too():
+def test_deeplab_has_features_and_a_head_too():
     net, image = DeepLabLargeFOV(3, width=1 / 32).eval(), torch.rand(2, 3, 20, 30)
     features = net.features(image)
     assert features.shape == (2, net.feature_channels, 3, 4)
@@ -206,7 +205,7 @@ def test_deeplab_gives_its_features_too():
 
 
 def test_it_learns_from_scratch():
-    """Left half against right half, told by colour: the loss falls far below chance within a few steps."""
+    """The two halves differ in colour: within a few steps the loss falls far below that of a random guess."""
     net = tiny(2, width=1 / 16, dropout=0.0)
     image = torch.rand(2, 3, 32, 48) * 0.2
     image[..., 24:] += 0.7

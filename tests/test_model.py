@@ -7,7 +7,7 @@ from torch import nn
 from pwlib.crf import DenseCRF
 from pwlib.data import load
 from pwlib.model import PiecewiseTrainedModel, scaled_bandwidths
-from pwlib.unary import DeepLabLargeFOV
+from pwlib.networks import DeepLabLargeFOV
 
 CRF = {"theta_alpha": 6.0, "theta_beta": 20.0, "theta_gamma": 1.5, "w_bilateral": 3.0, "w_spatial": 1.0}
 

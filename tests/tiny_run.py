@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 from pwlib.crf import DenseCRF
 from pwlib.data import Augment, load
 from pwlib.model import PiecewiseTrainedModel
+from pwlib.networks import DeepLabLargeFOV
 from pwlib.trainer import PiecewiseTrainer
-from pwlib.unary import DeepLabLargeFOV
 
 SIZE, K = (16, 24), 10
 

@@ -39,8 +39,8 @@ from pwlib.context import ContextualCRF
 from pwlib.crf import DenseCRF
 from pwlib.data import Augment, hold_out, load
 from pwlib.evaluation import evaluate
-from pwlib.featmap import FeatMapNet
 from pwlib.model import PiecewiseTrainedModel
+from pwlib.networks import FeatMapNet
 from pwlib.trainer import PiecewiseTrainer
 
 HERE = Path(__file__).parent

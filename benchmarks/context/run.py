@@ -36,8 +36,8 @@ from pwlib.data import Augment, SegmentationDataset, hold_out, load
 from pwlib.evaluation import evaluate
 from pwlib.losses import balanced_weights
 from pwlib.model import PiecewiseTrainedModel
+from pwlib.networks import DeepLabLargeFOV, Normalize, convolution, receptive_field, resize_logits
 from pwlib.trainer import PiecewiseTrainer
-from pwlib.unary import DeepLabLargeFOV, Normalize, convolution, receptive_field, resize_logits
 
 HERE = Path(__file__).parent
 LOOK_ALIKES = ("plane", "boat", "roof", "tent")

@@ -289,7 +289,7 @@ def training_step(root: str | None, repeats: int, channels: float = 1.0) -> dict
     and batch norm; all its parameters and all the CRF's get gradients.
     """
     from pwlib.data import load
-    from pwlib.unary import DeepLabLargeFOV
+    from pwlib.networks import DeepLabLargeFOV
 
     def batch(size: tuple[int, int], count: int) -> tuple[Tensor, Tensor, int]:
         data = load("camvid", "val", root, size=size) if root else load("scenes", "val", size=size)

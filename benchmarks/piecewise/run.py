@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from pwlib.context import ContextualCRF
-from pwlib.featmap import FeatMapNet
+from pwlib.networks import FeatMapNet
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -31,7 +31,7 @@ from pwlib.checkpoints import save_json
 from pwlib.context import ContextualCRF
 from pwlib.data import load
 from pwlib.metrics import ConfusionMatrix
-from pwlib.unary import cell_labels
+from pwlib.networks import cell_labels
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -45,8 +45,8 @@ from pwlib.data import Augment, hold_out, load
 from pwlib.evaluation import evaluate
 from pwlib.losses import balanced_weights
 from pwlib.model import PiecewiseTrainedModel
+from pwlib.networks import DeepLabLargeFOV
 from pwlib.trainer import PiecewiseTrainer
-from pwlib.unary import DeepLabLargeFOV
 
 HERE = Path(__file__).parent
 METHODS = ("piecewise", "joint", "independent")

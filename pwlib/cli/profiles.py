@@ -6,9 +6,8 @@ from dataclasses import dataclass, field, replace
 
 from pwlib.context import ContextualCRF
 from pwlib.crf import DenseCRF
-from pwlib.featmap import FeatMapNet
 from pwlib.model import PiecewiseTrainedModel
-from pwlib.unary import DeepLabLargeFOV
+from pwlib.networks import DeepLabLargeFOV, FeatMapNet
 
 
 @dataclass(frozen=True)

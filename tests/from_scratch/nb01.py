@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pwlib.unary import DeepLabLargeFOV, resize_logits
+from pwlib.networks import DeepLabLargeFOV, resize_logits
 
 
 @pytest.mark.parametrize("dilation, padding, kernel", [(1, 0, 3), (2, 2, 3), (12, 12, 3), (3, 1, 5), (1, 0, 1)])

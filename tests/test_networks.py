@@ -1,4 +1,4 @@
-"""The unary networks, against torchvision's VGG-16, planted geometry and gradients."""
+"""DeepLab-LargeFOV, weights and adapters, against torchvision's VGG-16, known geometry and gradients."""
 
 import math
 
@@ -9,8 +9,9 @@ from torch import nn
 from torchvision.models import vgg
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
-from pwlib import unary
-from pwlib.unary import DeepLabLargeFOV, as_unary, load_vgg_blocks, receptive_field, resize_logits, vgg_blocks
+from pwlib import networks
+from pwlib.networks import DeepLabLargeFOV, as_unary, receptive_field, resize_logits, vgg_blocks
+from pwlib.pretrained import load_vgg_blocks
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
@@ -39,7 +40,7 @@ def test_blocks_shrink_by_the_output_stride(output_stride):
     assert blocks(torch.rand(1, 3, 64, 96)).shape == (1, 16, 64 // output_stride, 96 // output_stride)
 
 
-def test_it_is_deeplabs_network():
+def test_parameters_and_dilations_are_deeplabs():
     """Chen et al. 2015: 20.5 M parameters for LargeFOV with 21 classes; dilation 2 in block 5 and 12 in fc6."""
     net = DeepLabLargeFOV(21)
     assert sum(p.numel() for p in net.parameters()) == pytest.approx(20.5e6, rel=0.005)
@@ -55,7 +56,7 @@ def test_it_is_deeplabs_network():
         ({"weights": "imagenet", "width": 0.5}, "width is 0.5"),
     ],
 )
-def test_impossible_networks_are_refused(options, message):
+def test_impossible_options_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         tiny(**options)
 
@@ -69,7 +70,7 @@ def test_impossible_networks_are_refused(options, message):
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "uint8"),
     ],
 )
-def test_images_of_another_kind_are_refused(image, message):
+def test_invalid_images_are_rejected(image, message):
     for net in (tiny(), as_unary(nn.Conv2d(3, 3, 1))):
         with pytest.raises(ValueError, match=message):
             net(image)
@@ -79,7 +80,7 @@ def test_images_of_another_kind_are_refused(image, message):
 
 
 def plant_identity(net):
-    """Every convolution passes channel 0 on and every pooling averages: logits[:, 0] is the red channel, blurred."""
+    """Convolutions copy channel 0 and poolings average: logits[:, 0] is the blurred red channel."""
     for parent in list(net.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.MaxPool2d):
@@ -94,8 +95,8 @@ def plant_identity(net):
 
 
 def misplacement(net, size):
-    """How many px off the logits lie, at worst, away from the frame: a ramp must come back as the same ramp."""
-    y, x = torch.meshgrid(*(torch.arange(1.0, s + 1) for s in size), indexing="ij")  # from 1: no ReLU clips it
+    """Largest displacement of the logits in px, away from the border: a ramp must come back as the same ramp."""
+    y, x = torch.meshgrid(*(torch.arange(1.0, s + 1) for s in size), indexing="ij")  # from 1, so that no ReLU clips it
     inside = (slice(24, size[0] - 32), slice(24, size[1] - 32))
     worst = 0.0
     for ramp in (y, x):
@@ -107,7 +108,7 @@ def misplacement(net, size):
 
 
 @pytest.mark.parametrize("rest", range(8))
-def test_logits_sit_over_their_pixels_at_any_size(rest, monkeypatch):
+def test_logits_are_aligned_with_the_image_at_any_size(rest, monkeypatch):
     net = plant_identity(tiny())
     size = (96 + rest, 104 + rest)
     assert misplacement(net, size) < 1e-3
@@ -115,13 +116,13 @@ def test_logits_sit_over_their_pixels_at_any_size(rest, monkeypatch):
     def stretched(logits, size, stride=None):
         return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
-    monkeypatch.setattr(unary, "resize_logits", stretched)
-    assert (misplacement(net, size) > 0.3) == (rest != 0)  # the planted fault is seen
+    monkeypatch.setattr(networks, "resize_logits", stretched)
+    assert (misplacement(net, size) > 0.3) == (rest != 0)  # the test detects a planted fault
 
     def corners(logits, size, stride=None):
         return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
 
-    monkeypatch.setattr(unary, "resize_logits", corners)
+    monkeypatch.setattr(networks, "resize_logits", corners)
     assert misplacement(net, size) > 0.3
 
 
@@ -143,10 +144,10 @@ def test_resize_by_size_is_torchs_and_cells_must_cover_the_image():
 # ------------------------------------------------------------------------------------------------------ receptive field
 
 
-def test_receptive_field_is_what_the_gradient_reaches():
-    """Positive weights, an image that rises to one side: each max pooling passes the gradient to its outermost input.
+def test_receptive_field_is_the_support_of_the_gradient():
+    """With positive weights and an image that rises to one side, poolings pass the gradient to their outermost input.
 
-    The field must also lie around pixel 8i + 3.5, where the resize puts cell i.
+    The field must also be centred on pixel 8i + 3.5, where the resize puts cell i.
     """
     net = tiny(width=1 / 64).eval()
     for layer in net.modules():
@@ -167,7 +168,7 @@ def test_receptive_field_is_what_the_gradient_reaches():
 
 
 def test_receptive_field_of_plain_vgg():
-    """212 px in front of VGG's first fully connected layer: the figure in the literature."""
+    """212 px before VGG's first fully connected layer is the figure in the literature."""
     assert receptive_field(vgg.make_layers(vgg.cfgs["D"])) == 212
     assert receptive_field(vgg_blocks(width=1 / 64, output_stride=32)) == 212
     with pytest.raises(ValueError, match="square"):
@@ -196,14 +197,28 @@ def test_blocks_compute_what_torchvisions_vgg_computes(batch_norm):
         assert b.std() > 0
     convolutions = len(ours[3]) - 1  # up to the pooling that VGG halves with
     torch.testing.assert_close(ours[3][:convolutions](a), theirs[:convolutions](b))
-    # Block 5 applies the same weights, dilated: on a map whose every second cell is VGG's, it finds VGG's values there.
+    # Block 5 applies the same weights with dilation 2: if every second cell of its input is VGG's, so is its output.
     theirs, cells = theirs[len(ours[3]) :], torch.randn(1, 512, 3, 4).relu()
     spread = torch.zeros(1, 512, 6, 8)
     spread[..., ::2, ::2] = cells
     torch.testing.assert_close(ours[4][:convolutions](spread)[..., ::2, ::2], theirs[:convolutions](cells))
 
 
-def test_weights_that_do_not_fit_are_refused():
+def test_the_published_vgg16_bn_file_has_no_batch_counters():
+    """It was written before torch counted batches: convolutions, weights, biases and running statistics only."""
+    state = {f"features.{k}": v for k, v in vgg.make_layers(vgg.cfgs["D"], batch_norm=True).state_dict().items()}
+    published = {name: value + 0.5 for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    for given in (state | published, published):
+        blocks = vgg_blocks(batch_norm=True)
+        load_vgg_blocks(blocks, given)
+        torch.testing.assert_close(blocks[0][1].running_var, published["features.1.running_var"])
+        assert blocks[0][1].num_batches_tracked == 0
+    for missing in ("features.1.running_mean", "features.41.bias"):
+        with pytest.raises(ValueError, match=f"lack '{missing}'"):
+            load_vgg_blocks(vgg_blocks(batch_norm=True), {k: v for k, v in published.items() if k != missing})
+
+
+def test_weights_of_another_network_are_rejected():
     plain = {f"features.{k}": v for k, v in vgg.make_layers(vgg.cfgs["D"]).state_dict().items()}
     normed = {f"features.{k}": v for k, v in vgg.make_layers(vgg.cfgs["D"], batch_norm=True).state_dict().items()}
     deeper = {f"features.{k}": v for k, v in vgg.make_layers(vgg.cfgs["E"]).state_dict().items()}
@@ -216,8 +231,8 @@ def test_weights_that_do_not_fit_are_refused():
         DeepLabLargeFOV(2).load_vgg(plain)
 
 
-def test_fc6_and_fc7_are_vggs_decimated():
-    """fc6 is VGG's fully connected layer on a 7x7 map of cells 4 apart, seeing only every third of them."""
+def test_fc6_and_fc7_are_decimated_vgg_layers():
+    """fc6 equals VGG's fully connected layer on 7x7 cells, 4 cells apart, if only every third cell is not zero."""
     torch.manual_seed(2)
     state = {f"features.{k}": v for k, v in vgg.make_layers(vgg.cfgs["D"]).state_dict().items()}
     shapes = {"0.weight": (4096, 512 * 49), "0.bias": (4096,), "3.weight": (4096, 4096), "3.bias": (4096,)}
@@ -239,7 +254,7 @@ def test_fc6_and_fc7_are_vggs_decimated():
         torch.testing.assert_close(ours, theirs[::4], atol=1e-5, rtol=1e-4)
 
 
-def test_a_failed_download_is_one_clear_sentence(monkeypatch, tmp_path):
+def test_a_failed_download_is_reported_in_one_sentence(monkeypatch, tmp_path):
     def offline(*args, **kwargs):
         raise OSError("Name or service not known")
 
@@ -251,7 +266,7 @@ def test_a_failed_download_is_one_clear_sentence(monkeypatch, tmp_path):
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_broken_cached_download_is_named(monkeypatch, tmp_path):
+def test_a_broken_cached_download_is_reported(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     cached = tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth"
@@ -264,7 +279,7 @@ def test_a_broken_cached_download_is_named(monkeypatch, tmp_path):
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def test_pixels_are_normalised_inside_as_imagenets():
+def test_pixels_are_normalised_inside_with_imagenets_statistics():
     net = tiny().eval()
     seen = []
     net.blocks.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -285,7 +300,7 @@ def test_initial_activations_neither_vanish_nor_explode():
 
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_it_learns_from_scratch(batch_norm):
-    """Left half against right half, told by colour: the loss falls far below chance within a few steps."""
+    """The two halves differ in colour: within a few steps the loss falls far below that of a random guess."""
     net = tiny(2, batch_norm=batch_norm, width=1 / 8, dropout=0.0)
     image = torch.rand(2, 3, 24, 32) * 0.2
     image[..., 16:] += 0.7
@@ -300,7 +315,7 @@ def test_it_learns_from_scratch(batch_norm):
     assert loss.item() < 0.35 < math.log(2)
 
 
-def test_dropout_acts_in_training_only():
+def test_dropout_is_active_in_training_only():
     net, image = tiny(), torch.rand(1, 3, 16, 16)
     assert not torch.equal(net(image), net(image))
     net.eval()
@@ -319,7 +334,7 @@ class Stub(nn.Module):
         return self.output(image)
 
 
-def test_a_torchvision_network_takes_its_place():
+def test_a_torchvision_network_can_be_the_unary():
     torch.manual_seed(4)
     theirs = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=5).eval()
     net = as_unary(theirs, num_classes=5, normalize=True)
@@ -348,6 +363,6 @@ def test_small_maps_are_resized_and_adapters_are_not_stacked():
         (lambda image: [image], "Stub returned list"),
     ],
 )
-def test_networks_that_return_something_else_are_named(output, message):
+def test_networks_that_return_no_logits_are_rejected(output, message):
     with pytest.raises(ValueError, match=message):
         as_unary(Stub(output))(torch.rand(2, 3, 8, 8))

@@ -1,0 +1,396 @@
+"""Unary networks on VGG-16: image [B, 3, H, W] -> logits [B, K, H, W].
+
+DeepLab-LargeFOV (Chen et al., "Semantic Image Segmentation with Deep Convolutional Nets and Fully Connected CRFs", ICLR
+2015). VGG-16 halves its feature map five times. Here the last two poolings keep the resolution, and the layers behind
+them are dilated, so that each reads inputs as far apart as in VGG:
+
+    image -> block1 /2 -> block2 /2 -> block3 /2 -> block4 -> block5, dilation 2 -> fc6 3x3, dilation 12 -> fc7 1x1
+          -> classifier 1x1: one cell per 8 px -> bilinear resize: logits of every pixel
+
+FeatMap-Net (Lin et al., CVPR 2016, section 3) computes features at three scales and pools them over sliding windows:
+
+    image -> resized by 1.2, 0.8, 0.4 -> VGG's blocks 1 to 5 (shared) -> block 6 (one for each scale)
+          -> resized to the largest map, concatenated -> 5x5 and 9x9 max pooling with stride 1, concatenated: features
+          -> head: one cell per output_stride px of the largest scale -> bilinear resize: logits of every pixel
+
+The position of a cell: a 2x2 pooling puts cell i between pixels 2i and 2i + 1, so after three of them cell i is centred
+on pixel 8i + 3.5, whatever the size of the image. `resize_logits` and `cell_labels` use this geometry.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pwlib.data import VOID
+from pwlib.pretrained import download_vgg, load_vgg_blocks, load_vgg_fc6, load_vgg_fc7
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # channels and number of 3x3 convolutions of each block
+
+
+class Normalize(nn.Module):
+    """Normalise RGB in [0, 1] by ImageNet's mean and standard deviation; nothing else in the library does so."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return (check_image(image) - self.mean) / self.std  # [B, 3, H, W]
+
+
+def check_image(image: Tensor) -> Tensor:
+    """Return the image if it is a float tensor [B, 3, H, W] with at least one pixel; raise ValueError otherwise."""
+    if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape:
+        raise ValueError(f"image has shape {tuple(image.shape)}; expected [B, 3, H, W] (RGB), none of them empty")
+    if not image.is_floating_point():
+        raise ValueError(f"image has dtype {image.dtype}; expected float RGB in [0, 1] (divide uint8 by 255)")
+    return image
+
+
+# ------------------------------------------------------------------------------------------------------------ layers
+
+
+def convolution(
+    inputs: int, outputs: int, kernel: int = 3, *, dilation: int = 1, batch_norm: bool = False
+) -> list[nn.Module]:
+    """Layers: convolution (padded to keep the size), optional batch norm, ReLU; He initialisation (2015, eq. 10)."""
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=dilation * (kernel // 2), dilation=dilation)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_in", nonlinearity="relu")
+    nn.init.zeros_(conv.bias)
+    return [conv, *([nn.BatchNorm2d(outputs)] if batch_norm else []), nn.ReLU(inplace=True)]
+
+
+def classifier(inputs: int, num_classes: int) -> nn.Conv2d:
+    """The last 1x1 convolution, with small weights: the first predictions are close to uniform, as in DeepLab."""
+    conv = nn.Conv2d(inputs, num_classes, 1)
+    nn.init.normal_(conv.weight, std=0.01)
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+def vgg_blocks(*, width: float = 1.0, batch_norm: bool = False, output_stride: int = 8) -> nn.Sequential:
+    """VGG-16's five blocks: [B, 3, H, W] -> [B, 512 width, ceil(H / output_stride), ceil(W / output_stride)].
+
+    Poolings are VGG's 2x2 with stride 2 until the output stride is reached. Later poolings are 3x3 with stride 1 (an
+    even size would shift the map by half a cell), and each doubles the dilation of the convolutions behind it. Blocks 1
+    to 3 therefore compute exactly what VGG computes.
+
+    Args:
+        width: multiplies the number of channels of every layer.
+        output_stride: px per cell of the result: 8, 16 or 32.
+    """
+    if output_stride not in (8, 16, 32):
+        raise ValueError(f"output_stride is {output_stride}; expected 8, 16 or 32")
+    blocks, inputs, stride, dilation = [], 3, 1, 1
+    for channels, depth in VGG16:
+        outputs, layers = max(1, round(channels * width)), []
+        for _ in range(depth):
+            layers += convolution(inputs, outputs, dilation=dilation, batch_norm=batch_norm)
+            inputs = outputs
+        if stride < output_stride:
+            layers.append(nn.MaxPool2d(2, stride=2, ceil_mode=True))  # ceil_mode: keep an odd last row or column
+            stride *= 2
+        else:
+            layers.append(nn.MaxPool2d(3, stride=1, padding=1))
+            dilation *= 2
+        blocks.append(nn.Sequential(*layers))
+    return nn.Sequential(*blocks)
+
+
+# ---------------------------------------------------------------------------------------------------------- networks
+
+
+class VGGNetwork(nn.Module):
+    """Base of the two networks. A subclass defines `features`, `head`, `feature_channels` and `load_vgg`.
+
+    Args:
+        num_classes: K, at least 2.
+        width: multiplies the number of channels of every layer (0.25 trains on a laptop).
+        batch_norm: whether batch norm follows every convolution except the classifier.
+        weights: "imagenet" downloads torchvision's VGG-16 (with batch norm: VGG-16-BN) and needs width=1. None: random
+            weights (He initialisation).
+    """
+
+    cell_size: int | None  # px per cell of `coarse`; None: the map covers the image exactly, whatever its size
+
+    def __init__(self, num_classes: int, width: float, batch_norm: bool, weights: str | None, output_stride: int):
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes is {num_classes}; expected at least 2 classes to choose between")
+        if not width > 0:
+            raise ValueError(f"width is {width}; expected a positive multiplier of VGG's channels")
+        if weights not in (None, "imagenet"):
+            raise ValueError(f'weights is {weights!r}; expected "imagenet" or None')
+        if weights and width != 1:
+            raise ValueError(f"width is {width}; ImageNet weights exist for width=1 only (or pass weights=None)")
+        self.num_classes, self.width, self.batch_norm, self.output_stride = (
+            num_classes,
+            width,
+            batch_norm,
+            output_stride,
+        )
+        self.normalize = Normalize()
+        self.blocks = vgg_blocks(width=width, batch_norm=batch_norm, output_stride=output_stride)
+
+    def _finish(self, weights: str | None) -> None:
+        self.to(memory_format=torch.channels_last)  # 10 to 30 % faster on CPUs, and the layout of tensor cores
+        if weights:
+            self.load_vgg(download_vgg(self.batch_norm))
+
+    def coarse(self, image: Tensor) -> Tensor:
+        """Logits of the cells, before resizing: [B, K, h, w]."""
+        return self.head(self.features(image))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits [B, K, H, W] of an image [B, 3, H, W] of any size, RGB in [0, 1]."""
+        return resize_logits(self.coarse(image), image.shape[-2:], stride=self.cell_size)
+
+
+class DeepLabLargeFOV(VGGNetwork):
+    """DeepLab-LargeFOV (Chen et al. 2015): image [B, 3, H, W] in [0, 1] -> logits [B, K, H, W].
+
+    Args:
+        num_classes, width, batch_norm, weights: see `VGGNetwork`.
+        dropout: probability of dropout behind fc6 and fc7, in training.
+    """
+
+    cell_size = 8
+
+    def __init__(
+        self,
+        num_classes: int = 21,
+        *,
+        width: float = 1.0,
+        batch_norm: bool = False,
+        weights: str | None = None,
+        dropout: float = 0.5,
+    ):
+        super().__init__(num_classes, width, batch_norm, weights, self.cell_size)
+        inputs, hidden = max(1, round(512 * width)), max(1, round(1024 * width))
+        self.fc6 = nn.Sequential(*convolution(inputs, hidden, dilation=12, batch_norm=batch_norm), nn.Dropout(dropout))
+        self.fc7 = nn.Sequential(*convolution(hidden, hidden, 1, batch_norm=batch_norm), nn.Dropout(dropout))
+        self.classifier = classifier(hidden, num_classes)
+        self.feature_channels = hidden
+        self._finish(weights)
+
+    @property
+    def head(self) -> nn.Module:
+        return self.classifier
+
+    @property
+    def receptive_field(self) -> int:
+        """Side, in px, of the square of the image that one cell of `coarse` depends on."""
+        return receptive_field(nn.Sequential(self.blocks, self.fc6, self.fc7, self.classifier))
+
+    def features(self, image: Tensor) -> Tensor:
+        """The input of the classifier: [B, feature_channels, ceil(H / 8), ceil(W / 8)]."""
+        return self.fc7(self.fc6(self.blocks(self.normalize(image))))
+
+    def load_vgg(self, state: Mapping[str, Tensor]) -> None:
+        """Load the state dict of torchvision's vgg16 (or vgg16_bn); only the classifier keeps its random weights.
+
+        VGG's fc6 reads 7x7 cells, 32 px apart. Every third is kept: 3x3 taps, 96 px apart (dilation 12 at 8 px a cell).
+        """
+        load_vgg_blocks(self.blocks, state)
+        load_vgg_fc6(self.fc6[0], state)
+        load_vgg_fc7(self.fc7[0], state)
+
+
+class FeatMapNet(VGGNetwork):
+    """FeatMap-Net (Lin et al. 2016), features at several scales: image [B, 3, H, W] in [0, 1] -> logits [B, K, H, W].
+
+    The maps of the scales must cover the same pixels before they can be concatenated. Every scale therefore resizes the
+    image to a whole number of cells, the nearest to scale * (H, W) / output_stride and at least 1: the map of n cells
+    covers the image exactly, and cell i covers its i-th n-th part.
+
+    Args:
+        num_classes, width, batch_norm, weights: see `VGGNetwork`; VGG's weights serve blocks 1 to 5 and the first layer
+            of every block 6.
+        scales: factors by which the image is resized; (1.0,) switches multi-scale features off.
+        pyramid: sides of the sliding pooling windows, in cells, odd; () switches them off.
+        output_stride: px of the resized image per cell: 16 in the paper, 8 for small images.
+        dilation: of the first layer of block 6. None: 96 / output_stride, so that its taps are 96 px apart, as is every
+            third of the 7x7 cells that VGG's first fully connected layer reads. 1 or 2 for small images.
+        dropout: probability of dropout in the head, in training.
+    """
+
+    cell_size = None
+
+    def __init__(
+        self,
+        num_classes: int = 21,
+        *,
+        scales: Sequence[float] = (1.2, 0.8, 0.4),
+        pyramid: Sequence[int] = (5, 9),
+        output_stride: int = 16,
+        dilation: int | None = None,
+        width: float = 1.0,
+        batch_norm: bool = False,
+        weights: str | None = None,
+        dropout: float = 0.5,
+    ):
+        super().__init__(num_classes, width, batch_norm, weights, output_stride)
+        if not scales or not all(scale > 0 for scale in scales):
+            raise ValueError(f"scales are {tuple(scales)}; expected one or more positive numbers")
+        if not all(side > 0 and side % 2 for side in pyramid):
+            raise ValueError(f"pyramid is {tuple(pyramid)}; expected odd numbers of cells")
+        if dilation is not None and dilation < 1:
+            raise ValueError(f"dilation is {dilation}; expected at least 1")
+        self.scales = tuple(scales)
+        channels, first = max(1, round(512 * width)), max(1, round(1024 * width))
+        self.feature_channels = channels * len(self.scales) * (1 + len(pyramid))
+        dilation = dilation or 96 // output_stride
+        self.block6 = nn.ModuleList(
+            nn.Sequential(
+                *convolution(channels, first, dilation=dilation, batch_norm=batch_norm),
+                *convolution(first, channels, batch_norm=batch_norm),
+                *convolution(channels, channels, batch_norm=batch_norm),
+            )
+            for _ in self.scales
+        )
+        self.pools = nn.ModuleList(nn.MaxPool2d(side, stride=1, padding=side // 2) for side in pyramid)
+        last = classifier(channels, num_classes)
+        hidden = convolution(self.feature_channels, channels, 1, batch_norm=batch_norm)
+        self.head = nn.Sequential(*hidden, nn.Dropout(dropout), last)
+        self._finish(weights)
+
+    def cells(self, size: tuple[int, int], scale: float) -> tuple[int, int]:
+        """Size (h, w) of the map of an image of `size` (H, W) at `scale`."""
+        height, width = (max(1, round(side * scale / self.output_stride)) for side in size)
+        return height, width
+
+    def features(self, image: Tensor) -> Tensor:
+        """The input of the head: [B, feature_channels, h, w], (h, w) as `cells` gives it for the largest scale."""
+        image = self.normalize(image)
+        maps = []
+        for scale, block6 in zip(self.scales, self.block6, strict=True):
+            size = [cells * self.output_stride for cells in self.cells(image.shape[-2:], scale)]
+            resized = F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
+            maps.append(block6(self.blocks(resized)))  # [B, C, h_scale, w_scale]
+        largest = self.cells(image.shape[-2:], max(self.scales))
+        joined = torch.cat([resize_logits(one, largest) for one in maps], dim=1)  # [B, C * scales, h, w]
+        return torch.cat([joined, *(pool(joined) for pool in self.pools)], dim=1)
+
+    def load_vgg(self, state: Mapping[str, Tensor]) -> None:
+        """Load torchvision's vgg16 (or vgg16_bn) state dict: blocks 1 to 5, and the first layer of each block 6."""
+        load_vgg_blocks(self.blocks, state)
+        for block6 in self.block6:
+            load_vgg_fc6(block6[0], state)
+
+
+# ------------------------------------------------------------------------------------------------------------ geometry
+
+
+def resize_logits(logits: Tensor, size: tuple[int, int], *, stride: int | None = None) -> Tensor:
+    """Resize [B, K, h, w] -> [B, K, H, W] bilinearly, with half-pixel centres (align_corners=False).
+
+    Args:
+        size: (H, W), in px.
+        stride: px per cell. Cell (i, j) covers the pixels from (i, j) * stride on, and the last cells may reach beyond
+            the image (h = ceil(H / stride)): the map is resized to the h*stride x w*stride px it covers, and cropped.
+            (Squeezing it into H x W would shift it: by 5.75 px at the lower border for H = 90 and stride 8.)
+            None: the map covers the image exactly.
+
+    Raises:
+        ValueError: h x w cells of `stride` px do not cover the size.
+    """
+    height, width = size
+    if stride is None:
+        if logits.shape[-2:] == (height, width):
+            return logits
+        return F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
+    cells = tuple(logits.shape[-2:])
+    if cells != (-(-height // stride), -(-width // stride)):
+        raise ValueError(
+            f"logits have {cells[0]}x{cells[1]} cells of {stride} px; they cannot cover {height}x{width} px"
+        )
+    covered = (cells[0] * stride, cells[1] * stride)
+    logits = F.interpolate(logits, size=covered, mode="bilinear", align_corners=False)
+    return logits[..., :height, :width].contiguous()
+
+
+def cell_labels(label: Tensor, cells: tuple[int, int], *, cell_size: int | None = None) -> Tensor:
+    """The label under the centre of each cell: [B, H, W] -> [B, h, w], with the geometry of `resize_logits`.
+
+    Args:
+        cells: (h, w).
+        cell_size: px per cell; cell (i, j) covers the pixels from (i, j) * cell_size on, and a cell whose centre is
+            outside the image is void. None: the cells cover the image exactly.
+    """
+    rows, columns = (
+        ((torch.arange(count, device=label.device) + 0.5) * (cell_size or side / count)).long()
+        for count, side in zip(cells, label.shape[-2:], strict=True)
+    )  # [h], [w]
+    inside = (rows < label.shape[-2])[:, None] & (columns < label.shape[-1])  # [h, w]
+    picked = label[:, rows.clamp(max=label.shape[-2] - 1)[:, None], columns.clamp(max=label.shape[-1] - 1)]
+    return picked.masked_fill(~inside, VOID)
+
+
+def receptive_field(module: nn.Module) -> int:
+    """Side, in input px, of the square that one output cell of a chain of convolutions and poolings depends on.
+
+    A layer with kernel k, dilation d and stride s adds (k - 1) d j px, where j is the distance of its inputs in px, and
+    multiplies j by s (Dumoulin & Visin, "A guide to convolution arithmetic", 2016). Layers are taken in the order of
+    `module.modules()`; branches are not supported. ValueError for a layer that is not square.
+    """
+    field, jump = 1, 1
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
+            kernel, stride, dilation = (_side(getattr(layer, n, 1)) for n in ("kernel_size", "stride", "dilation"))
+            field += (kernel - 1) * dilation * jump
+            jump *= stride
+    return field
+
+
+def _side(value: int | tuple[int, int]) -> int:
+    sides = {value} if isinstance(value, int) else set(value)
+    if len(sides) != 1:
+        raise ValueError(f"a layer has the sides {value}; the receptive field is defined here for square layers")
+    return sides.pop()
+
+
+# ------------------------------------------------------------------------------------------------------ other networks
+
+
+class AsUnary(nn.Module):
+    """Adapter for any network: takes logits from torchvision's {"out": ...}, resizes them, checks their shape."""
+
+    def __init__(self, module: nn.Module, *, num_classes: int | None = None, normalize: bool = False):
+        super().__init__()
+        self.module, self.num_classes = module, num_classes
+        self.normalize = Normalize() if normalize else None
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits = self.module(self.normalize(image) if self.normalize else check_image(image))
+        if isinstance(logits, Mapping):
+            if "out" not in logits:
+                raise ValueError(f"the unary network returned a dict of {sorted(logits)}; expected logits under 'out'")
+            logits = logits["out"]
+        name = type(self.module).__name__
+        if not isinstance(logits, Tensor) or logits.ndim != 4 or len(logits) != len(image):
+            given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"unary network {name} returned {given}; expected logits [{len(image)}, K, H, W]")
+        if self.num_classes not in (None, logits.shape[1]):
+            raise ValueError(
+                f"unary network {name} returned {logits.shape[1]} classes; expected {self.num_classes} "
+                f"(logits [B, {self.num_classes}, H, W])"
+            )
+        return resize_logits(logits, image.shape[-2:])
+
+
+def as_unary(module: nn.Module, *, num_classes: int | None = None, normalize: bool = False) -> nn.Module:
+    """Adapt a module from image to logits to the library's convention: [B, 3, H, W] in [0, 1] -> [B, K, H, W].
+
+    A module that is adapted already, or that has a `cell_size` as the library's networks do, is returned unchanged.
+
+    Args:
+        num_classes: K, if it should be checked.
+        normalize: whether the module expects ImageNet-normalised pixels, as torchvision's segmentation models do.
+    """
+    if isinstance(module, AsUnary) or hasattr(module, "cell_size"):
+        return module
+    return AsUnary(module, num_classes=num_classes, normalize=normalize)
