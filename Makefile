@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 NBVAL := -p tests.budgets --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval.cfg -n 2 --dist loadscope -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test quick notebooks full html lint format clean classroom release grade feedback classroom-test
+.PHONY: help setup lab test quick notebooks full html wheel lint publish-config format clean classroom release grade feedback classroom-test
 
 help: ## Show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,14 @@ html: setup ## Render the executed notebooks into one static site, build/html
 lint: setup ## Check style with ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python docs/publish.py --check
+
+publish-config: ## Write the project's address into badges and links: make publish-config REPOSITORY=owner/name
+	@$(PYTHON) docs/publish.py "$(REPOSITORY)"
+
+wheel: setup ## Build the wheel that is installed without this folder: dist/pwlib-*.whl
+	rm -rf build/lib build/bdist.*
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 format: setup ## Rewrite the code in the project's style
 	$(BIN)/ruff check --fix .

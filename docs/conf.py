@@ -28,8 +28,6 @@ html_show_search_summary = False  # it fetches pages, which a browser forbids to
 html_context = {"default_mode": "light"}  # figures are drawn on white
 html_show_sourcelink = False
 html_theme_options = {
-    "repository_url": "https://github.com/pwlib/pwlib",
-    "use_repository_button": True,
     "use_download_button": False,
     "home_page_in_toc": True,
     "show_toc_level": 2,

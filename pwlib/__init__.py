@@ -6,6 +6,8 @@ likelihoods, context, metrics, model, trainer.
 
 import os
 
+__version__ = "0.2.0"
+
 # OpenMP reads it once, when torch is imported. Threads that wait for more to do, at full load, take the cores from
 # those of `pwlib.crew`, and from any process beside this one.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

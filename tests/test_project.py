@@ -39,7 +39,7 @@ def test_conda_environment_agrees_with_pyproject():
 
 
 def test_notebooks_extra_holds_what_notebooks_import():
-    """Whatever a notebook imports from outside comes with `pip install pwlib[notebooks]`."""
+    """Whatever a notebook imports from outside comes with the extra `notebooks`."""
     wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["notebooks"]
     installed = {re.match(r"[\w-]+", entry)[0].lower().replace("-", "_") for entry in wanted}
     installed |= {"pwlib", "ipython", "pil"} | {name.lower() for name in sys.stdlib_module_names}
