@@ -62,9 +62,10 @@ classroom-test: classroom ## Test the labs: release, grade and return them with 
 html: setup ## Render the executed notebooks into one static site, build/html
 	$(BIN)/python docs/build.py build/html
 
-lint: setup ## Check style with ruff
+lint: setup ## Check style (ruff), configuration, texts and stored notebooks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/lint.py
 	$(BIN)/python docs/publish.py --check
 
 publish-config: ## Write the project's address into badges and links: make publish-config REPOSITORY=owner/name

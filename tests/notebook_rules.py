@@ -1,17 +1,18 @@
-"""The rules that every stored notebook keeps; each takes a notebook and returns its faults as sentences."""
+"""The rules for stored notebooks, which `tests/lint.py` applies: each takes a notebook and returns its faults."""
 
 import ast
 import importlib
 import inspect
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PARTS = ("What you will be able to do", "What you need", "Time", "What to remember", "Where it is in the paper")
-SHORTEST_ALT = 20  # characters; "a figure" describes nothing
+SHORTEST_ALT = 20  # characters; "a figure" is no description
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 IMAGE = re.compile(r"!\[(?P<alt>[^\]]*)\]\((?P<target>[^)\s]+)[^)]*\)")
@@ -21,12 +22,11 @@ LINK = re.compile(r"(?<!!)\[(?:[^\[\]]|!\[[^\]]*\]\([^)]*\))*\]\((?P<target>[^)\
 INLINE_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 DOTTED = re.compile(r"(?<![\w./])pwlib(?:\.[A-Za-z_]\w*)+")
 FILE = re.compile(r"^(?:pwlib|tests|benchmarks|notebooks|data)/[\w./-]*$")
-NOTEBOOK_NAME = re.compile(r"^\d\d_[a-z0-9_]+$")
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|tmp|root|home|Users)/")
 
 
 def faults(notebook, name: str) -> list[str]:
-    """All faults of a notebook stored as notebooks/<name>.ipynb."""
+    """Return all faults of a notebook stored as notebooks/<name>.ipynb, one sentence each."""
     rules = (execution, images, links, names, anatomy, outputs)
     return [f"{name}: {fault}" for rule in rules for fault in rule(notebook, name)]
 
@@ -40,7 +40,7 @@ def code_cells(notebook) -> list:
 
 
 def execution(notebook, name: str) -> Iterator[str]:
-    """Every code cell ran, once, from top to bottom, and only those raised that are meant to."""
+    """Every code cell ran once, in order, and raised nothing unless it is tagged raises-exception."""
     for place, cell in enumerate(code_cells(notebook), 1):
         if not cell.source.strip():
             yield f"cell {cell.id} is empty"
@@ -54,7 +54,7 @@ def execution(notebook, name: str) -> Iterator[str]:
 
 
 def images(notebook, name: str) -> Iterator[str]:
-    """Every picture, stored or linked, has a text for those who cannot see it; a widget has a picture near it."""
+    """Every picture, stored or linked, has alternative text; a widget has a static picture next to it."""
     pictured, widgets = [], []
     for place, cell in enumerate(notebook.cells):
         for output in cell.get("outputs", []):
@@ -89,19 +89,19 @@ def prose(cell) -> str:
 
 
 def links(notebook, name: str) -> Iterator[str]:
-    """Every link to a file of this repository and to a heading leads somewhere."""
+    """Every link to a file of this repository or to a heading has an existing target."""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             for link in LINK.finditer(prose(cell)):
                 target = link["target"] or link["html"]
-                if not leads_somewhere(target, notebook):
+                if not target_exists(target, notebook):
                     yield f"cell {cell.id} links to {target}, which does not exist"
             for image in IMAGE.finditer(prose(cell)):
-                if not leads_somewhere(image["target"], notebook):
+                if not target_exists(image["target"], notebook):
                     yield f"cell {cell.id} shows {image['target']}, which does not exist"
 
 
-def leads_somewhere(target: str, notebook) -> bool:
+def target_exists(target: str, notebook) -> bool:
     path, _, anchor = target.partition("#")
     if "://" in target:
         return target.startswith("https://")
@@ -112,7 +112,7 @@ def leads_somewhere(target: str, notebook) -> bool:
 
 
 def names(notebook, name: str) -> Iterator[str]:
-    """Every name of pwlib, in code, in solutions and in the text's `code`, exists; so does every file it names."""
+    """Every name of pwlib in code, in solutions and in the text's `code` exists, and so does every file."""
     bound: dict[str, object] = {}
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -121,18 +121,21 @@ def names(notebook, name: str) -> Iterator[str]:
         for language, block in FENCE.findall(cell.source):
             if language == "python":
                 yield from (f"cell {cell.id} uses {fault}" for fault in unknown_names(block, dict(bound)))
-        for code in INLINE_CODE.findall(prose(cell)):
-            for dotted in DOTTED.findall(code):
-                if not resolves(dotted):
-                    yield f"cell {cell.id} names {dotted}, which does not exist"
-            if FILE.match(code) and not (ROOT / code).exists():
-                yield f"cell {cell.id} names the file {code}, which does not exist"
+        yield from (f"cell {cell.id} names {missing}, which does not exist" for missing in missing_names(prose(cell)))
+
+
+def missing_names(text: str) -> Iterator[str]:
+    """Names of pwlib and files of the repository that a markdown text puts in `code` and that do not exist."""
+    for code in INLINE_CODE.findall(text):
+        yield from (dotted for dotted in DOTTED.findall(code) if not resolves(dotted))
+        if FILE.match(code) and not (ROOT / code).exists():
+            yield f"the file {code}"
 
 
 def unknown_names(source: str, bound: dict[str, object]) -> Iterator[str]:
-    """Names of pwlib that a cell imports or reaches by dots and that do not exist; `bound` carries over cells."""
+    """Names of pwlib that a cell uses and that do not exist; `bound` maps the notebook's variables to modules."""
     lines = ["" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines()]
-    # A magic that was a block's only line leaves the block empty; `...` stands in for it.
+    # A block whose only line is a magic would be empty without it; `...` replaces the magic.
     text = "\n".join(
         re.match(r"\s*", old)[0] + "..." if old.strip() and not new else new
         for old, new in zip(source.splitlines(), lines, strict=True)
@@ -181,7 +184,7 @@ def resolves(dotted: str) -> bool:
 
 
 def look_up(dotted: str) -> object:
-    """The module, class, function or attribute that a dotted name of pwlib means; None if there is none."""
+    """Return the module, class, function or attribute with this dotted name of pwlib; None if there is none."""
     first, *rest = dotted.split(".")
     found: object = importlib.import_module(first)
     for attribute in rest:
@@ -212,17 +215,11 @@ def member(owner: object, attribute: str) -> object:
 
 
 def anatomy(notebook, name: str) -> Iterator[str]:
-    """The parts that a reader finds in every notebook, where they expect them."""
+    """Title, sections, Colab badge, installing cell and kernel are as in every notebook."""
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     if not notebook.cells[0].source.startswith(f"# {name[:2]}"):
         yield f"the first cell is not the title # {name[:2]} · …"
-    for part in (
-        "What you will be able to do",
-        "What you need",
-        "Time",
-        "What to remember",
-        "Where it is in the paper",
-    ):
+    for part in PARTS:
         if part not in text:
             yield f"there is no part {part!r}"
     first = code_cells(notebook)[0]
@@ -233,7 +230,7 @@ def anatomy(notebook, name: str) -> Iterator[str]:
 
 
 def outputs(notebook, name: str) -> Iterator[str]:
-    """Outputs are small, tell nothing of the machine that made them, and none is a warning."""
+    """Outputs are small, contain no path of the machine that ran the notebook, and no warning."""
     stored = 0
     for cell in code_cells(notebook):
         for output in cell.outputs:
@@ -248,3 +245,57 @@ def outputs(notebook, name: str) -> Iterator[str]:
         yield f"its outputs take {stored / 1e6:.1f} MB; expected at most 1.5"
     if stored + explorers > 6e6:
         yield f"its outputs and explorers take {(stored + explorers) / 1e6:.1f} MB; expected at most 6"
+
+
+# ------------------------------------------------------------------------------------------------------ exercises
+
+HEADING = re.compile(r"^### Exercise (?P<name>\d\d\.\d+) · (?P<title>.+)$", re.M)
+EFFORT = re.compile(r"^\*(?P<minutes>\d+) minutes · difficulty (?P<stars>[★☆]{3})\*$", re.M)
+SOLUTION = re.compile(r"<details>\s*<summary>Solution</summary>.*?```python\n(.*?)```.*?</details>", re.S)
+CHECK = re.compile(r"""\bcheck\(\s*["'](?P<name>[\d.]+)["']\s*,\s*(?P<answer>\w+)\s*\)""")
+
+
+@dataclass
+class Printed:
+    """An exercise as a notebook prints it.
+
+    text: the markdown cell. checked, answer: the name and the variable in the check cell, `check("02.1", answer)`.
+    stub, solution: code.
+    """
+
+    name: str
+    text: str
+    stub: str = ""
+    checked: str = ""
+    answer: str = ""
+    solution: str = ""
+
+    def faults(self, registered: dict) -> Iterator[str]:
+        """How the text differs from the registered check (`pwlib.course.checks.Exercise`) of the same name."""
+        entry, effort = registered[self.name], EFFORT.search(self.text)
+        stars = "★" * entry.difficulty + "☆" * (3 - entry.difficulty)
+        if HEADING.search(self.text)["title"].strip() != entry.title:
+            yield f"is not called {entry.title!r} as in its check"
+        if not effort or (int(effort["minutes"]), effort["stars"]) != (entry.minutes, stars):
+            yield f"lacks the line *{entry.minutes} minutes · difficulty {stars}*"
+        if "<summary>Hint" not in self.text:
+            yield "has no hint"
+        if self.checked != self.name:
+            yield f"is checked as {self.checked!r}"
+
+
+def exercises(notebook) -> dict[str, Printed]:
+    """Return the exercises of a notebook in order: heading, stub tagged `exercise`, check cell, solution."""
+    found: dict[str, Printed] = {}
+    current = None
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            if heading := HEADING.search(cell.source):
+                current = found[heading["name"]] = Printed(heading["name"], cell.source)
+            if current and (solution := SOLUTION.search(cell.source)):
+                current.solution, current = solution[1], None
+        elif current and "exercise" in tags(cell):
+            current.stub += cell.source + "\n"
+        elif current and (call := CHECK.search(cell.source)):
+            current.checked, current.answer = call["name"], call["answer"]
+    return found

@@ -1,73 +1,27 @@
-"""The notebooks as stored keep the rules of notebook_rules.py, and a fault planted in a copy breaks them."""
+"""The rules for stored notebooks find planted faults, and so does running a notebook with nbval."""
 
 import copy
-import itertools
-import json
 import os
 import re
 import subprocess
 import sys
 from xml.etree import ElementTree
 
+import budgets
 import nbformat
 import pytest
+from notebook_rules import ROOT, WIDGET, Printed, code_cells, exercises, faults, resolves, tags
 
-from pwlib.course import plots
-
-sys.path.insert(0, os.path.dirname(__file__))
-import budgets
-from notebook_rules import NOTEBOOK_NAME, ROOT, WIDGET, code_cells, faults, resolves, tags
-
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
-
-
-def read(path):
-    return nbformat.read(path, as_version=4)
+from pwlib.course.checks import Exercise
 
 
 @pytest.fixture
 def first():
-    """A copy of notebook 00 to spoil."""
-    return copy.deepcopy(read(NOTEBOOKS[0]))
+    """Notebook 00, for a test to change."""
+    return nbformat.read(ROOT / "notebooks" / "00_why_structure.ipynb", as_version=4)
 
 
-# ------------------------------------------------------------------------------------------------- the notebooks
-
-
-def test_there_are_notebooks():
-    assert NOTEBOOKS and NOTEBOOKS[0].stem == "00_why_structure"
-    assert all(NOTEBOOK_NAME.match(path.stem) for path in NOTEBOOKS)
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=[p.stem for p in NOTEBOOKS])
-def test_stored_notebook_keeps_the_rules(path):
-    notebook = read(path)
-    nbformat.validate(notebook)
-    assert not faults(notebook, path.stem), "\n".join(faults(notebook, path.stem))
-
-
-def test_every_notebook_has_a_budget_and_the_series_fits():
-    budget = json.loads(budgets.FILE.read_text())
-    assert {path.stem for path in NOTEBOOKS} <= set(budget)
-    assert sum(entry["cpu_minutes"] for entry in budget.values()) <= 15, "the whole series: 15 minutes on two cores"
-
-
-def test_notebooks_follow_one_another():
-    """Each notebook links to the next that is there."""
-    for path, following in itertools.pairwise(NOTEBOOKS):
-        last = "\n".join(cell.source for cell in read(path).cells[-3:])
-        assert f"({following.name})" in last, f"{path.name} does not end with a link to {following.name}"
-
-
-def test_line_colours_are_told_apart_with_any_colour_vision():
-    """The colours of curves and bars, seen through the eyes that judge the palettes."""
-    from test_data import DICHROMACY, closest
-
-    colours = [[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in plots.COLOURS.values()]
-    assert min(closest(colours, vision) for vision in DICHROMACY) > 0.05
-
-
-# ---------------------------------------------------------------------------------------- planted faults, as stored
+# ----------------------------------------------------------------------------------- faults in a stored notebook
 
 
 def figure_cell(notebook):
@@ -98,7 +52,7 @@ def figure_with_an_empty_alt(notebook):
     next(o for o in cell.outputs if "image/png" in o.get("data", {})).metadata["image/png"]["alt"] = "figure"
 
 
-def lonely_widget(notebook):
+def widget_without_picture(notebook):
     for cell in code_cells(notebook):
         cell.outputs = []
     view = nbformat.v4.new_output("display_data", data={WIDGET: {"model_id": "1"}})
@@ -142,7 +96,7 @@ def without(pattern, instead=""):
         (stored_exception, "ended with KeyError"),
         (figure_without_alt, "figure without alt text"),
         (figure_with_an_empty_alt, "figure without alt text"),
-        (lonely_widget, "no static figure"),
+        (widget_without_picture, "no static figure"),
         (write("\n![](https://example.org/a.png)"), "image without alt text"),
         (write('\n<img src="a.png">'), "<img> without alt text"),
         (write("\n[next](99_nowhere.ipynb)"), "99_nowhere.ipynb, which does not exist"),
@@ -173,6 +127,23 @@ def test_names_that_exist_resolve(name):
     assert resolves(name)
 
 
+def test_an_exercise_that_differs_from_its_check_is_found(first):
+    registered = {"00.1": Exercise("00.1", "Paint", 5, 1, None)}
+    text = "### Exercise 00.1 · Paint\n\n*5 minutes · difficulty ★☆☆*\n\n<details><summary>Hint</summary>"
+    assert not list(Printed("00.1", text, checked="00.1").faults(registered))
+    for old, new, fault in [
+        ("Paint", "Draw", "is not called 'Paint'"),
+        ("5 minutes", "15 minutes", "lacks the line"),
+        ("★☆☆", "★★☆", "lacks the line"),
+        ("Hint", "Help", "no hint"),
+    ]:
+        assert any(
+            fault in found for found in Printed("00.1", text.replace(old, new), checked="00.1").faults(registered)
+        )
+    assert list(Printed("00.1", text, checked="00.2").faults(registered)) == ["is checked as '00.2'"]
+    assert list(exercises(first)) == ["00.1", "00.2", "00.3", "00.4", "00.5"]
+
+
 def test_a_slow_notebook_is_over_budget():
     budget = {"00": {"cpu_minutes": 1.0, "gpu_minutes": 0.1}}
     assert not budgets.over_budget({"00": 100.0}, budget, "cpu")
@@ -181,25 +152,25 @@ def test_a_slow_notebook_is_over_budget():
     assert "no budget" in budgets.over_budget({"01": 1.0}, budget, "cpu")[0]
 
 
-# ------------------------------------------------------------------------------------------ planted faults, as run
+# -------------------------------------------------------------------------------- faults in a notebook that is run
 
 
 @pytest.mark.slow
 def test_running_a_notebook_finds_an_exception_and_a_changed_number(first, tmp_path):
-    """nbval, as `make notebooks` calls it, on notebook 00's imports and a verdict: as they are, and spoilt."""
+    """nbval, called as in `make notebooks`, on two cells of notebook 00: unchanged, and with a planted fault."""
     verdict = [c for c in code_cells(first) if "nbval-check-output" in tags(c)][-1]
     first.cells = [code_cells(first)[1], verdict]
-    spoilt = {"sound": first}
-    for name in ("raises", "changed", "untagged"):
-        spoilt[name] = copy.deepcopy(first)
-    spoilt["raises"].cells[0].source += "\nraise KeyError('planted')"
+    changed = {"sound": first}
+    for name in ("raises", "number", "untagged"):
+        changed[name] = copy.deepcopy(first)
+    changed["raises"].cells[0].source += "\nraise KeyError('planted')"
     number = re.compile(r"\d\.\d")
-    for name in ("changed", "untagged"):
-        output = spoilt[name].cells[1].outputs[0]
-        assert number.search(output.text), "the verdict that is spoilt here holds no number"
+    for name in ("number", "untagged"):
+        output = changed[name].cells[1].outputs[0]
+        assert number.search(output.text), "the cell's output has no number to change"
         output.text = number.sub("0.7", output.text, count=1)
-    spoilt["untagged"].cells[1].metadata.tags = []
-    for name, notebook in spoilt.items():
+    changed["untagged"].cells[1].metadata.tags = []
+    for name, notebook in changed.items():
         nbformat.write(notebook, tmp_path / f"{name}.ipynb")
     options = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300", "--junitxml=report.xml", "-q"]
     options += ["--nbval-sanitize-with", str(ROOT / "tests" / "nbval.cfg"), "-p", "no:cacheprovider"]
@@ -210,5 +181,5 @@ def test_running_a_notebook_finds_an_exception_and_a_changed_number(first, tmp_p
         failed.setdefault(case.get("classname").removesuffix(".ipynb").split(".")[-1], []).append(
             case.find("failure") is not None
         )
-    assert failed == {"sound": [False, False], "raises": [True, False], "changed": [False, True],
+    assert failed == {"sound": [False, False], "raises": [True, False], "number": [False, True],
                       "untagged": [False, False]}  # fmt: skip

@@ -1,11 +1,9 @@
-"""The figures: what they draw is what they were given."""
-
-import itertools
+"""The figures draw the numbers and label maps that they are given."""
 
 import numpy as np
 import pytest
 import torch
-from matplotlib import colors
+from test_data import DICHROMACY, closest
 
 from pwlib.course import plots
 from pwlib.data import VOID, colorize, voc_palette
@@ -28,7 +26,7 @@ def test_history_draws_every_number_at_its_epoch():
     losses = [line.get_xydata().tolist() for line in left.lines if line.get_marker() == "."]
     assert losses == [[[1, 2.0], [2, 1.0]], [[3, 0.9]]]
     drawn = [point for line in right.lines if line.get_marker() == "^" for point in line.get_xydata().tolist()]
-    assert drawn == [[2, 0.5], [3, 0.6]], "stage 2's epoch 0 is where stage 1 ended"
+    assert drawn == [[2, 0.5], [3, 0.6]], "epoch 0 of stage 2 has the position of the last epoch of stage 1"
     assert [text.get_text() for text in right.get_legend().get_texts()] == [
         "training batches",
         "validation, unary",
@@ -52,24 +50,13 @@ def test_history_of_a_run_without_validation(tmp_path):
     assert (tmp_path / "history.png").stat().st_size > 1000
 
 
-def test_lines_are_told_apart_without_red_and_green():
-    """The curves' colours as a deuteranope sees them (Vienot, Brettel & Mollon 1999) stay apart; others would not."""
-    to_lms = np.array([[17.8824, 43.5161, 4.11935], [3.45565, 27.1554, 3.86714], [0.0299566, 0.184309, 1.46709]])
-
-    def seen(colour):
-        lms = to_lms @ np.array(colors.to_rgb(colour)) ** 2.2
-        lms[1] = 0.494207 * lms[0] + 1.24827 * lms[2]
-        return np.clip(np.linalg.inv(to_lms) @ lms, 0, 1) ** (1 / 2.2)
-
-    def distance(one, other):
-        return np.linalg.norm(seen(one) - seen(other))
-
-    used = [plots.COLOURS[name] for name in ("black", "orange", "blue", "vermilion")]
-    assert min(distance(a, b) for a, b in itertools.combinations(used, 2)) > 0.2
-    assert distance("#b05a00", "#7a7a00") < 0.2, "the measure finds any two colours apart"
+@pytest.mark.parametrize("vision", DICHROMACY)
+def test_the_colours_of_curves_stay_apart_with_any_colour_vision(vision):
+    colours = [tuple(bytes.fromhex(code[1:])) for code in plots.COLOURS.values()]
+    assert closest(colours, vision) > 0.05
 
 
-def test_overlay_leaves_void_bare_and_blends_the_rest():
+def test_overlay_blends_all_pixels_but_void():
     image = torch.full((3, 1, 2), 0.5)
     label = torch.tensor([[VOID, 1]])
     palette = voc_palette(3)
@@ -78,7 +65,7 @@ def test_overlay_leaves_void_bare_and_blends_the_rest():
     assert out[0, 1] == pytest.approx(0.75 * 128 + 0.25 * palette[1], abs=1)
 
 
-def test_predictions_show_each_label_map_and_name_the_classes_that_occur():
+def test_predictions_show_each_label_map_and_list_the_classes_that_occur():
     palette, names = voc_palette(4), ("a", "b", "c", "d")
     maps = {"truth": torch.tensor([[0, 2], [2, VOID]]), "CRF": torch.tensor([[0, 2], [0, 0]])}
     figure = plots.predictions([(torch.rand(3, 2, 2), maps)] * 2, palette, names)
@@ -91,7 +78,7 @@ def test_predictions_show_each_label_map_and_name_the_classes_that_occur():
     assert [axes.get_title() for axes in figure.axes] == ["image", "truth", "CRF", "", "", ""]
 
 
-def test_figures_do_not_pile_up():
+def test_pyplot_does_not_keep_the_figures():
     import matplotlib.pyplot as plt
 
     before = plt.get_fignums()
