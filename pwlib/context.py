@@ -37,9 +37,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pwlib.crf import Trace
 from pwlib.likelihoods import LIKELIHOODS, mean_field, messages
 from pwlib.losses import pairwise_nll
+from pwlib.trace import Trace
 
 RELATIONS = ("surrounding", "above_below")
 COUNTING = ("tree", "sum")

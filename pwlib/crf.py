@@ -15,19 +15,19 @@ theta_beta is srgb, and compat is the kernel's weight w. Bandwidths are standard
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pwlib.crew import crew
 from pwlib.data import VOID
-from pwlib.filters import METHODS, FilterBank, GridPositions, check_normalization, choose_method, make_filters
+from pwlib.filters import ExactFilter, FilterBank, GridPositions, SeparableFilter, check_normalization
 from pwlib.lattice import LatticeBank
+from pwlib.trace import Trace, record
 
+METHODS = ("auto", "exact", "lattice")
+AFFORDABLE = {"cpu": 48 * 64, "cuda": 256 * 256}  # pixels; exact messages at 48x64 take about 15 ms on two cores
 SMALLEST_PROBABILITY = 1e-5  # what pydensecrf's unary_from_softmax clips at
 
 
@@ -54,62 +54,40 @@ class Kernel(nn.Module):
         return self.raw_features(image).to(self.log_theta) / self.log_theta.exp()
 
 
-@dataclass(frozen=True)
-class Trace:
-    """Everything mean field did to one image, in T iterations with M kernels; CPU tensors.
+def choose_method(method: str, pixels: int, device: torch.device) -> str:
+    """ "exact" or "lattice": what `method` means for so many pixels on a device."""
+    if method not in METHODS:
+        raise ValueError(f"filtering is {method!r}; expected one of {', '.join(METHODS)}")
+    if method != "auto":
+        return method
+    return "exact" if pixels <= AFFORDABLE.get(device.type, AFFORDABLE["cpu"]) else "lattice"
 
-    unary [K, H, W] energies; messages [T, M, K, H, W], normalised and unweighted, sent by q[t]; pairwise [T, K, H, W],
-    the energy they add after weights and compatibility; q [T + 1, K, H, W] marginals, q[0] = softmax(-unary) and
-    q[t + 1] = softmax(-unary - pairwise[t]); free_energy [T + 1], in nats, see `DenseCRF.trace`.
 
-    What `senders` needs, where the kernels are Gaussian: features, one [N, D] a kernel, over the bandwidths; sums
-    [M, N], each pixel's sum of a kernel's weights (K 1); how the messages were normalised, and the self-message.
+def make_filters(
+    features: Sequence[Tensor | GridPositions],
+    *,
+    method: str = "auto",
+    normalization: str = "symmetric",
+    self_message: bool = True,
+) -> FilterBank:
+    """The filters for a batch of images, one per kernel.
+
+    Args:
+        features: one entry per kernel, [B, N, D] divided by the bandwidths ([1, N, D] for all images), or
+            `GridPositions`.
+        method: "exact" filters by attention (grid positions by separable products), "lattice" filters on permutohedral
+            lattices, "auto" is exact up to `AFFORDABLE` pixels and uses lattices beyond.
+        normalization, self_message: see `pwlib.filters`.
     """
-
-    image: Tensor
-    unary: Tensor
-    kernels: tuple[str, ...]
-    weights: Tensor
-    compatibility: Tensor
-    messages: Tensor
-    pairwise: Tensor
-    q: Tensor
-    free_energy: Tensor
-    features: tuple[Tensor, ...] = ()
-    sums: Tensor | None = None
-    normalization: str = "symmetric"
-    self_message: bool = True
-
-    @property
-    def iterations(self) -> int:
-        return len(self.pairwise)
-
-    @property
-    def labels(self) -> Tensor:
-        """[T + 1, H, W], the most probable label of each pixel after each iteration."""
-        return self.q.argmax(1)
-
-    @property
-    def entropy(self) -> Tensor:
-        """[T + 1, H, W], nats."""
-        return torch.special.entr(self.q).sum(1)
-
-    def senders(self, kernel: int, pixel: int) -> Tensor:
-        """[H, W], row `pixel` (row-major) of the normalised kernel matrix: how much it hears of each pixel's marginals.
-
-        sum_j senders_j q[t]_j(l) is messages[t, kernel, l] at `pixel`, up to what a lattice approximates.
-        """
-        if not self.features or self.sums is None:
-            raise ValueError("this trace has no kernel features; it cannot say which pixels send a message")
-        features, sums = self.features[kernel], self.sums[kernel]
-        weight = torch.exp(-(features - features[pixel]).square().sum(-1) / 2)
-        if not self.self_message:
-            weight[pixel] = 0
-        if self.normalization == "symmetric":
-            weight = weight * (sums * sums[pixel]).rsqrt()
-        elif self.normalization == "row":
-            weight = weight / sums[pixel]
-        return weight.reshape(self.q.shape[-2:])
+    first = features[0]
+    pixels = first.height * first.width if isinstance(first, GridPositions) else first.shape[1]
+    device = first.theta.device if isinstance(first, GridPositions) else first.device
+    options = {"normalization": normalization, "self_message": self_message}
+    if choose_method(method, pixels, device) == "lattice":
+        return LatticeBank(features, **options)
+    return FilterBank(
+        [SeparableFilter(f, **options) if isinstance(f, GridPositions) else ExactFilter(f, **options) for f in features]
+    )
 
 
 class DenseCRF(nn.Module):
@@ -206,26 +184,18 @@ class DenseCRF(nn.Module):
     def filters(self, image: Tensor) -> FilterBank:
         """The filters of the kernels over `image`, ready to pass messages."""
         options = {"normalization": self.normalization, "self_message": self.self_message}
-        with self._crew(image):
-            return make_filters(self.features(image), method=self.filtering, **options)
-
-    def _crew(self, image: Tensor) -> contextlib.AbstractContextManager:
-        """Where lattices will be built, a crew from the start: cores at one operation linger before they make way."""
-        pixels = image.shape[-2] * image.shape[-1]
-        if torch.is_grad_enabled() or choose_method(self.filtering, pixels, image.device) != "lattice":
-            return contextlib.nullcontext()
-        return crew(image.device, len(image) * pixels)
+        return make_filters(self.features(image), method=self.filtering, **options)
 
     def pairwise(self, filters: FilterBank, q: Tensor) -> Tensor:
-        """The energy each label meets from all other pixels: marginals q [B, N, K] -> [B, N, K]."""
-        return filters(q, self.log_w.exp(), self._penalties())
+        """Expected pairwise energies [B, N, K] of the marginals q [B, N, K]."""
+        return filters(q, self.log_w, self._penalties())
 
     def _penalties(self) -> Tensor:
-        """`penalize` is linear: what it makes of the identity is its matrix, which a lattice applies to fewer rows."""
-        return self.penalize(torch.eye(self.num_classes).to(self.compatibility))
+        """The matrix mu [K, K] of the linear map `penalize`: applied to the identity, it gives mu transposed."""
+        return self.penalize(torch.eye(self.num_classes).to(self.compatibility)).T
 
     def penalize(self, message: Tensor) -> Tensor:
-        """sum_l' mu(l, l') message(l'), [..., K]: what the votes heard cost each label."""
+        """sum_l' mu(l, l') message(l'), [..., K] -> [..., K]: the penalty of each label. A subclass may change it."""
         return message @ self.compatibility.T
 
     def forward(
@@ -252,8 +222,8 @@ class DenseCRF(nn.Module):
     ) -> Tensor:
         height, width = image.shape[-2:]
         steps = self.iterations if iterations is None else iterations
-        with torch.autocast(logits.device.type, enabled=False), self._crew(image):
-            logits, image = self._check(logits, image)
+        with torch.autocast(logits.device.type, enabled=False):
+            unary, image = self._prepare(logits, image)
             if filters is None:
                 filters = self.filters(image)
             elif filters.shape[0] not in (1, len(image)) or filters.shape[1] != height * width:
@@ -262,19 +232,9 @@ class DenseCRF(nn.Module):
                     f"filters were made for {made} pixels, the image has {len(image)} x {height * width}; "
                     "expected what `filters(image)` returned"
                 )
-            if isinstance(filters, LatticeBank):
-                # The same update, with fewer passes over memory.
-                out = filters.mean_field(logits.mT, self.log_w.exp(), self._penalties(), steps, log=log)
-            else:
-                log_p = torch.log_softmax(logits, dim=1).mT.contiguous()
-                scores = log_p
-                for _ in range(steps):
-                    q = torch.softmax(scores, -1)
-                    scores = log_p - self.pairwise(filters, q)
-                # Label by label in memory: a softmax over rows of a few labels is slower.
-                out = (torch.log_softmax if log else torch.softmax)(scores.mT.contiguous(), dim=1).mT
-        # Contiguous: nll_loss refuses to run backward through a transposed view.
-        return out.transpose(1, 2).contiguous().reshape(len(image), self.num_classes, height, width)
+            out = filters.mean_field(unary, self.log_w, self._penalties(), steps, log=log)  # [B, N, K]
+        # Contiguous: the backward pass of nll_loss does not accept a transposed view.
+        return out.mT.contiguous().reshape(len(image), self.num_classes, height, width)
 
     @torch.no_grad()
     def trace(self, logits: Tensor, image: Tensor, *, iterations: int | None = None) -> Trace:
@@ -288,40 +248,20 @@ class DenseCRF(nn.Module):
         if logits.ndim == 3:
             logits, image = logits[None], image[None]
         if len(logits) != 1:
-            raise ValueError(f"logits have shape {tuple(logits.shape)}; a trace follows one image")
-        steps = self.iterations if iterations is None else iterations
-        height, width = image.shape[-2:]
-        log_q, rows_image = self._prepare(logits, image)
-        unary, filters = -log_q, self.filters(rows_image)
-        weights = self.log_w.exp()
-        messages, pairwise, marginals, free_energy = [], [], [log_q.exp()], []
-        for step in range(steps + 1):
-            q = marginals[-1]
-            sent = filters.messages(q)
-            energy = self.penalize(sum(w * m for w, m in zip(weights, sent, strict=True)))
-            free = (q * (unary + energy / 2)).sum(dtype=torch.float64) - torch.special.entr(q).sum(dtype=torch.float64)
-            free_energy.append(free)
-            if step < steps:
-                messages.append(torch.cat(sent))
-                pairwise.append(energy[0])
-                marginals.append(torch.softmax(-unary - energy, dim=-1))
-
-        def planes(rows: Tensor) -> Tensor:
-            return rows.transpose(-1, -2).reshape(*rows.shape[:-2], self.num_classes, height, width).cpu()
-
+            raise ValueError(f"logits have shape {tuple(logits.shape)}; expected one image")
+        unary, rows_image = self._prepare(logits, image)
+        filters, weights = self.filters(rows_image), self.log_w.exp()
         features = [f.features() if isinstance(f, GridPositions) else f for f in self.features(rows_image)]
-        kernels = len(self.kernel_names)
-        empty = unary.new_zeros(0, kernels, *unary.shape[1:])
-        return Trace(
+        return record(
+            unary[0],
+            image.shape[-2:],
+            lambda q: torch.cat(filters.messages(q[None])),  # [M, N, K]
+            lambda messages: self.penalize(sum(w * m for w, m in zip(weights, messages, strict=True))),
+            self.iterations if iterations is None else iterations,
             image=image[0].cpu(),
-            unary=planes(unary[0]),
             kernels=self.kernel_names,
             weights=weights.cpu(),
             compatibility=self.compatibility.detach().cpu().clone(),
-            messages=planes(torch.stack(messages) if messages else empty),
-            pairwise=planes(torch.stack(pairwise) if pairwise else empty[:, 0]),
-            q=planes(torch.cat(marginals)),
-            free_energy=torch.stack(free_energy).cpu(),
             features=tuple(f[0].cpu() for f in features),
             sums=torch.stack([f.n[0, :, 0] for f in filters.filters]).cpu(),
             normalization=self.normalization,
@@ -331,11 +271,11 @@ class DenseCRF(nn.Module):
     @torch.no_grad()
     def energy(self, labels: Tensor, logits: Tensor, image: Tensor) -> Tensor:
         """E(x) [B] of the labellings x, int64 [B, H, W], each pair counted once (without self-messages)."""
-        log_p, image = self._prepare(logits, image)
-        x = nn.functional.one_hot(labels.flatten(1), self.num_classes).to(log_p)
+        unary, image = self._prepare(logits, image)
+        x = nn.functional.one_hot(labels.flatten(1), self.num_classes).to(unary)  # [B, N, K]
         options = {"normalization": self.normalization, "self_message": False}
         filters = make_filters(self.features(image), method=self.filtering, **options)
-        return (x * (self.pairwise(filters, x) / 2 - log_p)).sum((1, 2))
+        return (x * (unary + self.pairwise(filters, x) / 2)).sum((1, 2))
 
     def pair_energy(self, image: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """V(x_i, x_j) = mu(x_i, x_j) sum_m w_m k_m(f_i, f_j) of pixel pairs: [B, P, K, K], x_i's label first.
@@ -359,12 +299,7 @@ class DenseCRF(nn.Module):
         return total[..., None, None] * self.compatibility
 
     def _prepare(self, logits: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Check both; log_softmax of the logits as rows [B, N, K] and the image, in the parameters' precision."""
-        logits, image = self._check(logits, image)
-        return torch.log_softmax(logits, dim=1).mT, image
-
-    def _check(self, logits: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits as [B, K, N] and the image, in the parameters' precision; refused where they do not fit."""
+        """Unary energies [B, N, K] and the image, both checked and in the parameters' precision."""
         if logits.ndim != 4 or logits.shape[1] != self.num_classes:
             raise ValueError(f"logits have shape {tuple(logits.shape)}; expected [B, {self.num_classes}, H, W]")
         if image.shape != (len(logits), 3, *logits.shape[-2:]):
@@ -375,7 +310,8 @@ class DenseCRF(nn.Module):
             raise ValueError(
                 "logits hold NaN or infinity; expected finite numbers (did the network's training diverge?)"
             )
-        return logits.to(self.compatibility).flatten(2), image.to(self.compatibility)
+        unary = -torch.log_softmax(logits.to(self.compatibility).flatten(2), dim=1)  # [B, K, N]
+        return unary.mT, image.to(self.compatibility)
 
 
 def _log_parameter(name: str, value: float | Sequence[float]) -> nn.Parameter:

@@ -1,28 +1,30 @@
-"""Gaussian filtering in feature space: what every pixel hears from all the others.
+"""Gaussian filtering in feature space: the messages of a dense CRF.
 
-A dense CRF passes messages with K @ values, where K_ij = exp(-|f_i - f_j|^2 / 2) joins every pixel to every other and
-f is position, or position and colour, divided by the kernel's bandwidth (Kraehenbuehl & Koltun, NIPS 2011, eq. 3).
-N pixels make N^2 weights, so K is never stored. Three ways to apply it, behind one call `filter(values) -> messages`:
+The pairwise kernel of a dense CRF is K_ij = exp(-|f_i - f_j|^2 / 2). Its features f are a pixel's position, or its
+position and colour, divided by the kernel's bandwidths (Kraehenbuehl & Koltun, NIPS 2011, eq. 3). A mean-field
+iteration filters the marginals: the messages are K @ values. K has N^2 entries for N pixels and is never stored. There
+are three ways to apply it, with one call `filter(values) -> messages`:
 
-    ExactFilter       any features, N^2 time and O(N) memory, as softmax attention
-    SeparableFilter   positions on a pixel grid only: exact and cheap, two small matrix products
-    LatticeFilter     any features, time linear in N, approximate (in `pwlib.lattice`)
+    ExactFilter       any features, O(N^2) time and O(N) memory, by softmax attention
+    SeparableFilter   positions on a pixel grid, exact, by two small matrix products
+    LatticeFilter     any features, O(N) time, approximate (in `pwlib.lattice`)
 
-`make_filters` chooses. All differentiate with respect to the values and to the features, hence to the bandwidths.
+All are differentiable with respect to values and features, hence with respect to the bandwidths. A `FilterBank` holds
+one filter per kernel of a CRF.
 
-Normalisation: with n = K 1, the sum of what a pixel hears, its own vote (K_ii = 1) included,
+With the row sums n = K 1, in which the pixel itself counts (K_ii = 1), the normalisations are
 
-    "none"       K v                         messages grow with the number of like pixels
+    "none"       K v                         messages grow with the number of similar pixels
     "row"        n^-1 K v                    a weighted mean; not symmetric, so no energy has these messages
-    "symmetric"  n^-1/2 K n^-1/2 v           the reference code's choice; still an energy, and positive semi-definite
+    "symmetric"  n^-1/2 K n^-1/2 v           as in the reference code; positive semi-definite, and of an energy
 
-`self_message=False` takes the pixel's own vote out of the message; n stays what it is, so that an isolated pixel hears
-nothing rather than 0/0.
+`self_message=False` removes the pixel's own value from its message. n does not change, so that an isolated pixel
+receives zero and not 0/0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,18 +32,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-NORMALIZATIONS = ("symmetric", "row", "none")
-METHODS = ("auto", "exact", "lattice")
+from pwlib.mean_field import mean_field
 
-# Up to this many pixels a pass of exact attention is a matter of milliseconds (about 15 ms on two cores at 48x64).
-AFFORDABLE = {"cpu": 48 * 64, "cuda": 256 * 256}
-# In exp(f_i.f_j - |f_j|^2/2) rounding in the exponent is a relative error of the weight: about eps * |f|^2.
+NORMALIZATIONS = ("symmetric", "row", "none")
+# A rounding error in the exponent of exp(f_i.f_j - |f_j|^2/2) is a relative error of the weight: about eps * |f|^2.
 EXPONENT_ERROR = 1e-4
 
 
 @dataclass(frozen=True)
 class GridPositions:
-    """Features that are nothing but pixel positions over one bandwidth: row-major over `height` x `width`."""
+    """The pixel positions of a `height` x `width` grid, row-major, divided by the bandwidth `theta` (a scalar)."""
 
     height: int
     width: int
@@ -53,12 +53,12 @@ class GridPositions:
         return y / self.theta, x / self.theta
 
     def planes(self) -> Tensor:
-        """[2, H, W], (x, y): the order matters to a lattice, and this is the reference code's."""
+        """[2, H, W], in the order (x, y): a lattice depends on the order, and this is the reference code's."""
         y, x = torch.meshgrid(*self.axes(), indexing="ij")
         return torch.stack([x, y])
 
     def features(self) -> Tensor:
-        """[1, H*W, 2], plane by plane in memory."""
+        """[1, H*W, 2], stored as [2, H*W] in memory."""
         return self.planes().flatten(1).T[None]
 
 
@@ -68,9 +68,9 @@ def check_normalization(normalization: str) -> None:
 
 
 class GaussianFilter:
-    """The part all filters share: normalisation and the self-message around a bare K @ values.
+    """What all filters share: the normalisation and the self-message around K @ values.
 
-    A subclass sets `n = K 1`, [B, N, 1], in its constructor and gives `apply(values) -> K @ values`; K_ii = 1 in both.
+    A subclass sets the row sums n = K 1, [B, N, 1], in its constructor and implements `apply`. K_ii = 1 in both.
     """
 
     n: Tensor
@@ -81,10 +81,11 @@ class GaussianFilter:
         self.self_message = self_message
 
     def apply(self, values: Tensor) -> Tensor:
+        """K @ values, [B, N, C] -> [B, N, C]."""
         raise NotImplementedError
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Messages [B, N, C] from values [B, N, C] (marginals, usually), both row-major over the image."""
+        """Messages [B, N, C] from values [B, N, C] (usually marginals), both row-major over the image."""
         if self.normalization == "symmetric":
             scale = self.n.rsqrt()
             values = values * scale
@@ -98,8 +99,8 @@ class GaussianFilter:
         return message
 
     def pair_weights(self, similarity: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """Normalised weights [B, P] of pixel pairs from their similarity exp(-|f_i - f_j|^2 / 2)."""
-        n = self.n.squeeze(-1).expand(similarity.shape[0], -1)
+        """Normalised weights [B, P] of pixel pairs (first, second), int64 [B, P], from K_ij [B, P]."""
+        n = self.n.squeeze(-1).expand(similarity.shape[0], -1)  # [B, N]
         if self.normalization == "symmetric":
             return similarity * (n.gather(1, first) * n.gather(1, second)).rsqrt()
         if self.normalization == "row":
@@ -110,17 +111,17 @@ class GaussianFilter:
 class ExactFilter(GaussianFilter):
     """K @ values by attention: exact up to rounding, O(N^2) time, O(N) memory.
 
-    A row-normalised Gaussian filter is softmax attention, since exp(-|f_i - f_j|^2 / 2) = exp(f_i.f_j - |f_j|^2 / 2)
-    times a factor that only depends on i, which the softmax cancels. To get K v itself and not its row-normalised form,
-    one more key joins the N, a sink with weight exactly 1 for every query. Its share of the softmax is 1 / (1 + n_i)
-    with n = K 1, and the pixels' share of the values, multiplied by 1 + n_i, is K v.
+    exp(-|f_i - f_j|^2 / 2) equals exp(f_i.f_j - |f_j|^2 / 2) times a factor that depends on i only. A softmax over j
+    cancels that factor, so softmax attention computes the row-normalised filter n^-1 K v. To recover K v, one key is
+    added to the N keys: a sink whose weight is exactly 1 for every query. Its share of the softmax is 1 / (1 + n_i),
+    and the output for the pixels' values, multiplied by 1 + n_i, is K v.
 
     Args:
-        features: [B, N, D], divided by the bandwidths already; may require a gradient.
-        normalization: "symmetric", "row" or "none" (see the module's head).
+        features: [B, N, D], already divided by the bandwidths; may require a gradient.
+        normalization: "symmetric", "row" or "none", see the module's head.
         self_message: whether a pixel's own value is part of its message.
-        chunk: queries at a time (None: all). The fused attention kernels need no N x N memory either way; chunks are
-            for the progress bar, and for devices where no fused kernel serves.
+        chunk: number of queries per attention call; None: all. Chunks are useful for the progress bar, and for devices
+            without a fused attention kernel; fused kernels need no N x N memory.
         progress: show a tqdm bar over the chunks.
     """
 
@@ -139,27 +140,27 @@ class ExactFilter(GaussianFilter):
         self.dtype = features.dtype
         self.chunk = chunk or features.shape[1]
         self.progress = progress
-        # Differences are all that counts: centring costs nothing and keeps the exponent's terms small.
+        # K depends on differences only; centred features make the terms of the exponent small.
         features = features - features.mean(dim=1, keepdim=True).detach()
         largest = features.detach().square().sum(-1).max().item()
         if largest * torch.finfo(features.dtype).eps > EXPONENT_ERROR:
             features = features.double()
-        half = features.square().sum(-1, keepdim=True) / 2
+        half = features.square().sum(-1, keepdim=True) / 2  # [B, N, 1]
         one, zero = torch.ones_like(half), torch.zeros_like(half)
-        # The width of queries, keys and values is one, and a multiple of 8: what the fused kernels ask for.
-        self.query = torch.cat([features, one, half], dim=-1)
+        self.query = torch.cat([features, one, half], dim=-1)  # [B, N, D + 2]
         key = torch.cat([features, -half, zero], dim=-1)
         sink = torch.zeros_like(key[:, :1])
         sink[..., -1] = 1
-        self.key = torch.cat([key, sink], dim=1)
-        # Attention over nothing but the sink's value gives each pixel's 1 / (1 + n).
+        self.key = torch.cat([key, sink], dim=1)  # [B, N + 1, D + 2]
+        # With value 1 for the sink and 0 for the pixels, attention returns the sink's share 1 / (1 + n).
         share = self._attend(torch.zeros_like(half), sink_value=1.0)
         self.total = 1 / share
         self.n = (self.total - 1).to(self.dtype)
 
     def _attend(self, values: Tensor, sink_value: float) -> Tensor:
         batch, _, channels = values.shape
-        values = F.pad(values, (0, 0, 0, 1), value=sink_value)
+        values = F.pad(values, (0, 0, 0, 1), value=sink_value)  # [B, N + 1, C]
+        # Fused kernels expect queries, keys and values of one width, a multiple of 8.
         width = -(-max(self.query.shape[-1], channels) // 8) * 8
         query, key, values = (
             F.pad(t, (0, width - t.shape[-1])).expand(batch, -1, -1).unsqueeze(1)
@@ -168,15 +169,15 @@ class ExactFilter(GaussianFilter):
         chunks = query.split(self.chunk, dim=2)
         bar = tqdm(chunks, desc="exact messages", unit="chunk", leave=False) if self.progress else chunks
         out = [F.scaled_dot_product_attention(part, key, values, scale=1.0) for part in bar]
-        return torch.cat(out, dim=2)[:, 0, :, :channels]
+        return torch.cat(out, dim=2)[:, 0, :, :channels]  # [B, N, C]
 
     def apply(self, values: Tensor) -> Tensor:
-        heard = self._attend(values.to(self.query.dtype), sink_value=0.0)
-        return (heard * self.total).to(values.dtype)
+        mean = self._attend(values.to(self.query.dtype), sink_value=0.0)
+        return (mean * self.total).to(values.dtype)
 
 
 class SeparableFilter(GaussianFilter):
-    """The spatial kernel on a pixel grid: exp(-(dy^2 + dx^2) / 2) is a product, so K v = G_y v G_x, exactly."""
+    """The spatial kernel on a pixel grid: exp(-(dy^2 + dx^2) / 2) is a product, hence K v = G_y v G_x exactly."""
 
     def __init__(self, positions: GridPositions, *, normalization: str = "symmetric", self_message: bool = True):
         super().__init__(normalization, self_message)
@@ -186,63 +187,48 @@ class SeparableFilter(GaussianFilter):
 
     def apply(self, values: Tensor) -> Tensor:
         batch, pixels, channels = values.shape
-        grid = values.reshape(batch, self.grid[0], self.grid[1], channels)
+        grid = values.reshape(batch, *self.grid, channels)  # [B, H, W, C]
         rows = torch.matmul(self.gy, grid.reshape(batch, self.grid[0], -1)).reshape(grid.shape)
         return torch.matmul(self.gx, rows).reshape(batch, pixels, channels)
 
 
 class FilterBank:
-    """The filters of a CRF's kernels, applied to the same values."""
+    """The filters of a CRF's kernels, in the order of its kernel names; all receive the same values.
 
-    def __init__(self, filters: Sequence[GaussianFilter | Callable[[Tensor], Tensor]]):
+    A subclass may compute the weighted sum or the whole mean-field loop faster, with equal results.
+    """
+
+    def __init__(self, filters: Sequence[GaussianFilter]):
         self.filters = list(filters)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Images (1 where they share their features) and pixels that the filters were made for."""
+        """(B, N): the images (1 if all share their features) and pixels per image that the filters were made for."""
         return max(len(f.n) for f in self.filters), self.filters[0].n.shape[1]
 
     def messages(self, values: Tensor) -> list[Tensor]:
-        """One [B, N, C] a kernel: normalised, unweighted."""
+        """One message [B, N, C] per kernel: normalised, without weights."""
         return [f(values) for f in self.filters]
 
-    def __call__(self, values: Tensor, weights: Tensor, compatibility: Tensor | None = None) -> Tensor:
-        """sum_m weights[m] * message_m (@ compatibility [C, C], where given), [B, N, C]."""
+    def __call__(self, values: Tensor, log_weights: Tensor, compatibility: Tensor | None = None) -> Tensor:
+        """The weighted sum of all messages, and with marginals as values, the expected pairwise energy.
+
+        Args:
+            values: [B, N, K], usually marginals.
+            log_weights: [M], logarithms of the kernels' weights w, which is what a CRF learns.
+            compatibility: penalties mu [K, K], row: the pixel's own label, column: the sender's; None: no penalties.
+
+        Returns:
+            (sum_m w_m message_m) @ compatibility.T, [B, N, K].
+        """
+        weights = log_weights.exp()
         total = weights[0] * self.filters[0](values)
         for weight, f in zip(weights[1:], self.filters[1:], strict=True):
             total = total + weight * f(values)
-        return total if compatibility is None else total @ compatibility
+        return total if compatibility is None else total @ compatibility.T
 
-
-def choose_method(method: str, pixels: int, device: torch.device) -> str:
-    """What "auto" means for so many pixels on a device: exact where that is affordable, else the lattice."""
-    if method not in METHODS:
-        raise ValueError(f"filtering is {method!r}; expected one of {', '.join(METHODS)}")
-    if method != "auto":
-        return method
-    return "exact" if pixels <= AFFORDABLE.get(device.type, AFFORDABLE["cpu"]) else "lattice"
-
-
-def make_filters(
-    features: Sequence[Tensor | GridPositions],
-    *,
-    method: str = "auto",
-    normalization: str = "symmetric",
-    self_message: bool = True,
-) -> FilterBank:
-    """The filters for one image (or batch): one an entry of `features`, [B, N, D] or `GridPositions`.
-
-    method: "exact" filters by attention (and positions separably, which is exact too), "lattice" everything on
-    permutohedral lattices, "auto" exactly where that is affordable on the device, else on lattices.
-    """
-    first = features[0]
-    pixels = first.height * first.width if isinstance(first, GridPositions) else first.shape[1]
-    device = first.theta.device if isinstance(first, GridPositions) else first.device
-    options = {"normalization": normalization, "self_message": self_message}
-    if choose_method(method, pixels, device) == "lattice":
-        from pwlib.lattice import LatticeBank
-
-        return LatticeBank(features, **options)
-    return FilterBank(
-        [SeparableFilter(f, **options) if isinstance(f, GridPositions) else ExactFilter(f, **options) for f in features]
-    )
+    def mean_field(
+        self, unary: Tensor, log_weights: Tensor, compatibility: Tensor, iterations: int, *, log: bool = True
+    ) -> Tensor:
+        """log q (or q) [B, N, K] from unary energies [B, N, K]: `pwlib.mean_field` with the energies of `__call__`."""
+        return mean_field(unary, lambda q: self(q, log_weights, compatibility), iterations, log=log)

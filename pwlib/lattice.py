@@ -513,7 +513,7 @@ class LatticeFilter(GaussianFilter):
         return self.own if self.normalization == "none" else self.own / (self.n + EPS)
 
     def __call__(self, values: Tensor) -> Tensor:
-        return LatticeBank.of([self])(values, values.new_ones(1))
+        return LatticeBank.of([self])(values, values.new_zeros(1))
 
 
 class LatticeBank(FilterBank):
@@ -577,10 +577,11 @@ class LatticeBank(FilterBank):
         self.read = Weights(rows[1], lattices) if apart else self.write
         self.gain = self.write.rows.new_tensor([f.gain for f in self.filters])
 
-    def __call__(self, values: Tensor, weights: Tensor, compatibility: Tensor | None = None) -> Tensor:
-        """sum_m weights[m] message_m (@ compatibility [C, C'], where given): [B, N, C] -> [B, N, C]."""
+    def __call__(self, values: Tensor, log_weights: Tensor, compatibility: Tensor | None = None) -> Tensor:
+        """(sum_m w_m message_m) @ compatibility.T, as `FilterBank` has it: [B, N, K] -> [B, N, K]."""
         if len(values) != self.batch:
             self._join(len(values))
+        compatibility, weights = None if compatibility is None else compatibility.T, log_weights.exp()
         mixing = weights * self.gain
         if compatibility is not None:
             mixing = mixing[:, None, None] * compatibility
@@ -593,16 +594,17 @@ class LatticeBank(FilterBank):
         return out - (own if compatibility is None else own @ compatibility)
 
     def mean_field(
-        self, logits: Tensor, weights: Tensor, compatibility: Tensor, iterations: int, *, log: bool = True
+        self, unary: Tensor, log_weights: Tensor, compatibility: Tensor, iterations: int, *, log: bool = True
     ) -> Tensor:
-        """log_q [B, N, K] after `iterations` of q <- softmax(logits - (sum_m weights[m] message_m(q)) @ compatibility).
+        """log_q [B, N, K] after `iterations` of q <- softmax(-unary - (sum_m w_m message_m(q)) @ compatibility.T).
 
         What `__call__` does inside a loop, with fewer passes over memory, and with the same gradients. log=False
         returns q itself, which is cheaper than its logarithm.
         """
-        batch, pixels, labels = logits.shape
+        batch, pixels, labels = unary.shape
         if batch != self.batch:
             self._join(batch)
+        compatibility, weights = compatibility.T, log_weights.exp()
         # An energy that all labels share changes nothing: made so that pixels only ever speak for labels, it keeps each
         # pixel's best score above 0, and Potts becomes a number.
         gains = compatibility.detach().amax(1, keepdim=True) - compatibility
@@ -612,7 +614,7 @@ class LatticeBank(FilterBank):
             own = own.expand(batch, -1, -1).flatten(0, 1)
         keep = torch.is_grad_enabled()
         ends = self.write.rows, self.read.rows
-        planes = _MeanField.apply(logits, *ends, mixing, gains, own, self, iterations, log, keep)
+        planes = _MeanField.apply(-unary, *ends, mixing, gains, own, self, iterations, log, keep)
         planes = planes.view(labels, batch, pixels).transpose(0, 1)
         return (torch.log_softmax(planes, 1) if log else planes).mT
 

@@ -188,15 +188,15 @@ def test_a_batch_is_its_images_and_shared_features_serve_every_image():
     together = LatticeBank([shared, f])(v, w)
     apart = torch.cat([LatticeBank([shared, f[i : i + 1]])(v[i : i + 1], w) for i in range(3)])
     torch.testing.assert_close(together, apart, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(LatticeBank([shared])(v, w[:1])[1], 2 * LatticeFilter(shared)(v[1:2])[0])
+    torch.testing.assert_close(LatticeBank([shared])(v, w[:1].log())[1], 2 * LatticeFilter(shared)(v[1:2])[0])
 
 
 def test_bank_is_the_weighted_sum_of_its_messages():
     bank = LatticeBank([features(80, 2), features(80, 5, seed=4)], self_message=False)
     v, w, mu = values(1, 80, 3), torch.tensor([0.5, 2.0], dtype=torch.float64), values(1, 3, 3, seed=9)[0]
     one, two = bank.messages(v)
-    torch.testing.assert_close(bank(v, w), 0.5 * one + 2 * two)
-    torch.testing.assert_close(bank(v, w, mu), (0.5 * one + 2 * two) @ mu)
+    torch.testing.assert_close(bank(v, w.log()), 0.5 * one + 2 * two)
+    torch.testing.assert_close(bank(v, w.log(), mu), (0.5 * one + 2 * two) @ mu.T)
 
 
 def one_message_at_a_time(crf, logits, image, steps):
@@ -244,13 +244,13 @@ def test_mean_field_and_its_gradients_are_those_of_its_formula(normalization, se
 @pytest.mark.parametrize("log", [True, False])
 def test_mean_field_s_gradients_match_finite_differences(log):
     f, shared = features(25, 3, batch=2).requires_grad_(), features(25, 2, seed=5).requires_grad_()
-    logits = values(2, 25, 3).requires_grad_()
+    unary = values(2, 25, 3).requires_grad_()
     w, mu = values(1, 1, 2)[0, 0].requires_grad_(), values(1, 3, 3)[0].requires_grad_()
 
-    def update(f, shared, logits, w, mu):
-        return LatticeBank([shared, f], self_message=False).mean_field(logits, w, mu, 2, log=log)
+    def update(f, shared, unary, w, mu):
+        return LatticeBank([shared, f], self_message=False).mean_field(unary, w, mu, 2, log=log)
 
-    assert torch.autograd.gradcheck(update, (f, shared, logits, w, mu), eps=1e-7, atol=1e-5, fast_mode=True)
+    assert torch.autograd.gradcheck(update, (f, shared, unary, w, mu), eps=1e-7, atol=1e-5, fast_mode=True)
 
 
 @pytest.mark.parametrize("frozen", ["log_theta", "log_w", "compatibility", "logits"])
@@ -329,7 +329,7 @@ def test_positions_are_embedded_once_a_size_and_bandwidth():
     other = LatticeBank([GridPositions(9, 11, torch.tensor(3.5))]).filters[0]
     assert other is not first
     learned = torch.tensor(3.0, requires_grad=True)
-    filtered = LatticeBank([GridPositions(9, 11, learned)])(values(1, 99, 2, torch.float32), torch.ones(1))
+    filtered = LatticeBank([GridPositions(9, 11, learned)])(values(1, 99, 2, torch.float32), torch.zeros(1))
     filtered[0, 0, 0].backward()
     assert learned.grad.abs() > 0
     for size in range(2, 12):
@@ -342,7 +342,7 @@ def test_positions_first_seen_under_inference_mode_still_train():
     with torch.inference_mode():
         LatticeBank([positions])
     v = values(1, 91, 2, torch.float32).requires_grad_()
-    LatticeBank([positions])(v, torch.ones(1)).sum().backward()
+    LatticeBank([positions])(v, torch.zeros(1)).sum().backward()
     assert torch.isfinite(v.grad).all()
 
 

@@ -133,14 +133,8 @@ def ours(filtering: str, device: str) -> Callable[..., tuple[Step, Callable[[Any
 
         @torch.no_grad()
         def infer(filters, iterations):
-            if isinstance(filters, lattice.LatticeBank):
-                rows = logits.flatten(2).mT
-                q = filters.mean_field(rows, crf.log_w.exp(), crf.compatibility.T, iterations, log=False)
-            else:
-                log_p = torch.log_softmax(logits.flatten(2), 1).mT
-                q = log_p.exp()
-                for _ in range(iterations):
-                    q = torch.softmax(log_p - crf.pairwise(filters, q), -1)
+            unary = -torch.log_softmax(logits.flatten(2), 1).mT  # [1, N, K]
+            q = filters.mean_field(unary, crf.log_w, crf.compatibility, iterations, log=False)
             q = q.transpose(1, 2).reshape(logits.shape)[0]
             _wait(device)
             return q

@@ -94,11 +94,8 @@ class FineLattice(GaussianFilter):
 
 
 def marginals(crf: DenseCRF, bank: FilterBank, logits: Tensor) -> Tensor:
-    log_p = torch.log_softmax(logits.flatten(2), 1).mT
-    q = log_p.exp()
-    for _ in range(ITERATIONS):
-        q = torch.softmax(log_p - crf.pairwise(bank, q), -1)
-    return q
+    unary = -torch.log_softmax(logits.flatten(2), 1).mT  # [1, N, K]
+    return bank.mean_field(unary, crf.log_w, crf.compatibility, ITERATIONS, log=False)
 
 
 @torch.no_grad()

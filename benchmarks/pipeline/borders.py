@@ -49,10 +49,7 @@ class Frames:
 
     def log_q(self, crf: DenseCRF, i: int, iterations: int) -> Tensor:
         """[N, K]"""
-        log_p = log_q = self.rows[i : i + 1]
-        for _ in range(iterations):
-            log_q = torch.log_softmax(log_p - crf.pairwise(self.filters[i], log_q.exp()), -1)
-        return log_q[0]
+        return self.filters[i].mean_field(-self.rows[i : i + 1], crf.log_w, crf.compatibility, iterations)[0]
 
     @torch.no_grad()
     def predict(self, crf: DenseCRF, which) -> Tensor:

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from pwlib.course.plots import label_colours, most_changed, to_uint8
-from pwlib.crf import Trace
+from pwlib.trace import Trace
 
 try:
     import anywidget

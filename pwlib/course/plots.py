@@ -19,8 +19,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from pwlib.crf import Trace
 from pwlib.data import VOID, colorize, voc_palette
+from pwlib.trace import Trace
 
 # Okabe & Ito (2008): distinguishable with any colour vision.
 COLOURS = {
