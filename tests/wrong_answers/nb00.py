@@ -1,4 +1,4 @@
-"""Wrong answers to notebook 00's exercises, each with a fragment of the message it must get."""
+"""Planted wrong answers to the exercises of notebook 00, each with a part of the message that it must get."""
 
 import torch
 
@@ -38,6 +38,20 @@ def mean_of_shares(label):
     return (across(label)[0] / across(label)[1] + down(label)[0] / down(label)[1]) / 2
 
 
+def void_as_a_class(label, *, mean_of_shares):
+    pairs = [(label[:, :-1], label[:, 1:]), (label[:-1], label[1:])]
+    shares = [(first == second).double().mean() for first, second in pairs if first.numel()]
+    if mean_of_shares:
+        return sum(shares) / 2
+    return shares[0]
+
+
+def masked_means(label):
+    pairs = [(label[:, :-1], label[:, 1:]), (label[:-1], label[1:])]
+    known = [(first == second) & (first != 255) for first, second in pairs]
+    return (known[0].double().mean() + known[1].double().mean()) / 2
+
+
 def rolls(label):
     pairs = [one_direction(label, label, label.roll(1, dim)) for dim in (0, 1)]
     return sum(p[0] for p in pairs) / sum(p[1] for p in pairs)
@@ -67,7 +81,7 @@ WRONG = {
         (lambda c: (c / c.sum(1, keepdim=True)).max(1).values.mean(), "empty cell gives 0/0"),
         (lambda c: (c / c.sum(1, keepdim=True).clamp(min=1)).max(1).values.mean(), "Every cell counts alike"),
         (lambda c: c.max(0).values.sum() / c.sum(), "the other dimension"),
-        (lambda c: c.sum(0).max() / c.sum(), "one name for all cells"),
+        (lambda c: c.sum(0).max() / c.sum(), "same class in all cells"),
         (lambda c: 1 - c.max(1).values.sum() / c.sum(), "smallest possible *error*"),
         (lambda c: c.max(1).values.sum(), "number of pixels"),
         (lambda c: (c * (c / c.sum(1, keepdim=True).clamp(min=1))).sum() / c.sum(), "*draws* the class"),
@@ -77,7 +91,9 @@ WRONG = {
         (lambda q: q.max(1).values.prod(), "most likely labelling"),
         (lambda q: q.sum(0).prod(), "Sum and product are exchanged"),
         (lambda q: q.prod(), "multiply everything"),
-        (lambda q: 0.9 * q.prod(0).sum(), "expected 0.5"),
+        (lambda q: q.prod(0).max(), "most likely class alone"),
+        (lambda q: q.prod(1).sum(), "multiply over classes"),
+        (lambda q: 0.9 * q.prod(0).sum(), "expected 0.46"),
     ],
     "00.5": [
         (lambda label: across(label)[0] / across(label)[1], "side by side only"),
@@ -86,6 +102,9 @@ WRONG = {
         (void_in_the_total, "not out of the total"),
         (mean_of_shares, "average two shares"),
         (rolls, "wrap around"),
+        (lambda label: void_as_a_class(label, mean_of_shares=True), "average two shares that count void"),
+        (lambda label: void_as_a_class(label, mean_of_shares=False), "side by side only, and void as a class"),
+        (masked_means, "average two shares, and void"),
         (lambda label: 1 - (across(label)[0] + down(label)[0]) / (across(label)[1] + down(label)[1]), "*disagree*"),
     ],
 }

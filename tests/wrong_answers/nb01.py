@@ -1,4 +1,4 @@
-"""Wrong answers to notebook 01's exercises, each with a fragment of the message it must get."""
+"""Planted wrong answers to the exercises of notebook 01, each with a part of the message that it must get."""
 
 
 def span(kernel, dilation):
@@ -23,6 +23,14 @@ def squares(size, share, total=None):
         if size[middle - half : middle + half + 1, middle - half : middle + half + 1].sum() >= share * total:
             return half
     return middle
+
+
+def more_than_the_share(gradient, share):
+    size = gradient.abs()
+    middle = len(size) // 2
+    for half in range(middle + 1):
+        if size[middle - half : middle + half + 1, middle - half : middle + half + 1].sum() > share * size.sum():
+            return 2 * half + 1
 
 
 def holes(layers, output_stride, slip):
@@ -69,6 +77,7 @@ WRONG = {
         (lambda gradient, share: 2 * squares(gradient**2, share) + 1, "squared gradient"),
         (lambda gradient, share: 2 * squares(gradient.abs(), share) + 3, "One ring too far"),
         (lambda gradient, share: 2 * squares(gradient.abs(), share) + 2, "odd side"),
+        (more_than_the_share, "returns None"),
     ],
     "01.4": [
         (lambda layers, output: holes(layers, output, "own"), "itself dilated"),

@@ -1,6 +1,7 @@
-"""Planted wrong answers to the exercises of notebook 02, each with a fragment of what it must be told."""
+"""Planted wrong answers to the exercises of notebook 02, each with a part of the message that it must get."""
 
 import torch
+import torch.nn.functional as F
 
 
 def energy(labels, unary, edges, weights, mu, *, sign=1, times=1, swap=False, weighted=True, potts=False, alone=True):
@@ -10,9 +11,28 @@ def energy(labels, unary, edges, weights, mu, *, sign=1, times=1, swap=False, we
     return alone * own + sign * times * ((weights if weighted else 1) * cost).sum()
 
 
-def best_answer(i, q, unary, edges, w, mu, *, minus=-1, own=1, itself=0, ends=(0, 1), anchored=False, use_mu=True):
-    heard = sum(q[e[1 - side]] for e in edges.tolist() for side in ends if e[side] == i) + itself * q[i]
-    cost = w * (mu @ heard if use_mu else heard)
+def best_answer(
+    i,
+    q,
+    unary,
+    edges,
+    w,
+    mu,
+    *,
+    minus=-1,
+    own=1,
+    itself=0,
+    ends=(0, 1),
+    anchored=False,
+    use_mu=True,
+    mean=False,
+    hard=False,
+):
+    neighbours = [q[e[1 - side]] for e in edges.tolist() for side in ends if e[side] == i]
+    if hard:
+        neighbours = [F.one_hot(other.argmax(), len(other)).to(q) for other in neighbours]
+    received = sum(neighbours) / (len(neighbours) if mean else 1) + itself * q[i]
+    cost = w * (mu @ received if use_mu else received)
     start = q[i].log() if anchored else -unary[i] * own
     return torch.softmax(start + minus * cost, 0)
 
@@ -25,6 +45,15 @@ def calm(unary, coupling, mu, iterations, step, *, sign=-1, anchored=False, star
         q = step * q + (1 - step) * new if swap else (1 - step) * q + step * new
         every.append(q)
     return torch.stack(every) if history else q
+
+
+def calm_logarithms(unary, coupling, mu, iterations, step):
+    """Damping of log q: a geometric mean of old and new beliefs."""
+    q = torch.softmax(-unary, 1)
+    for _ in range(iterations):
+        new = torch.log_softmax(-unary - coupling @ q @ mu.T, 1)
+        q = torch.softmax((1 - step) * q.log() + step * new, 1)
+    return q
 
 
 def kernel(image, theta_alpha, theta_beta, *, scale=255, half=2, root=False, scrambled=False, colour=1, diagonal=True):
@@ -69,6 +98,7 @@ WRONG = {
     "02.1": [
         (planted(energy, sign=-1), "wrong sign"),
         (planted(energy, times=2), "counted twice"),
+        (planted(energy, times=0.5), "halved"),
         (planted(energy, swap=True), "wrong way round"),
         (planted(energy, weighted=False), "weights of the pairs are missing"),
         (planted(energy, potts=True), "That is Potts"),
@@ -78,22 +108,26 @@ WRONG = {
     "02.2": [
         (planted(best_answer, minus=1), "sign of the pairwise cost"),
         (planted(best_answer, own=0), "unary of the pixel is missing"),
-        (planted(best_answer, itself=1), "hears itself"),
+        (planted(best_answer, itself=1), "own q is in the sum"),
         (planted(best_answer, ends=(0,)), "first end"),
-        (planted(best_answer, anchored=True), "old q"),
+        (planted(best_answer, anchored=True), "old q is used"),
+        (planted(best_answer, mean=True), "mean of the neighbours"),
+        (planted(best_answer, hard=True), "most likely label"),
         (planted(best_answer, use_mu=False), "mu is missing"),
     ],
     "02.3": [
         (lambda u, c, m, t, step: calm(u, c, m, t, 1.0), "no damping"),
         (planted(calm, swap=True), "parts are swapped"),
         (planted(calm, sign=1), "sign"),
-        (planted(calm, anchored=True), "heard in every iteration"),
+        (planted(calm, anchored=True), "enters every iteration"),
         (planted(calm, start=1.0), "start is uniform"),
         (planted(calm, history=True), "not its history"),
+        (calm_logarithms, "logarithms"),
     ],
     "02.4": [
         (planted(kernel, scale=1), "grey levels from 0 to 255"),
         (planted(kernel, half=1), "half in the exponent"),
+        (planted(kernel, half=4), "2 is squared"),
         (planted(kernel, root=True), "not squared"),
         (planted(kernel, scrambled=True), "scrambled"),
         (planted(kernel, colour=0), "colours are missing"),
@@ -104,17 +138,17 @@ WRONG = {
         (planted(messages, late=True), "after the diagonal was taken out"),
         (planted(messages, columns=True), "columns are divided"),
         (planted(messages, root=False), "square root is missing"),
-        (planted(messages, ignore=True), "not be heard"),
-        (planted(messages, all_q=True), "weighs K_ii / n_i"),
+        (planted(messages, ignore=True), "should not be"),
+        (planted(messages, all_q=True), "weight k_ii / n_i"),
         (lambda k, q, name, own: messages(k, q, "row", own), "what 'row' should give"),
     ],
     "02.6": [
         (RIGHT | {"A": "wrong sign"}, "Run A has the right sign"),
         (RIGHT | {"D": "healthy"}, "Look at run D again"),
         (RIGHT | {"A": "healthy"}, "Look at the unary of run A"),
-        (RIGHT | {"B": "healthy"}, "Run B is not well"),
-        (RIGHT | {"C": "normalised colours"}, "Run C sees colours well"),
+        (RIGHT | {"B": "healthy"}, "Run B is not healthy"),
+        (RIGHT | {"C": "normalised colours"}, "Run C uses the colours"),
         (RIGHT | {"C": "double softmax"}, "Run C has a healthy unary"),
-        (RIGHT | {"C": "haunted"}, "is called 'haunted'"),
+        (RIGHT | {"C": "noisy unary"}, "is called 'noisy unary'"),
     ],
 }

@@ -1,4 +1,4 @@
-"""Planted wrong answers to the exercises of notebook 03, each with a fragment of what it must be told."""
+"""Planted wrong answers to the exercises of notebook 03, each with a part of the message that it must get."""
 
 import math
 
@@ -14,7 +14,7 @@ def keys(features, scale, *, half=0.5, last=True, to_query=True, to_last=True, r
     return query, torch.cat([features, -half * own if last else 0 * own], 1)
 
 
-def mean(q, theta, *, form="row", exponent=None, axes="yx"):
+def mean(q, theta, *, form="row", exponent=None, axes="yx", turned=""):
     def side(length, name):
         place = torch.arange(length, dtype=q.dtype)
         gaussian = torch.exp(-(place[:, None] - place).square() / (exponent(theta) if exponent else 2 * theta**2))
@@ -28,7 +28,9 @@ def mean(q, theta, *, form="row", exponent=None, axes="yx"):
             return gaussian * (gaussian.sum(1)[:, None] * gaussian.sum(0)).rsqrt()
         return gaussian / gaussian.sum() if form == "total" else gaussian
 
-    return torch.einsum("yh,khw,xw->kyx", side(q.shape[1], "y"), q, side(q.shape[2], "x"))
+    rows, columns = side(q.shape[1], "y"), side(q.shape[2], "x")
+    rows, columns = rows.T if "y" in turned else rows, columns.T if "x" in turned else columns
+    return torch.einsum("yh,khw,xw->kyx", rows, q, columns)
 
 
 def solve(point, corners):
@@ -43,7 +45,7 @@ def inverse_distances(point, corners):
 
 def backward(grad, where, weight, neighbours, *, turn=True, lost=False, tap=0.5, wrap=False, gain=False, at_once=False):
     shares = (weight[..., None] * grad[:, None]).flatten(0, 1)
-    table = torch.zeros(neighbours.shape[1], grad.shape[1], dtype=grad.dtype)
+    table = torch.zeros(neighbours.shape[1], grad.shape[1])
     if lost:
         table[where.flatten()] += shares
     else:
@@ -88,9 +90,12 @@ WRONG = {
         (planted(mean, form="none"), "not normalised"),
         (planted(mean, form="symmetric"), "symmetric normalisation"),
         (planted(mean, form="column"), "columns are divided"),
+        (planted(mean, turned="x"), "transpose is missing"),
+        (planted(mean, turned="y"), "transposed"),
         (planted(mean, form="total"), "One sum over the whole matrix"),
         (planted(mean, exponent=lambda t: t**2), "2 in the exponent"),
         (planted(mean, exponent=lambda t: 2 * t), "not squared"),
+        (planted(mean, exponent=lambda t: 4 * t**2), "2 is squared"),
         (planted(mean, axes="y"), "Only the columns"),
         (planted(mean, axes="x"), "Only the rows"),
         (lambda q, t: mean(q, t).movedim(0, -1), "[K, H, W]"),
@@ -109,7 +114,7 @@ WRONG = {
         (planted(backward, tap=0), "blurs are missing"),
         (planted(backward, tap=1), "sends all of it"),
         (planted(backward, wrap=True), "there is no neighbour"),
-        (planted(backward, gain=True), "gain is in it"),
+        (planted(backward, gain=True), "includes the gain"),
         (planted(backward, at_once=True), "all of them read the splat"),
     ],
     "03.5": [
@@ -117,6 +122,7 @@ WRONG = {
         (planted(share, high=-1), "last row and column"),
         (planted(share, low=0), "Only distances from 0 up"),
         (planted(share, exponent=lambda t: t**2), "2 in the exponent"),
+        (planted(share, exponent=lambda t: 4 * t**2), "2 is squared"),
         (planted(share, whole=False), "window's sum"),
         (lambda t, r: 100 * share(t, r), "percent"),
         (lambda t, r: math.erf(r / t / math.sqrt(2)) ** 2, "integral"),

@@ -1,4 +1,4 @@
-"""Planted wrong answers to the exercises of notebook 04, each with a fragment of what it must be told."""
+"""Planted wrong answers to the exercises of notebook 04, each with a part of the message that it must get."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Wrong answers to notebook 05's exercises, each with a fragment of the message it must get."""
+"""Planted wrong answers to the exercises of notebook 05, each with a part of the message that it must get."""
 
 import itertools
 
@@ -27,6 +27,10 @@ def only_the_outer_layers(network):
     return network.eval()
 
 
+def forgets_return(network):
+    no_gradients_only(network).eval()
+
+
 def resets(network):
     for parameter in network.parameters():
         nn.init.zeros_(parameter)
@@ -35,6 +39,14 @@ def resets(network):
 
 def quantiles(values, tail):
     return torch.quantile(values, tail), torch.quantile(values, 1 - tail)
+
+
+def normal(differences, level, *, z=None):
+    """mean +- z standard errors."""
+    tail = torch.tensor((1 - level) / 2, dtype=torch.float64)
+    z = -torch.special.ndtri(tail) if z is None else z
+    half = z * differences.std() / len(differences) ** 0.5
+    return differences.mean() - half, differences.mean() + half
 
 
 def flips(differences):
@@ -70,11 +82,12 @@ def column(weights):
 WRONG = {
     "05.1": [
         (no_gradients_only, "running statistics"),
-        (lambda network: network.eval(), "still ask for a gradient"),
+        (lambda network: network.eval(), "still require a gradient"),
         (modes_of_norms_only, "dropout is still on"),
         (only_the_outer_layers, "4 of 8"),
         (lambda network: no_gradients_only(network.eval()).state_dict(), "return the network"),
         (resets, "Freezing itself"),
+        (forgets_return, "returns None"),
     ],
     "05.2": [
         (lambda logits, weights: logits + column(weights).log(), "weight once more"),
@@ -89,6 +102,7 @@ WRONG = {
         (lambda d, picks, level: quantiles(d[picks].mean(0), (1 - level) / 2), "dim=1"),
         (lambda d, picks, level: quantiles(d[picks].mean(1), (1 - level) / 2)[::-1], "exchanged"),
         (lambda d, picks, level: d[picks].mean(), "two numbers"),
+        (lambda d, picks, level: normal(d, level), "symmetric about the mean"),
     ],
     "05.4": [
         (one_sided, "one side only"),

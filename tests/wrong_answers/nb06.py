@@ -1,4 +1,4 @@
-"""Wrong answers to notebook 06's exercises, each with a fragment of the message it must get."""
+"""Planted wrong answers to the exercises of notebook 06, each with a part of the message that it must get."""
 
 import torch
 
@@ -92,11 +92,12 @@ WRONG = {
     "06.2": [
         (with_bracket, "That is the bracket"),
         (lambda u, v, e: ((1 - degrees(u, e)) * u, v), "pair is not scaled"),
-        (lambda u, v, e: ((1 - degrees(u, e)) * u, rho_of(u, e) * v), "rho of log P_U, not all"),
+        (lambda u, v, e: ((1 - degrees(u, e)) * u, rho_of(u, e) * v), "rho times log P_U, not all"),
         (lambda u, v, e: ((1 - rho_of(u, e) * degrees(u, e[:, 0])) * u, rho_of(u, e) * v), "*first* end"),
         (lambda u, v, e: ((1 - rho_of(u, e)) * u, rho_of(u, e) * v), "once for every edge"),
         (lambda u, v, e: (-rho_of(u, e) * degrees(u, e) * u, rho_of(u, e) * v), "own log P_U is lost"),
         (lambda u, v, e: (u, len(u) / len(e) * v), "N - 1 edges"),
+        (lambda u, v, e: (rho_of(u, e) * (1 - degrees(u, e)) * u, rho_of(u, e) * v), "own log P_U too"),
         (lambda u, v, e: rho_of(u, e) * v, "Return two tensors"),
     ],
     "06.3": [
@@ -123,7 +124,7 @@ WRONG = {
         (lambda table: (table.T / table).log(), "turned round"),
         (lambda table: table / table.T, "its logarithm"),
         (lambda table: table - table.T, "difference of probabilities"),
-        (given_the_lower, "Joint ones"),
+        (given_the_lower, "Use joint ones"),
         (lambda table: (table / (table.sum(1, keepdim=True) * table.sum(0))).log(), "compares with chance"),
     ],
 }  # fmt: skip

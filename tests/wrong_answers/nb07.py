@@ -1,4 +1,4 @@
-"""Wrong answers to notebook 07's exercises, each with a fragment of the message it must get."""
+"""Planted wrong answers to the exercises of notebook 07, each with a part of the message that it must get."""
 
 import torch
 import torch.nn.functional as F
@@ -10,18 +10,18 @@ def parts(matrix):
 
 
 def forgets_the_absent(matrix):
-    right, true, said = parts(matrix)
-    return (right / (true + said - right)).mean()
+    right, true, predicted = parts(matrix)
+    return (right / (true + predicted - right)).mean()
 
 
 def absent_as_zero(matrix):
-    right, true, said = parts(matrix)
-    return (right / (true + said - right)).nan_to_num(0).mean()
+    right, true, predicted = parts(matrix)
+    return (right / (true + predicted - right)).nan_to_num(0).mean()
 
 
 def only_true_classes(matrix):
-    right, true, said = parts(matrix)
-    return (right / (true + said - right))[true > 0].mean()
+    right, true, predicted = parts(matrix)
+    return (right / (true + predicted - right))[true > 0].mean()
 
 
 def recalls(matrix):
@@ -30,13 +30,13 @@ def recalls(matrix):
 
 
 def counted_twice(matrix):
-    right, true, said = parts(matrix)
-    return (right / (true + said)).nanmean()
+    right, true, predicted = parts(matrix)
+    return (right / (true + predicted)).nanmean()
 
 
 def of_sums(matrix):
-    right, true, said = parts(matrix)
-    return right.sum() / (true + said - right).sum()
+    right, true, predicted = parts(matrix)
+    return right.sum() / (true + predicted - right).sum()
 
 
 def dilate(x, width):
@@ -171,6 +171,7 @@ WRONG = {
         (sorted_alone, "go along in the same order"),
         (equal_widths, "equal width"),
         (lambda c, r, bins: gaps(c, r, bins).mean().abs(), "cancel"),
+        (lambda c, r, bins: gaps(c, r, bins).mean(), "absolute value is missing"),
         (lambda c, r, bins: gaps(c, r, bins).abs().max(), "largest gap"),
         (lambda c, r, bins: gaps(c, r, bins).abs().sum(), "sum over the groups"),
         (unsorted, "Nothing is sorted"),
@@ -179,7 +180,7 @@ WRONG = {
     "07.4": [
         (of_logs, "take exp() first"),
         (true_class_only, "true class alone"),
-        (lambda log_q, label: squares(log_q, label)[0].mean(), "the class you put in"),
+        (lambda log_q, label: squares(log_q, label)[0].mean(), "the class that replaced void"),
         (lambda log_q, label: squares(log_q, label)[0][label != 255].mean() / 4, "average over the classes"),
         (lambda log_q, label: squares(log_q, label)[0][label != 255].sum() / label.numel(), "divide by all pixels"),
         (spoils_the_labels, "work on a copy"),

@@ -1,9 +1,9 @@
-"""Checks for the notebooks' exercises: `check("02.1", my_function)` says what is wrong, not only that something is.
+"""Checks of the notebooks' exercises: `check("02.1", my_function)` reports which mistake an answer contains.
 
-Each notebook's checks live in a module of their own, `pwlib.course.checks.nb02`, imported when first asked for. A
-check is a function of the learner's answer, registered with `exercise`; it calls the answer on several cases and
-compares it with an oracle of its own. It raises `Wrong`, with one sentence that names the
-mistake, or returns (a sentence, if it likes).
+The checks of a notebook are in one module, such as `pwlib.course.checks.nb02`, which is imported when it is needed. A
+check is a function that gets the learner's answer and is registered with `exercise`. It calls the answer on several
+cases and compares the results with an independent computation. It raises `WrongAnswer` with a sentence that names the
+mistake; for a right answer it returns None or a sentence to show.
 
     @exercise("02.1", title="The energy of a labelling", minutes=10, difficulty=2)
     def energy(answer):
@@ -14,6 +14,7 @@ mistake, or returns (a sentence, if it likes).
 
 from __future__ import annotations
 
+import dis
 import functools
 import html
 import importlib
@@ -27,17 +28,17 @@ from typing import Any
 import torch
 
 
-class Wrong(Exception):
-    """The learner's answer is wrong; the message is one sentence or two that name the mistake."""
+class WrongAnswer(Exception):
+    """The answer is wrong; the message names the mistake in one or two sentences."""
 
 
-class NotYet(Exception):
-    """The learner has not answered yet: the stub still returns None or `...`."""
+class NoAnswer(Exception):
+    """There is no answer yet: the stub is unchanged, or a part of it is still `...`."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `check` says. passed: True, False, or None where there is no answer yet. Shows itself in a notebook."""
+    """The result of `check`, which a notebook displays. passed: True, False, or None if there is no answer yet."""
 
     exercise: str
     passed: bool | None
@@ -52,7 +53,7 @@ class Verdict:
         return f"{self.headline}. {self.message}"
 
     def _repr_html_(self) -> str:
-        # Blue, vermilion and grey of Okabe & Ito; the icon and the words say the same without colour.
+        # Blue, vermilion and grey of Okabe & Ito; icon and words carry the same information.
         colour = {True: "#0072B2", False: "#D55E00", None: "#777777"}[self.passed]
         return (
             f'<div role="status" style="border-left: 4px solid {colour}; padding: 0.3em 0.8em; margin: 0.3em 0">'
@@ -62,7 +63,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Exercise:
-    """A registered check. difficulty: 1 to 3 stars; minutes: an estimate, as the notebook prints it."""
+    """A registered check. minutes: the estimated time; difficulty: 1 to 3 stars, both as printed in the notebook."""
 
     name: str
     title: str
@@ -87,7 +88,14 @@ def exercise(name: str, *, title: str, minutes: int, difficulty: int) -> Callabl
 
 
 def exercises(notebook: str) -> dict[str, Exercise]:
-    """All checks of one notebook ("02"), by name; ValueError where the notebook has none."""
+    """Return {name: check} for one notebook.
+
+    Args:
+        notebook: its number, such as "02".
+
+    Raises:
+        ValueError: if the notebook has no checks.
+    """
     module = f"{__name__}.nb{notebook}"
     try:
         importlib.import_module(module)
@@ -99,24 +107,30 @@ def exercises(notebook: str) -> dict[str, Exercise]:
 
 
 def check(name: str, answer: Any) -> Verdict:
-    """Judge the learner's answer (a function, mostly) to exercise `name`.
+    """Check the answer to an exercise.
 
-    Never raises for a learner's mistake: an exception inside the answer becomes a verdict with its type and line.
-    The check's random numbers are the same every time and leave the notebook's own generator alone.
-    ValueError for an exercise that does not exist.
+    An exception in the answer is reported with its type and line. Random cases are the same in every call, and the
+    state of the notebook's random generator does not change.
+
+    Args:
+        name: the exercise, such as "02.1".
+        answer: the learner's answer, in most exercises a function.
+
+    Raises:
+        ValueError: if there is no such exercise.
     """
     known = exercises(name.partition(".")[0])
     if name not in known:
         raise ValueError(f"there is no exercise {name!r}; expected one of {', '.join(known)}")
     try:
         if _empty(answer):
-            raise NotYet
+            raise NoAnswer
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             praise = known[name].checker(_guarded(answer))
-    except NotYet:
+    except NoAnswer:
         return Verdict(name, None, "Fill in the cell above, run it, then run this cell again.")
-    except Wrong as wrong:
+    except WrongAnswer as wrong:
         return Verdict(name, False, str(wrong))
     except Exception as error:
         return _failed(name, answer, error)
@@ -124,16 +138,16 @@ def check(name: str, answer: Any) -> Verdict:
 
 
 def expect(condition: object, message: str) -> None:
-    """Raise Wrong(message) unless the condition holds."""
+    """Raise `WrongAnswer(message)` unless the condition holds."""
     if not condition:
-        raise Wrong(message)
+        raise WrongAnswer(message)
 
 
 def expect_shape(actual: Any, shape: Sequence[int], what: str = "the result") -> None:
-    """Raise Wrong unless `actual` is a tensor, array or number of this shape; `what` names it in the message."""
+    """Raise `WrongAnswer` unless `actual` is a tensor, array or number of this shape; messages call it `what`."""
     tensor = _tensor(actual, what)
     if tuple(tensor.shape) != tuple(shape):
-        raise Wrong(f"{_upper(what)} has shape {list(tensor.shape)}; expected {list(shape)}.")
+        raise WrongAnswer(f"{_upper(what)} has shape {list(tensor.shape)}; expected {list(shape)}.")
 
 
 def expect_close(
@@ -145,11 +159,14 @@ def expect_close(
     rtol: float = 1e-4,
     atol: float = 1e-5,
 ) -> None:
-    """Raise Wrong unless `actual` equals `wanted`: same shape, every number within atol + rtol |wanted|.
+    """Raise `WrongAnswer` unless `actual` has the shape and the values of `wanted`; NaN equals NaN.
 
-    hints: (mistake, message) pairs, tried in order on a wrong answer. A mistake is the value that a known slip would
-    give (any shape), or a predicate of the answer (float64 tensor). Without a hint that fits, the message shows the
-    entry that is farthest off. NaN equals NaN.
+    Args:
+        what: the name of the result, for messages.
+        hints: (mistake, message) pairs. The first mistake that fits a wrong answer decides the message. A mistake is
+            the result of a known slip, of any shape, or a predicate of the answer (a float64 tensor). If none fits,
+            the message shows the entry with the largest error.
+        rtol, atol: the tolerance of each entry is atol + rtol |wanted|.
     """
     actual, wanted = _tensor(actual, what), _tensor(wanted, what)
     near = functools.partial(torch.allclose, rtol=rtol, atol=atol, equal_nan=True)
@@ -162,28 +179,31 @@ def expect_close(
             slip = _tensor(mistake, what)
             fits = slip.shape == actual.shape and near(actual, slip)
         if fits:
-            raise Wrong(message)
+            raise WrongAnswer(message)
     expect_shape(actual, wanted.shape, what)
     if torch.isnan(actual).any() and not torch.isnan(wanted).any():
-        raise Wrong(f"{_upper(what)} holds NaN: look for 0/0, log 0 or infinity minus infinity.")
-    # NaN on one side only is farther off than any number.
+        raise WrongAnswer(f"{_upper(what)} holds NaN: look for 0/0, log 0 or infinity minus infinity.")
+    # NaN on one side only counts as an infinite error.
     gap = torch.where(actual.isnan() & wanted.isnan(), 0, (actual - wanted).abs()).nan_to_num(nan=math.inf)
     worst = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape)) if gap.ndim else ()
     where = f" at index {list(worst)}" if worst else ""
-    raise Wrong(f"{_upper(what)}{where} is {actual[worst].item():.6g}; expected {wanted[worst].item():.6g}.")
+    raise WrongAnswer(f"{_upper(what)}{where} is {actual[worst].item():.6g}; expected {wanted[worst].item():.6g}.")
 
 
 def _tensor(value: Any, what: str) -> torch.Tensor:
-    if _empty(value):
-        raise NotYet
+    if value is ...:
+        raise NoAnswer(f"{what} is still `...`")
+    if value is None:
+        raise WrongAnswer(f"{_upper(what)} is None; expected a tensor or a number.")
     try:
         return torch.as_tensor(value).detach().cpu().double()
     except (TypeError, ValueError, RuntimeError):
-        raise Wrong(f"{_upper(what)} is of type {type(value).__name__}; expected a tensor or a number.") from None
+        raise WrongAnswer(f"{_upper(what)} is of type {type(value).__name__}; expected a tensor or a number.") from None
 
 
-def _upper(text: str) -> str:
-    return text[:1].upper() + text[1:]
+def _upper(what: str) -> str:
+    """Capitalise a noun phrase at the start of a sentence; names of variables, such as q, stay as they are."""
+    return f"T{what[1:]}" if what.startswith("the ") else what
 
 
 def _empty(value: Any) -> bool:
@@ -192,8 +212,14 @@ def _empty(value: Any) -> bool:
     )
 
 
+def _is_stub(function: Callable) -> bool:
+    """Whether a function does nothing but return a constant, as `def f(x): ...` does."""
+    trivial = {"RESUME", "NOP", "LOAD_CONST", "RETURN_CONST", "RETURN_VALUE"}
+    return all(instruction.opname in trivial for instruction in dis.get_instructions(function))
+
+
 def _guarded(answer: Any) -> Any:
-    """A learner's function that says NotYet where it returns nothing; anything else as it is."""
+    """Wrap a learner's function so that a result of None raises `NoAnswer` for a stub and `WrongAnswer` otherwise."""
     if not inspect.isfunction(answer):
         return answer
 
@@ -201,14 +227,16 @@ def _guarded(answer: Any) -> Any:
     def guarded(*args: Any, **kwargs: Any) -> Any:
         result = answer(*args, **kwargs)
         if _empty(result):
-            raise NotYet
+            if _is_stub(answer) or result is not None:
+                raise NoAnswer
+            raise WrongAnswer("Your function returns None: a `return` is missing, or in this case it is not reached.")
         return result
 
     return guarded
 
 
 def _failed(name: str, answer: Any, error: Exception) -> Verdict:
-    """A verdict on an exception: in the learner's lines, or in the check for an answer it could not read."""
+    """Report an exception that the learner's code raised, or the check on an unexpected result."""
     if "ellipsis" in str(error):
         return Verdict(name, None, "There is still a `...` in your code; replace it and run this cell again.")
     line = None

@@ -2,7 +2,7 @@
 
 import torch
 
-from pwlib.course.checks import Wrong, exercise, expect, expect_close, expect_shape
+from pwlib.course.checks import WrongAnswer, exercise, expect, expect_close, expect_shape
 
 
 @exercise("00.1", title="Paint a label map", minutes=5, difficulty=1)
@@ -15,12 +15,12 @@ def paint(answer):
         picture = answer(label, palette)
     except IndexError as error:
         message = f"255 is no row of the palette ({error}). Replace void by the number of the last row first."
-        raise Wrong(message) from None
+        raise WrongAnswer(message) from None
     expect(torch.equal(label, kept), "Your function changes the label it was given; work on a copy (torch.where does).")
     colours = [[palette[-1 if v == 255 else v] for v in line] for line in label.tolist()]  # pixel by pixel
     wanted = torch.stack([torch.stack(line) for line in colours])
     if tuple(getattr(picture, "shape", ())) == (3, 5, 7):
-        raise Wrong("Your picture is [3, H, W]; pictures to look at have the colours last: [H, W, 3].")
+        raise WrongAnswer("Your picture is [3, H, W]; pictures to look at have the colours last: [H, W, 3].")
     expect_shape(picture, (5, 7, 3), "the picture")
     hints = [
         (_void_as(wanted, label, palette[0]), "Void pixels have the colour of class 0; they get the palette's last row."),
@@ -93,8 +93,8 @@ def ceiling(answer):
         (filled.max(1).values.mean(), "Every cell counts alike in your mean; weigh a cell by its number of pixels."),
         (share.nan_to_num().max(1).values.mean(), "Every cell counts alike in your mean, and empty ones as 0; weigh each by its pixels."),
         (counts.max(0).values.sum() / total, "You take the best *cell* of each class; take the best class of each cell (the other dimension)."),
-        (counts.sum(0).max() / total, "That is one name for all cells: a classifier that does not look at the cell."),
-        (posterior, "You score a classifier that *draws* the class from the cell's shares; always naming the largest is better."),
+        (counts.sum(0).max() / total, "That predicts the same class in all cells, whatever the cell; take the best class of each cell."),
+        (posterior, "You score a classifier that *draws* the class from the cell's shares; always predicting the most frequent class is better."),
         (best, "You return a number of pixels; divide by all pixels."),
         (lambda a: a.isnan().any(), "You get nan: an empty cell gives 0/0. Add up counts first, divide once at the end."),
     ]  # fmt: skip
@@ -104,11 +104,13 @@ def ceiling(answer):
 
 @exercise("00.4", title="The odds of a whole object", minutes=10, difficulty=2)
 def all_alike(answer):
-    q = torch.tensor([[0.5, 0.5], [0.5, 0.5]])
-    _compare_all_alike(answer, q)
+    _compare_all_alike(answer, torch.tensor([[0.7, 0.3], [0.4, 0.6]]))  # every known slip gives another number here
+    _compare_all_alike(answer, torch.full((2, 2), 0.5))
     _compare_all_alike(answer, torch.rand(4, 3).softmax(1))
     _compare_all_alike(answer, torch.eye(3)[[1, 1, 1]])
-    return "For 60 undecided pixels it is 1.7e-18: independent pixels never make an object."
+    return (
+        "For 60 pixels and two classes of probability 1/2 it is 1.7e-18: independent pixels hardly ever form an object."
+    )
 
 
 def _compare_all_alike(answer, q):
@@ -161,14 +163,23 @@ def _compare_agreement(answer, label):
         equal, total = count(pairs, void)
         return equal / total if total else float("nan")
 
+    def mean(*values):
+        values = [value for value in values if value == value]  # a direction without pairs has a share of nan
+        return sum(values) / len(values)
+
     known = count(across + down)[1]
     equal, everything = count(across + down, void=True)
+    masked = [count(pairs)[0] / len(pairs) if pairs else float("nan") for pairs in (across, down)]
     hints = [
         (share(across), "You count the pairs side by side only; add the pairs one above the other."),
+        (share(across, True), "You count the pairs side by side only, and void as a class: add the pairs one above the other, leave out void."),
         (share(down), "You count the pairs one above the other only; add the pairs side by side."),
+        (share(down, True), "You count the pairs one above the other only, and void as a class: add the pairs side by side, leave out void."),
         (equal / everything, "Pairs with void are counted, and two void pixels even count as agreeing; leave such pairs out."),
         (count(across + down)[0] / everything, "You leave void out of the equal pairs but not out of the total: void lowers your share."),
         ((share(across) + share(down)) / 2, "You average two shares; the directions have different numbers of pairs. Add counts, divide once."),
+        (mean(share(across, True), share(down, True)), "You average two shares that count void as a class. Leave out every pair with void; then add counts over both directions and divide once."),
+        (mean(*masked), "You average two shares, and void is in their totals. Count only pairs without void; then add counts over both directions and divide once."),
         (share(round_the_edge), "Your pairs wrap around the image's edge (torch.roll?): the left edge does not touch the right one."),
         (share(skewed), "You compare diagonal neighbours; pairs that touch differ in one coordinate."),
         (1 - count(across + down)[0] / known, "That is how often neighbours *disagree*."),

@@ -20,7 +20,7 @@ def output_side(answer):
         (33, 7, 2, 3, 1),
     ]
     for side, kernel, stride, dilation, padding in cases:
-        # The oracle is torch itself: convolve a row of pixels and count.
+        # The oracle is torch: convolve an image of zeros and measure the result.
         line = torch.zeros(1, 1, side, side)
         wanted = F.conv2d(line, torch.zeros(1, 1, kernel, kernel), stride=stride, dilation=dilation, padding=padding)
         wanted = wanted.shape[-1]
@@ -40,7 +40,7 @@ def output_side(answer):
 
 
 def _seen(layers):
-    """The receptive field by brute force: the extent of a gradient through convolutions with positive weights."""
+    """Measure the receptive field: the extent of a gradient through convolutions with positive weights."""
     side, jump = 1, 1
     for kernel, stride, dilation in layers:
         side, jump = side + (kernel - 1) * dilation * jump, jump * stride
@@ -71,7 +71,7 @@ def field_of(answer):
 
 
 def _walk(layers, dilated=True, jump_first=False, strided=True, gaps=1, start=1):
-    """The recursion with one slip built in."""
+    """Compute the receptive field by the recursion, with at most one planted mistake."""
     field, jump = start, 1
     for kernel, stride, dilation in layers:
         if jump_first:
@@ -112,7 +112,7 @@ def effective_side(answer):
 
 
 def _smallest(size, share, late=""):
-    """The smallest centred square by its definition; 0 where none has the share."""
+    """Return the side of the smallest centred square by definition; 0 if no square has the share."""
     middle, total = len(size) // 2, float(size.double().sum())
     rows = (torch.arange(len(size)) - middle).abs()
     ring = torch.maximum(rows[:, None], rows[None])
@@ -140,7 +140,7 @@ def with_holes(answer):
         expect_shape(rows, (len(layers), 3), where)
         hints = [
             (torch.tensor(_holes(layers, output_stride, own=True)), "A layer whose stride you take out is itself dilated by it; only what follows it is (its own taps lie before its stride)."),
-            (torch.tensor(_holes(layers, output_stride, undilated=True)), "No layer is dilated: the weights behind a removed stride would meet taps that are too close."),
+            (torch.tensor(_holes(layers, output_stride, undilated=True)), "No layer is dilated: the taps of the layers behind a removed stride are then too close together."),
             (torch.tensor(_holes(layers, output_stride, once=True)), "The dilation stays that of the last removed stride; two removed strides of 2 dilate by 4: multiply."),
             (torch.tensor(_holes(layers, output_stride, next_only=True)), "Only the next layer is dilated; all that follow a removed stride are."),
             (torch.tensor(_holes(layers, output_stride, strict=True)), "You remove a stride too early: the product of strides may reach output_stride itself."),
@@ -152,7 +152,7 @@ def with_holes(answer):
 
 
 def _holes(layers, output_stride, own=False, undilated=False, once=False, next_only=False, strict=False):
-    """The transformation, with at most one slip built in."""
+    """Apply the transformation, with at most one planted mistake."""
     changed, product, dilation = [], 1, 1
     for kernel, stride in layers:
         keep = product * stride < output_stride if strict and stride > 1 else product * stride <= output_stride
@@ -169,7 +169,7 @@ def _holes(layers, output_stride, own=False, undilated=False, once=False, next_o
 
 
 def _same_outputs(layers, changed):
-    """By definition: on a row of random pixels the new network computes all outputs of the old one."""
+    """Check on a row of random pixels that the new network computes every output of the old one."""
     side = 600
     weights = [torch.rand(1, 1, 1, kernel, dtype=torch.float64) / kernel for kernel, _ in layers]
     old = new = torch.rand(1, 1, 1, side, dtype=torch.float64)

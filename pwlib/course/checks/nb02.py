@@ -1,4 +1,4 @@
-"""Checks of notebook 02: energies, one pixel's update, damping, kernels, messages, and four runs to diagnose."""
+"""Checks of notebook 02: energies, the update of one pixel, damping, kernels, messages, and four runs to diagnose."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from pwlib import exact
-from pwlib.course.checks import NotYet, exercise, expect, expect_close, expect_shape
+from pwlib.course.checks import NoAnswer, exercise, expect, expect_close, expect_shape
 from pwlib.crf import DenseCRF, Trace
 from pwlib.data import VOID, load
 
@@ -32,6 +32,10 @@ def energy_of(answer):
                 (alone - pairwise, "The pairwise part has the wrong sign: mu is a penalty, so it is added to E."),
                 (alone + pairwise + back, "Each pair is counted twice, once from each end; edges name a pair once."),
                 (alone + 2 * pairwise, "Each pair is counted twice; edges name a pair once."),
+                (
+                    alone + pairwise / 2,
+                    "The pairwise part is halved; edges name each pair once, so it is not counted twice.",
+                ),
                 (alone + back, "mu is read the wrong way round: its row is the label of the pair's first end."),
                 (alone + sum(forth for _, forth, _ in pairs), "The weights of the pairs are missing."),
                 (alone + potts, "That is Potts: mu[a, b] should be looked up, not [a != b]."),
@@ -53,28 +57,44 @@ def best_answer(answer):
         mu, w = mu + mu.T, 0.8
         for i in range(nodes):
             ends = [sum(q[e[1 - side]] for e in edges.tolist() if e[side] == i) + q[i] * 0 for side in (0, 1)]
-            heard = ends[0] + ends[1]
-            cost = w * mu @ heard
+            received = ends[0] + ends[1]
+            cost = w * mu @ received
+            neighbours = [e[1 - side] for e in edges.tolist() for side in (0, 1) if e[side] == i]
+            hard = F.one_hot(q[neighbours].argmax(1), labels).sum(0).to(q)
             hints = [
-                (torch.softmax(unary[i] + cost, 0), "The minus is missing: a label that costs more must get less."),
+                (
+                    torch.softmax(unary[i] + cost, 0),
+                    "The minus is missing: a label with a higher cost gets a lower probability.",
+                ),
                 (torch.softmax(-unary[i] + cost, 0), "The sign of the pairwise cost is wrong: mu is a penalty."),
                 (torch.softmax(-cost, 0), "The unary of the pixel is missing from its cost."),
-                (torch.softmax(-unary[i], 0), "The neighbours are not heard at all."),
+                (torch.softmax(-unary[i], 0), "The neighbours are missing from the cost."),
                 (
-                    torch.softmax(-unary[i] - w * mu @ (heard + q[i]), 0),
-                    "The pixel hears itself: the sum runs over its neighbours, j ≠ i, only.",
+                    torch.softmax(-unary[i] - w * mu @ (received + q[i]), 0),
+                    "The pixel's own q is in the sum; the sum runs over its neighbours only, j ≠ i.",
                 ),
-                (torch.softmax(q[i].log() - cost, 0), "The old q of the pixel stands where its unary belongs."),
-                (unary[i] + cost, "That is the cost e_i; the softmax of its negative is still to come."),
-                (torch.softmax(-unary[i] - w * heard, 0), "mu is missing: beliefs are heard, their cost is not."),
                 (
-                    torch.softmax(-unary[i] - mu @ heard, 0),
+                    torch.softmax(-unary[i] - cost / len(neighbours), 0),
+                    "That is the mean of the neighbours' q; the cost is their sum, so that more neighbours count more.",
+                ),
+                (
+                    torch.softmax(-unary[i] - w * mu @ hard, 0),
+                    "Each neighbour counts with its most likely label only; use its probabilities q_j, all of them.",
+                ),
+                (torch.softmax(q[i].log() - cost, 0), "The pixel's old q is used in place of its unary energy."),
+                (unary[i] + cost, "That is the cost e_i; the softmax of its negative is still to come."),
+                (
+                    torch.softmax(-unary[i] - w * received, 0),
+                    "mu is missing: multiply the sum of the neighbours' q by it.",
+                ),
+                (
+                    torch.softmax(-unary[i] - mu @ received, 0),
                     "The weight w is missing from the pairwise cost.",
                 ),
                 *[
                     (
                         torch.softmax(-unary[i] - w * mu @ end, 0),
-                        f"Only edges whose {side} end is pixel i are heard; it may be either end.",
+                        f"Only edges whose {side} end is pixel i are counted; it may be either end.",
                     )
                     for side, end in zip(("first", "second"), ends, strict=True)
                 ],
@@ -87,9 +107,9 @@ def best_answer(answer):
 @exercise("02.3", title="A calmer update", minutes=10, difficulty=2)
 def calm_mean_field(answer):
     for nodes, labels, step, iterations in ((5, 3, 1.0, 3), (6, 2, 0.3, 1), (7, 3, 0.6, 4)):
-        unary = 2 * torch.rand(nodes, labels, dtype=torch.float64)
-        mu = torch.rand(labels, labels, dtype=torch.float64) + 0.2
-        coupling = torch.rand(nodes, nodes, dtype=torch.float64)
+        unary = 2 * torch.rand(nodes, labels)
+        mu = torch.rand(labels, labels) + 0.2
+        coupling = torch.rand(nodes, nodes)
         coupling = coupling + coupling.T
 
         def damped(
@@ -103,12 +123,15 @@ def calm_mean_field(answer):
             coupling=coupling,
             iterations=iterations,
             transposed=False,
+            logarithms=False,
         ):
             q = torch.softmax(-unary, 1) if start is None else start
             for _ in range(iterations - early):
-                cost = coupling @ q @ (mu if transposed else mu.T)
+                previous, cost = q, coupling @ q @ (mu if transposed else mu.T)
                 new = torch.softmax((q.log() if anchor else -unary) + sign * cost, 1)
                 q = (1 - eta) * q + eta * new
+                if logarithms:
+                    q = torch.softmax((1 - eta) * previous.log() + eta * new.log(), 1)
             return q
 
         uniform = torch.full_like(unary, 1 / labels)
@@ -118,7 +141,11 @@ def calm_mean_field(answer):
             (damped(step, sign=1), "The sign of the pairwise cost is wrong."),
             (
                 damped(step, anchor=True),
-                "The previous beliefs stand where the unary belongs; the network must be heard in every iteration.",
+                "The previous q is used in place of the unary; the unary energy enters every iteration.",
+            ),
+            (
+                damped(step, logarithms=True),
+                "You mix the logarithms of q (or energies) and normalise; mix the probabilities themselves.",
             ),
             (damped(step, start=uniform), "The start is uniform; expected softmax(-unary)."),
             (damped(step, early=1), "One iteration is missing."),
@@ -126,7 +153,9 @@ def calm_mean_field(answer):
             (lambda a, n=nodes, k=labels: a.ndim == 3, "Return the final q [N, K] only, not its history."),
             (
                 lambda a, n=nodes: (
-                    a.shape[:1] == (n,) and a.ndim == 2 and not torch.allclose(a.sum(1), torch.ones(n).double())
+                    a.shape[:1] == (n,)
+                    and a.ndim == 2
+                    and not torch.allclose(a.sum(1), torch.ones(n).double(), atol=1e-4)
                 ),
                 "The rows do not sum to 1: mix probabilities, not energies or sums that were not divided.",
             ),
@@ -135,13 +164,11 @@ def calm_mean_field(answer):
             hints = [h for h in hints if "no damping" not in h[1]]
         q = answer(unary, coupling, mu, iterations, step)
         expect_close(q, damped(step), "q", hints=hints)
-    swap = 3.0 * torch.tensor([[0.0, 1.0], [1.0, 0.0]]).double()
-    two = -torch.tensor([[0.3, 0.7], [0.7, 0.3]]).double().log()
-    moves = answer(two, swap, 1 - torch.eye(2).double(), 201, 0.5) - answer(
-        two, swap, 1 - torch.eye(2).double(), 200, 0.5
-    )
-    expect_close(moves, torch.zeros(2, 2), "what the two pixels that swapped for ever still move after 200 iterations")
-    return "And the two pixels that swapped for ever come to rest."
+    swap = 3.0 * torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    two, potts = -torch.tensor([[0.3, 0.7], [0.7, 0.3]]).log(), 1 - torch.eye(2)
+    change = answer(two, swap, potts, 201, 0.5) - answer(two, swap, potts, 200, 0.5)
+    expect_close(change, torch.zeros(2, 2), "the change in iteration 201 of the two pixels that swapped their labels")
+    return "And the two pixels that swapped their labels in every iteration converge."
 
 
 @exercise("02.4", title="The bilateral kernel", minutes=15, difficulty=2)
@@ -178,9 +205,13 @@ def bilateral_kernel(answer):
         hints = [
             (kernel(scale=1.0), "The colours are on the scale [0, 1]; theta_beta counts grey levels from 0 to 255."),
             (kernel(half=1.0), "The half in the exponent is missing: exp(-d² / 2)."),
+            (
+                kernel(half=0.25),
+                "The 2 is squared along with theta: the exponent is -d² / (2 theta²), not -d² / (2 theta)².",
+            ),
             (kernel(power=1), "The distance is not squared in the exponent."),
             (kernel(colour=False), "The colours are missing: that is the spatial kernel."),
-            (kernel(where=False), "The positions are missing: pixels of one colour are joined however far apart."),
+            (kernel(where=False), "The positions are missing: two pixels of one colour get k = 1 at any distance."),
             (squares, "The distances are divided by theta, not by theta²: divide features before squaring."),
             (kernel(alpha=beta, beta=alpha), "theta_alpha and theta_beta are swapped: alpha is for positions."),
             (kernel(columns=True), "The pixels are counted column by column; expected row by row."),
@@ -194,10 +225,10 @@ def bilateral_kernel(answer):
         ]
         expect_shape(answer(image, alpha, beta), [height * width] * 2, "the kernel")
         expect_close(answer(image, alpha, beta), wanted, "the kernel", hints=hints)
-    return "Near and of one colour: a soft segment around each pixel."
+    return "The kernel is large between pixels that are close to each other and similar in colour."
 
 
-@exercise("02.5", title="What a pixel hears", minutes=15, difficulty=3)
+@exercise("02.5", title="The messages that a pixel receives", minutes=15, difficulty=3)
 def messages_of(answer):
     features = 2 * torch.rand(7, 2)
     kernel = torch.exp(-torch.cdist(features, features).square() / 2)
@@ -218,20 +249,20 @@ def messages_of(answer):
             hints = [
                 (
                     late[name] @ q if not self_message and name != "none" else torch.nan,
-                    "n was summed after the diagonal was taken out; it counts a pixel's own vote, always.",
+                    "n was summed after the diagonal was taken out; it always includes k_ii, the pixel itself.",
                 ),
                 (
                     form @ q if not self_message else (form - torch.diag(form.diag())) @ q,
-                    f"With self_message={self_message} the pixel's own belief should "
-                    f"{'be heard' if self_message else 'not be heard'}.",
+                    f"With self_message={self_message} the pixel's own q should "
+                    f"{'be' if self_message else 'not be'} in its message.",
                 ),
                 (
                     form @ q - q if not self_message and name != "none" else torch.nan,
-                    "What is taken out is q itself; after normalisation the own vote weighs K_ii / n_i, not 1.",
+                    "You subtract q itself; after normalisation the self-message has the weight k_ii / n_i, not 1.",
                 ),
                 (
                     column @ q if name == "row" else torch.nan,
-                    "The columns are divided by n; 'row' divides what a pixel hears by the pixel's own n.",
+                    "The columns are divided by n; 'row' divides the message of pixel i by n_i.",
                 ),
                 (
                     kernel / (n[:, None] * n) @ q if name == "symmetric" else torch.nan,
@@ -254,10 +285,10 @@ def messages_of(answer):
 
 
 @functools.cache
-def run_on_the_desk(letter: str) -> Trace:
-    """One of the four runs of exercise 02.6, "A" to "D": a trace of a CRF on a Scene, three of them faulty."""
+def run_to_diagnose(letter: str) -> Trace:
+    """Return one of the four runs of exercise 02.6, "A" to "D": a trace of a dense CRF on a scene; three have a fault."""
     if letter not in "ABCD" or len(letter) != 1:
-        raise ValueError(f"there is no run {letter!r} on the desk; expected A, B, C or D")
+        raise ValueError(f"there is no run {letter!r}; expected A, B, C or D")
     fault = {"A": "double softmax", "B": "normalised colours", "C": "healthy", "D": "wrong sign"}[letter]
     dataset = load("scenes", "val", size=(32, 48))
     image, label = dataset[0]
@@ -282,18 +313,18 @@ def run_on_the_desk(letter: str) -> Trace:
     return replace(crf.trace(logits, seen, iterations=8), image=image)
 
 
-@exercise("02.6", title="Four runs on the desk", minutes=15, difficulty=2)
+@exercise("02.6", title="Four runs to diagnose", minutes=15, difficulty=2)
 def diagnosis(answer):
     expect(isinstance(answer, dict), "The diagnosis should be a dictionary from letter to fault.")
     if all(answer.get(letter) in (None, ...) for letter in "ABCD"):
-        raise NotYet
+        raise NoAnswer
     for letter in "ABCD":
         given = answer.get(letter)
         if given in (None, ...):
             expect(False, f"Run {letter} has no diagnosis yet.")
         choices = ", ".join(repr(fault) for fault in FAULTS)
         expect(given in FAULTS, f"Run {letter} is called {given!r}; expected one of {choices}.")
-    runs = {letter: run_on_the_desk(letter) for letter in "ABCD"}
+    runs = {letter: run_to_diagnose(letter) for letter in "ABCD"}
     for letter, run in runs.items():
         given = answer[letter]
         spread = (run.unary.amax(0) - run.unary.amin(0)).mean().item()
@@ -308,7 +339,7 @@ def diagnosis(answer):
             expect(
                 not (rises and changed > 0.2),
                 f"Look at run {letter} again: from iteration 7 to 8, {changed:.0%} of its labels change. "
-                "Who makes pixels flee from those that are alike?",
+                "Which fault makes similar pixels take different labels?",
             )
         if given == "double softmax":
             expect(
@@ -319,11 +350,11 @@ def diagnosis(answer):
         else:
             expect(
                 spread > 1.01,
-                f"Look at the unary of run {letter}: best and worst label differ by {spread:.2f} nats. What keeps a "
-                "network's scores within 1 of each other?",
+                f"Look at the unary of run {letter}: best and worst label differ by {spread:.2f} nats. What bounds "
+                "the differences between scores by 1?",
             )
         if given in ("healthy", "normalised colours"):
-            # How much of the image's edges the bilateral message has: its jumps where the image jumps.
+            # The bilateral message should jump where the image jumps.
             edge = (run.image[:, :, 1:] - run.image[:, :, :-1]).abs().sum(0)
             message = run.messages[0, 1]
             jump = (message[:, :, 1:] - message[:, :, :-1]).abs().sum(0)
@@ -332,9 +363,9 @@ def diagnosis(answer):
             if given == "healthy":
                 expect(
                     not blurred,
-                    f"Run {letter} is not well: its bilateral message crosses the image's edges as if all colours "
+                    f"Run {letter} is not healthy: its bilateral message crosses the image's edges as if all colours "
                     "were alike. What could make them alike?",
                 )
             else:
-                expect(blurred, f"Run {letter} sees colours well: its bilateral message stops at the image's edges.")
+                expect(blurred, f"Run {letter} uses the colours: its bilateral message stops at the image's edges.")
     return "All four diagnoses are right."

@@ -1,4 +1,4 @@
-"""Checks of notebook 03: keys for a kernel, separable means, barycentric weights, the lattice's adjoint, windows."""
+"""Checks of notebook 03: keys for a kernel, separable means, barycentric weights, the lattice's gradient, windows."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from pwlib.course.checks import exercise, expect, expect_close, expect_shape
 @exercise("03.1", title="Keys for another kernel", minutes=15, difficulty=2)
 def queries_and_keys(answer):
     for points, d in ((6, 2), (9, 3)):
-        features, scale = torch.randn(points, d, dtype=torch.float64), 0.3 + 2 * torch.rand(d, dtype=torch.float64)
+        features, scale = torch.randn(points, d), 0.3 + 2 * torch.rand(d)
         result = answer(features.clone(), scale.clone())
         expect(
             isinstance(result, tuple | list) and len(result) == 2,
             "Return two tensors: (query, key), each with one row a pixel.",
         )
         query, key = (torch.as_tensor(part).double() for part in result)
+        features, scale = features.double(), scale.double()
         expect(query.ndim == 2, f"The query has shape {list(query.shape)}; expected [{points}, E].")
         expect_shape(query, (points, query.shape[1]), "the query")
         expect_shape(key, query.shape, "the key, as wide as the query,")
@@ -32,20 +33,23 @@ def queries_and_keys(answer):
 
         wanted = attention(product - square / 2)
         hints = [
-            (attention(plain - features.square().sum(1) / 2), "The precisions s_c are missing: that is the round one."),
+            (
+                attention(plain - features.square().sum(1) / 2),
+                "The precisions s_c are missing: that is the kernel with the same precision in all directions.",
+            ),
             (attention(product - square), "The half is missing: the key's last entry is -1/2 sum_c s_c f_jc²."),
             (
                 attention(product + square / 2),
-                "The sign of the key's last entry is wrong: long keys must lose, not win.",
+                "The sign of the key's last entry is wrong: it has to lower the scores of keys with large norms.",
             ),
             (
                 attention(product),
-                "The keys do not carry their own length: without -1/2 sum_c s_c f_jc² far points with long features "
-                "win. (On the query's side it would cancel.)",
+                "The keys do not carry their own length: without -1/2 sum_c s_c f_jc² points with large features get the "
+                "largest weights, however far they are. (On the query's side the term would cancel.)",
             ),
             (
                 attention((product - square / 2) / math.sqrt(query.shape[1])),
-                "The scores are divided by sqrt(E); that belongs to transformers, here the scale is 1.",
+                "The scores are divided by sqrt(E), as in transformers; here the scale is 1.",
             ),
             (
                 attention((product - square / 2) / math.sqrt(d)),
@@ -61,11 +65,11 @@ def queries_and_keys(answer):
             ),
             (
                 attention((scale.square() * features) @ features.T - (scale * features).square().sum(1) / 2),
-                "The features are multiplied by s_c; the distance wants s_c (f_i - f_j)², so multiply by its root.",
+                "The features are multiplied by s_c; the distance has s_c (f_i - f_j)², so multiply by its root.",
             ),
         ]
         expect_close(attention(query @ key.T), wanted, "the attention they give", hints=hints)
-    return "Any Gaussian is attention: the exponent is a dot product, up to a part that the softmax cancels."
+    return "Any Gaussian is attention: its exponent is a dot product, up to a term that the softmax cancels."
 
 
 @exercise("03.2", title="A mean, by two small products", minutes=10, difficulty=2)
@@ -94,8 +98,15 @@ def spatial_mean(answer):
             ),
             (
                 both(by_row(gy).T, by_row(gx).T),
-                "The columns are divided by their sums: a pixel near the border must still hear a mean, so divide the "
-                "rows.",
+                "The columns are divided by their sums: divide the rows, so that every pixel receives a weighted mean.",
+            ),
+            (
+                both(by_row(gy), by_row(gx).T),
+                "A transpose is missing: row x of G_x holds the weights of pixel x, so the product is G_y q G_x^T.",
+            ),
+            (
+                both(by_row(gy).T, by_row(gx)),
+                "G_y is transposed: row y of G_y holds the weights of pixel y, so the product is G_y q G_x^T.",
             ),
             (
                 both(gy / gy.sum(), gx / gx.sum()),
@@ -109,26 +120,31 @@ def spatial_mean(answer):
                 both(by_row(gaussian(height, 2 * theta)), by_row(gaussian(width, 2 * theta))),
                 "theta is not squared in the exponent: exp(-d² / (2 theta²)).",
             ),
+            (
+                both(by_row(gaussian(height, 4 * theta**2)), by_row(gaussian(width, 4 * theta**2))),
+                "The 2 is squared along with theta: the exponent is -d² / (2 theta²), not -d² / (2 theta)².",
+            ),
             (both(by_row(gy), torch.eye(width)), "Only the columns are filtered; the rows come next."),
             (both(torch.eye(height), by_row(gx)), "Only the rows are filtered; the columns come next."),
             (
                 both(gy, gx) / both(gy, gx).sum((1, 2), keepdim=True),
-                "Each label is divided by its own total over the image; n is a sum of weights, not of beliefs.",
+                "Each label is divided by its own total over the image; n is a sum of weights, not of q.",
             ),
             (wanted.movedim(0, -1), "The result is [H, W, K]; expected [K, H, W]."),
         ]
         expect_close(answer(q.clone(), theta), wanted, "the message", hints=hints)
-    return "A weighted mean of all pixels, and no matrix larger than the image is wide."
+    return "The message is a weighted mean over all pixels, from two matrices no larger than H x H and W x W."
 
 
 @exercise("03.3", title="Barycentric weights", minutes=10, difficulty=1)
 def barycentric(answer):
     for d in (1, 2, 2, 5):
-        corners = torch.randn(d + 1, d, dtype=torch.float64)
-        wanted = torch.softmax(torch.randn(d + 1, dtype=torch.float64), 0)
+        # Corners far from a common plane, so that rounding to float32 leaves the weights as they are.
+        corners = torch.eye(d + 1)[:, 1:] + 0.2 * torch.randn(d + 1, d)
+        wanted = torch.softmax(torch.randn(d + 1), 0)
         point = wanted @ corners
         distance = (corners - point).norm(dim=1)
-        near, equal = 1 / distance, torch.full((d + 1,), 1 / (d + 1), dtype=torch.float64)
+        near, equal = 1 / distance, torch.full((d + 1,), 1 / (d + 1))
         shortest = torch.linalg.lstsq(corners.T, point[:, None]).solution[:, 0]
         hints = [
             (
@@ -143,7 +159,7 @@ def barycentric(answer):
             (wanted.flip(0), "The weights are in reverse order; weight k belongs to corner k."),
             (wanted[1:], "The weight of corner 0 is missing: the others, and 1 minus their sum."),
             (
-                lambda a, s=shortest: a.shape == s.shape and torch.allclose(a, s, atol=1e-6),
+                lambda a, s=shortest: a.shape == s.shape and torch.allclose(a, s.double(), atol=1e-4),
                 "The row of ones is missing: without sum b = 1 there are more numbers than equations.",
             ),
             (
@@ -152,11 +168,11 @@ def barycentric(answer):
             ),
         ]
         expect_close(answer(point.clone(), corners.clone()), wanted, "b", hints=hints)
-    return "The same numbers that the lattice gets from sorting, in any dimension."
+    return "These are the weights that the lattice computes by sorting, in any dimension."
 
 
 def _chains(directions: int, vertices: int) -> torch.Tensor:
-    """neighbours [directions, vertices, 2] of a made-up lattice: per direction random chains with gaps between them."""
+    """Return the neighbours [directions, vertices, 2] of a random lattice: in each direction chains with gaps."""
     table = torch.full((directions, vertices, 2), vertices)
     for j in range(directions):
         order = torch.randperm(vertices).tolist()
@@ -167,7 +183,7 @@ def _chains(directions: int, vertices: int) -> torch.Tensor:
 
 
 def _lattice(values, where, weight, neighbours, *, reverse=False, lost=False, tap=0.5, at_once=False, wrap=False):
-    """The chain of splat, blurs and slice, and its known slips."""
+    """Splat, blur and slice; the options plant known mistakes."""
     vertices = neighbours.shape[1]
     shares = (weight[..., None] * values[:, None]).flatten(0, 1)
     table = values.new_zeros(vertices, values.shape[1])
@@ -187,12 +203,12 @@ def _lattice(values, where, weight, neighbours, *, reverse=False, lost=False, ta
 def lattice_backward(answer):
     for d, points, vertices in ((2, 20, 12), (3, 30, 15)):
         where = torch.stack([torch.randperm(vertices)[: d + 1] for _ in range(points)])
-        weight = torch.softmax(torch.randn(points, d + 1, dtype=torch.float64), 1)
+        weight = torch.softmax(torch.randn(points, d + 1), 1)
         neighbours = _chains(d + 1, vertices)
-        values = torch.randn(points, 2, dtype=torch.float64, requires_grad=True)
-        grad = torch.randn(points, 2, dtype=torch.float64)
+        values = torch.randn(points, 2, requires_grad=True)
+        grad = torch.randn(points, 2)
         parts = (where, weight, neighbours)
-        (wanted,) = torch.autograd.grad(_lattice(values, *parts), values, grad)  # the oracle: autograd through forward
+        (wanted,) = torch.autograd.grad(_lattice(values, *parts), values, grad)  # the oracle: autograd
         plain = grad.detach()
         hints = [
             (
@@ -224,16 +240,16 @@ def lattice_backward(answer):
             ),
             (
                 wanted / (1 + 2.0**-d),
-                "The gain is in it; the exercise leaves it out.",
+                "The result includes the gain, which the exercise leaves out.",
             ),
         ]
         expect_close(
             answer(plain.clone(), where.clone(), weight.clone(), neighbours.clone()), wanted, "dL/dv", hints=hints
         )
-    return "The same chain, reversed: what makes messages fast makes gradients fast."
+    return "The gradient is the same chain in reverse order, and as fast as the message."
 
 
-@exercise("03.5", title="How much a window hears", minutes=10, difficulty=1)
+@exercise("03.5", title="How much of a kernel lies in a window", minutes=10, difficulty=1)
 def share(answer):
     for theta, radius in ((3.0, 2), (0.8, 1), (20.0, 12)):
 
@@ -258,6 +274,10 @@ def share(answer):
                 "The 2 in the exponent is missing: exp(-d² / (2 theta²)).",
             ),
             (
+                (axis(-radius, radius, 4 * theta**2) / axis(-far, far, 4 * theta**2)) ** 2,
+                "The 2 is squared along with theta: the exponent is -d² / (2 theta²), not -d² / (2 theta)².",
+            ),
+            (
                 (axis(-radius, radius - 1, exponent) / axis(-far, far, exponent)) ** 2,
                 "The last row and column of the window are missing: it reaches from -r to r, both included.",
             ),
@@ -267,7 +287,7 @@ def share(answer):
             ),
             (
                 (2 * radius + 1) ** 2 / (2 * far + 1) ** 2,
-                "That counts pixels; weigh them.",
+                "That counts pixels; sum their weights instead.",
             ),
             (100 * line**2, "That is in percent; return a share between 0 and 1."),
             (
@@ -276,12 +296,12 @@ def share(answer):
             ),
             (
                 math.erf(radius / theta / math.sqrt(2)) ** 2,
-                "That is the integral from -r to r: half of the outermost pixels is missing, and pixels are points.",
+                "That is the integral from -r to r, which covers half of the outermost pixels; sum the weights at the pixels.",
             ),
             (
                 math.erf((radius + 0.5) / theta / math.sqrt(2)) ** 2,
-                "That is an integral over the window's area, as in the cell above: close, but sum the weights at its pixels.",
+                "That is an integral over the window's area, as in the cell above: close, but the exercise sums the weights at the window's pixels.",
             ),
         ]
         expect_close(answer(theta, radius), line**2, f"the share for theta = {theta}, r = {radius}", hints=hints)
-    return "A 5x5 window keeps 0.06 % of a kernel with a standard deviation of 80 pixels."
+    return "A 5x5 window contains 0.06 % of a kernel with a standard deviation of 80 pixels."

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from pwlib.course.checks import NotYet, Wrong, exercise, expect, expect_close, expect_shape
+from pwlib.course.checks import WrongAnswer, exercise, expect, expect_close, expect_shape
 
 
 @exercise("05.1", title="Freeze it, bit for bit", minutes=10, difficulty=2)
@@ -25,8 +25,8 @@ def freeze(answer):
     learning = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
     expect(
         not learning,
-        f"{len(learning)} of {len(list(network.parameters()))} parameters still ask for a gradient, {next(iter(learning), '')} for one: eval() does not stop "
-        "gradients. Look at requires_grad_, for every parameter, in every part.",
+        f"{len(learning)} of {len(list(network.parameters()))} parameters still require a gradient, such as {next(iter(learning), '')}: eval() does not stop "
+        "gradients. Use requires_grad_ on every parameter of every part.",
     )
     image = 3 + torch.randn(8, 3, 9, 9)
     with torch.no_grad():
@@ -34,18 +34,18 @@ def freeze(answer):
     drifted = [key for key, value in network.state_dict().items() if not torch.equal(before[key], value)]
     expect(
         not drifted,
-        f"Without any gradient, {next(iter(drifted), '')} moved in a forward pass: batch norm updates its running statistics while "
+        f"Without any gradient, {next(iter(drifted), '')} changed in a forward pass: batch norm updates its running statistics while "
         "the network is in training mode.",
     )
     expect(torch.equal(first, second), "The same image gives two different outputs: dropout is still on.")
-    return "No gradients, no drifting statistics, no dropout."
+    return "No gradients, constant statistics, no dropout."
 
 
 @exercise("05.2", title="Undo the class weights", minutes=10, difficulty=3)
 def undo_weights(answer):
     weights = torch.tensor([0.3, 1.0, 2.5, 7.0])
     truth = torch.softmax(torch.randn(2, 4, 3, 5), 1)
-    # The oracle: minimise the weighted loss numerically, and see whether the answer finds the truth again.
+    # The oracle: minimise the weighted loss numerically; the answer has to recover the true probabilities.
     logits = torch.zeros(2, 4, 3, 5, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
 
@@ -63,7 +63,7 @@ def undo_weights(answer):
     expect_shape(actual, fitted.shape, "the result")
     w = weights.view(-1, 1, 1)
     slips = [
-        (fitted + w.log(), "You weight once more: the network's q is in proportion to w p, so p is to q / w; the sign of log w is wrong."),
+        (fitted + w.log(), "You weight once more: the network's q is proportional to w p, so p is proportional to q / w; the sign of log w is wrong."),
         (fitted - w, "You subtract w itself; dividing probabilities by w means subtracting log w from the logits."),
         (fitted / w, "You divide the logits by w; it is the probabilities that are to be divided."),
         (fitted * w, "You multiply the logits by w; it is the probabilities that are to be divided by it."),
@@ -74,7 +74,7 @@ def undo_weights(answer):
     hints = [(torch.softmax(slip.double(), 1), message) for slip, message in slips]
     actual = torch.as_tensor(actual)
     expect_close(torch.softmax(actual.double(), 1), truth, "the softmax of your logits", hints=hints, atol=2e-4)
-    return "Your softmax is the unweighted truth, where the logits came from minimising the weighted loss."
+    return "The softmax of your logits is the true class probability, although the weighted loss was minimised."
 
 
 @exercise("05.3", title="An interval without a bell curve", minutes=10, difficulty=2)
@@ -95,7 +95,7 @@ def bootstrap_interval(answer):
         wanted = [quantile(means, tail), quantile(means, 1 - tail)]
         raw = sorted(differences.tolist())
         medians = sorted(sorted(differences[i].item() for i in row)[3] for row in picks.tolist())
-        center, spread = differences.mean(), differences[picks].mean(1).std()
+        centres = (differences.mean().item(), sum(means) / len(means))
         wrong_way = differences[picks].mean(0).sort().values.tolist()
         hints = [
             ([quantile(means, 1 - level), quantile(means, level)], "You leave 1 - level on either side, twice as much as you may: the middle 95 % leaves 2.5 % at each end."),
@@ -104,20 +104,21 @@ def bootstrap_interval(answer):
             ([quantile(medians, tail), quantile(medians, 1 - tail)], "You take medians; the exercise asks for the mean of each draw."),
             ([wanted[1], wanted[0]], "Low and high are exchanged."),
             ([means[0], means[-1]], "That is the range of all means; leave out the tails."),
-            ([center - 1.96 * spread, center + 1.96 * spread], "A bell curve again: take quantiles of the means, not mean +- 1.96 standard deviations."),
+            (
+                lambda a, centres=centres: any(abs(a.mean().item() - centre) < 1e-4 for centre in centres),
+                "Your interval is symmetric about the mean, as with a bell curve: take quantiles of the means, not mean +- z standard errors.",
+            ),
         ]  # fmt: skip
         expect_close(actual, wanted, f"the {level:.0%} interval", hints=hints, atol=1e-4)
-    return "Two levels, to the last draw."
+    return "Right for both levels."
 
 
 def _pair(value):
-    """(low, high) as a tensor [2]."""
-    if value is None or value is ...:
-        raise NotYet
+    """Convert (low, high) to a tensor [2]."""
     try:
         pair = torch.stack([torch.as_tensor(v).double().reshape(()) for v in value])
     except (TypeError, RuntimeError):
-        raise Wrong("Return two numbers, (low, high).") from None
+        raise WrongAnswer("Return two numbers, (low, high).") from None
     expect(len(pair) == 2, f"You return {len(pair)} numbers; expected two, (low, high).")
     return pair
 
@@ -139,7 +140,7 @@ def sign_flip_p(answer):
         strict = sum(abs(t) > observed + 1e-9 for t in totals) / 2**n
         within = sum(abs(t) <= observed + 1e-9 for t in totals) / 2**n
         hints = [
-            (one_sided, "You look at one side only: means as far below 0 count, too."),
+            (one_sided, "You count one side only; means as far below 0 count too."),
             (strict, "The observed signs are one of the 2^n ways; count means that are equal, too (>=), or p can be 0."),
             (1 - wanted, "That is the share of flips that are nearer to 0; p counts those at least as far."),
             (within, "You count the flips whose mean is at most as far from 0; p counts those at least as far."),
@@ -147,7 +148,7 @@ def sign_flip_p(answer):
             (wanted * 2**n, "That is a count; p is its share of all 2^n flips."),
         ]  # fmt: skip
         expect_close(answer(torch.tensor(d)), wanted, f"p for {d}", hints=hints)
-    return "Right in five cases. And the smallest p of five seeds is 2 / 32 = 0.0625."
+    return "Right in five cases. The smallest p that five seeds can give is 2 / 32 = 0.0625."
 
 
 @exercise("05.5", title="What a foreign CRF costs", minutes=5, difficulty=1)
@@ -160,9 +161,9 @@ def swap_loss(answer):
         hints = [
             (own - table.mean(1), "The mean over the others contains the own CRF's score: take the diagonal out, and divide by S - 1."),
             (own - (table.sum(0) - own) / (size - 1), "That is by CRF (down the columns); the question is by network, along the rows."),
-            (-wanted, "The sign is turned round: positive where a foreign CRF is worse."),
+            (-wanted, "The sign is turned round: the loss is positive where a foreign CRF is worse."),
             (own - (table.sum(1) - own) / size, "You took the diagonal out of the sum, but still divide by S; there are S - 1 others."),
             (wanted.mean(), "One number for all; return one for each network, [S]."),
         ]  # fmt: skip
         expect_close(answer(table.clone()), wanted, "the loss", hints=hints)
-    return "One number a network, and the own CRF is not among the others."
+    return "One number for each network, and its own CRF is not among the others."

@@ -13,17 +13,17 @@ def _ratio(part, whole):
 
 @exercise("07.1", title="What is a mean over?", minutes=10, difficulty=2)
 def mean_iou(answer):
-    for absent, vain in ((None, None), (2, None), (None, 3), (0, 3)):
+    for absent, false_only in ((None, None), (2, None), (None, 3), (0, 3)):
         matrix = torch.randint(1, 50, (5, 5)) + 200 * torch.eye(5, dtype=torch.int64)
         if absent is not None:
             matrix[absent], matrix[:, absent] = 0, 0
-        if vain is not None:
-            matrix[vain] = 0
+        if false_only is not None:
+            matrix[false_only] = 0
         m = matrix.tolist()
         right = [m[k][k] for k in range(5)]
         true = [sum(m[k]) for k in range(5)]
-        said = [sum(row[k] for row in m) for k in range(5)]
-        iou = [_ratio(right[k], true[k] + said[k] - right[k]) for k in range(5)]
+        predicted = [sum(row[k] for row in m) for k in range(5)]
+        iou = [_ratio(right[k], true[k] + predicted[k] - right[k]) for k in range(5)]
         occurs = [k for k in range(5) if not math.isnan(iou[k])]
         known = [k for k in range(5) if true[k]]
         wanted = sum(iou[k] for k in occurs) / len(occurs)
@@ -32,18 +32,18 @@ def mean_iou(answer):
             (sum(iou[k] for k in occurs) / 5, "A class that occurs on neither side counts as 0 in your mean; it has no IoU, leave it out."),
             (sum(1 if math.isnan(v) else v for v in iou) / 5, "A class that occurs on neither side counts as 1 in your mean; it has no IoU, leave it out."),
             (sum(iou[k] for k in known) / len(known), "You leave out a class that is predicted but never true; its union is not empty, and its IoU is 0."),
-            (sum(_ratio(right[k], true[k]) for k in known) / len(known), "That is the mean class accuracy: the union also holds what was claimed in vain."),
-            (sum(_ratio(right[k], true[k] + said[k]) for k in occurs) / len(occurs), "Your union counts the right pixels twice: true + predicted - right."),
-            (sum(_ratio(2 * right[k], true[k] + said[k]) for k in occurs) / len(occurs), "That is the mean F1 (Dice); IoU is right / union."),
-            (sum(right) / sum(true), "That is pixel accuracy; mIoU gives every class the same say."),
-            (sum(right) / sum(true[k] + said[k] - right[k] for k in range(5)), "You divide sums by sums, so that large classes decide; take each class's IoU first, then the mean."),
+            (sum(_ratio(right[k], true[k]) for k in known) / len(known), "That is the mean class accuracy: the union also contains the false positives."),
+            (sum(_ratio(right[k], true[k] + predicted[k]) for k in occurs) / len(occurs), "Your union counts the right pixels twice: true + predicted - right."),
+            (sum(_ratio(2 * right[k], true[k] + predicted[k]) for k in occurs) / len(occurs), "That is the mean F1 (Dice); IoU is right / union."),
+            (sum(right) / sum(true), "That is pixel accuracy; mIoU gives every class the same weight."),
+            (sum(right) / sum(true[k] + predicted[k] - right[k] for k in range(5)), "You divide sums by sums, so that large classes decide; take each class's IoU first, then the mean."),
         ]  # fmt: skip
         expect_close(answer(matrix.clone()), wanted, "mIoU", hints=hints)
-    return "With and without absent classes, and classes claimed in vain."
+    return "Right with and without absent classes and classes that are predicted only."
 
 
 def _near(points, others, width):
-    """Share of points with one of the others at most `width` away, along rows and columns alike."""
+    """Return the share of points with one of the others at most `width` away in rows and in columns."""
     near = [any(max(abs(y - v), abs(x - u)) <= width for v, u in others) for y, x in points]
     return sum(near) / len(near)
 
@@ -79,7 +79,7 @@ def boundary_f1(answer):
             (2 * city[0] * city[1] / (city[0] + city[1]) if sum(city) else 0.0, "A diagonal step counts as one here (a square window), not as two."),
         ]  # fmt: skip
         expect_close(answer(found.clone(), true.clone(), width), f1(width), f"F1 at width {width}", hints=hints)
-    return "Against distances computed pair by pair."
+    return "Your F1 agrees with distances computed pair by pair."
 
 
 def _grow(points, width):
@@ -97,9 +97,7 @@ def _city(points, others, width):
 def adaptive_ece(answer):
     for bins in (4, 10):
         confidence = 0.2 + 0.8 * torch.rand(200) ** 0.5
-        right = (
-            torch.rand(200) < 0.73
-        )  # as often right at any confidence, and sure enough on average: gaps of both signs
+        right = torch.rand(200) < 0.73  # independent of the confidence, so that gaps have both signs
         pairs = sorted(zip(confidence.tolist(), right.tolist(), strict=True))
         size = 200 // bins
         groups = [pairs[i * size : (i + 1) * size] for i in range(bins)]
@@ -119,6 +117,8 @@ def adaptive_ece(answer):
             (columns.mean(), "Your groups take every bins-th pixel; consecutive ones belong together: view(bins, -1), then the mean over dim 1."),
             ((right.double() - confidence).abs().mean(), "You take the difference pixel by pixel, where it cannot be small; take both means over a group first."),
             (abs(sum(gaps)) / bins, "Gaps of opposite sign cancel in your mean: take the absolute value group by group."),
+            (sum(gaps) / bins, "The absolute value is missing: gaps of opposite sign cancel in your mean."),
+            (-sum(gaps) / bins, "The absolute value is missing: gaps of opposite sign cancel in your mean."),
             (max(abs(g) for g in gaps), "That is the largest gap (the maximum calibration error); the exercise asks for the mean."),
             (sum(abs(g) for g in gaps), "That is the sum over the groups; each holds 1 / bins of the pixels, so take the mean."),
             (math.sqrt(sum(g * g for g in gaps) / bins), "That is the root of the mean square; ECE takes absolute values."),
@@ -126,7 +126,7 @@ def adaptive_ece(answer):
         expect_close(
             answer(confidence.clone(), right.clone(), bins), wanted, f"the error in {bins} groups", hints=hints
         )
-    return "Every group holds as many pixels, and pixels keep their verdicts."
+    return "All groups have the same number of pixels, and each confidence keeps its pixel."
 
 
 @exercise("07.4", title="A score for probabilities", minutes=10, difficulty=1)
@@ -153,9 +153,9 @@ def brier(answer):
     hints = [
         (((log_q.double() - hot) ** 2).sum(1)[mask].mean(), "You compare log-probabilities with 0 and 1; take exp() first."),
         (wanted / 4, "You average over the classes; sum over them, and average over pixels only."),
-        (sum(only) / len(only), "You score the true class alone; the other classes' probabilities count, too."),
+        (sum(only) / len(only), "You score the true class alone; the other classes' probabilities count too."),
         (sum(every) / len(every), "Void pixels are in your mean, as pixels of no class; leave them out."),
-        (sum(zero) / len(zero), "Void pixels are in your mean, as pixels of the class you put in for them; mask them after the sum over classes."),
+        (sum(zero) / len(zero), "Void pixels are in your mean, as pixels of the class that replaced void; mask them after the sum over classes."),
         (sum(inside) / len(every), "You leave void out of the sum, yet divide by all pixels."),
         (sum(inside), "That is the sum over pixels; take the mean."),
         ((q - hot).abs().sum(1)[mask].mean(), "You sum absolute differences; the Brier score squares them."),
@@ -163,13 +163,13 @@ def brier(answer):
     actual = answer(log_q.clone(), label)
     expect(torch.equal(label, kept), "Your function changes the labels it is given; work on a copy.")
     expect_close(actual, wanted, "the Brier score", hints=hints)
-    return "Void left out, all classes counted."
+    return "Void is left out, and all classes are counted."
 
 
 @exercise("07.5", title="Eight chances of luck", minutes=15, difficulty=3)
 def holm(answer):
     cases = [
-        ([0.064, 0.002, 0.008, 0.026, 0.011, 0.012, 0.047], 0.05),  # every usual slip gives another answer here
+        ([0.064, 0.002, 0.008, 0.026, 0.011, 0.012, 0.047], 0.05),  # every known slip gives another answer here
         ([0.04, 0.001, 0.30, 0.012, 0.02], 0.05),
         ([0.011, 0.02, 0.03, 0.001, 0.013, 0.9], 0.05),
         ([0.03, 0.04, 0.045, 0.049], 0.05),
@@ -185,20 +185,20 @@ def holm(answer):
         last = max((rank for rank in range(m) if passed[rank]), default=-1)
         step = max((r for r in range(m) if values[order[r]] <= level * (r + 1) / m), default=-1)
 
-        def named(chosen, order=order, m=m):
+        def claims(chosen, order=order, m=m):
             return torch.tensor([i in {order[r] for r in chosen} for i in range(m)]).double()
 
-        wanted = named(range(first))
+        wanted = claims(range(first))
         hints = [
             (torch.tensor([v <= level for v in values]), "That is no correction at all: each p is compared with the level itself."),
             (torch.tensor([v <= level / m for v in values]), "That is Bonferroni: every p is compared with level / m. Holm's second step is milder, level / (m - 1), and so on."),
-            (named([r for r in range(m) if passed[r]]), "You go on after the first that fails; it and all larger p-values are not claimed."),
-            (named(range(last + 1)), "You look for the last that holds (Hochberg's step-up); Holm stops at the first that fails."),
-            (named(range(step + 1)), "Those are Benjamini and Hochberg's thresholds, level * rank / m: they bound the share of false claims, not the chance of any."),
+            (claims([r for r in range(m) if passed[r]]), "You go on after the first that fails; it and all larger p-values are not claimed."),
+            (claims(range(last + 1)), "You look for the last p-value that holds (Hochberg's step-up); Holm stops at the first that fails."),
+            (claims(range(step + 1)), "Those are Benjamini and Hochberg's thresholds, level * rank / m: they bound the share of false claims, not the chance of any."),
             (1 - wanted, "True and False are exchanged: True means claimed."),
             (torch.tensor([float(rank < first) for rank in range(m)]), "The answers come in sorted order; put them back where their p-values came from."),
         ]  # fmt: skip
         actual = answer(torch.tensor(values), level)
         expect_shape(actual, (m,), "the result")
-        expect_close(actual, wanted, f"the verdicts on {values} at {level}", hints=hints)
-    return "Seven cases, and the verdicts are where their p-values were."
+        expect_close(actual, wanted, f"the result for {values} at level {level}", hints=hints)
+    return "Right in seven cases, in the order of the p-values."

@@ -1,11 +1,11 @@
-"""Checks of notebook 08: a CRF at another size, labels in colours, another network's logits, a benchmark's mIoU."""
+"""Checks of notebook 08: a CRF at another size, labels from colours, an adapter for a network, a benchmark's mIoU."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from pwlib.course.checks import NotYet, Wrong, exercise, expect, expect_close, expect_shape
+from pwlib.course.checks import WrongAnswer, exercise, expect, expect_close, expect_shape
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
@@ -14,40 +14,40 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 def at_size(answer):
     given = {"theta_alpha": 80.0, "theta_beta": 13.0, "theta_gamma": 3.0, "w_bilateral": 10.0, "w_spatial": 4.0}
     for factor in (0.5, 3.0):
-        handed = dict(given)
-        result = answer(handed, factor)
-        expect(handed == given, "The dictionary you were given was changed; return a new one.")
+        argument = dict(given)
+        result = answer(argument, factor)
+        expect(argument == given, "The dictionary you were given was changed; return a new one.")
         expect(isinstance(result, dict), "Return a dictionary like the one given.")
         missing = [name for name in given if name not in result]
         expect(not missing, f"{', '.join(missing)} is missing from the result.")
-        got = {name: float(result[name]) / given[name] for name in given}
-        near = {name: abs(got[name] - factor) < 1e-6 for name in got}
-        same = {name: abs(got[name] - 1) < 1e-6 for name in got}
+        ratio = {name: float(result[name]) / given[name] for name in given}
+        near = {name: abs(ratio[name] - factor) < 1e-6 for name in ratio}
+        same = {name: abs(ratio[name] - 1) < 1e-6 for name in ratio}
         expect(not all(near.values()), "Everything was scaled; only what is measured in pixels changes with the size.")
         expect(not all(same.values()), "Nothing was scaled: theta_alpha and theta_gamma are measured in pixels.")
         expect(
             same["theta_beta"],
-            "theta_beta was changed: it counts grey levels, and a smaller picture has the same colours.",
+            "theta_beta was changed: its unit is grey levels, and a smaller image has the same colours.",
         )
         for name in ("w_bilateral", "w_spatial"):
             expect(
                 same[name],
-                f"{name} was changed: with normalised messages a weight weighs a mean, however many pixels are in it.",
+                f"{name} was changed: a normalised message is a mean, so its weight does not depend on the number of pixels.",
             )
         for name in ("theta_alpha", "theta_gamma"):
             expect(
-                not abs(got[name] * factor - 1) < 1e-6,
-                f"{name} was divided by the factor: a picture half as large wants half the bandwidth.",
+                not abs(ratio[name] * factor - 1) < 1e-6,
+                f"{name} was divided by the factor: an image of half the size needs half the bandwidth.",
             )
             expect(
-                not abs(got[name] - factor**2) < 1e-6,
+                not abs(ratio[name] - factor**2) < 1e-6,
                 f"{name} grew with the area; it is a length, so it grows with the side.",
             )
             expect(not same[name], f"{name} was left as it is: it is measured in pixels as well.")
             expect(
                 near[name], f"{name} is {result[name]:g} for a factor of {factor}; expected {given[name] * factor:g}."
             )
-    return "Lengths scale, colours and normalised weights do not."
+    return "Lengths scale; colours and the weights of normalised messages do not."
 
 
 @exercise("08.2", title="From colours to class numbers", minutes=15, difficulty=2)
@@ -67,7 +67,7 @@ def to_classes(answer):
             (index.where(index < 4, -1), "Void came out as -1; this library's void is 255."),
             (
                 any_channel.where(any_channel < 4, 255),
-                "A pixel was given to a class that shares one channel with it; all three have to agree.",
+                "A pixel got a class that shares one channel with it; all three channels have to agree.",
             ),
             (swapped.where(swapped < 4, 255), "Red and blue are swapped: the colours are RGB (OpenCV reads BGR)."),
             (wanted.T, "The result is transposed: [W, H]; expected [H, W]."),
@@ -83,13 +83,11 @@ def to_classes(answer):
     try:
         result = answer(broken, palette.clone())
     except ValueError:
-        return "And a colour that no class has does not slip through."
-    except NotYet:
-        raise
+        return "And a colour that is not in the palette raises a ValueError."
     value = int(torch.as_tensor(result)[0, 0])
     if value == 255:
-        raise Wrong("A colour that is not in the palette became void in silence; raise a ValueError.")
-    raise Wrong(f"A colour that is not in the palette (0, 0, 127) became class {value}; raise a ValueError.")
+        raise WrongAnswer("A colour that is not in the palette became void in silence; raise a ValueError.")
+    raise WrongAnswer(f"A colour that is not in the palette (0, 0, 127) became class {value}; raise a ValueError.")
 
 
 class _Network(torch.nn.Module):
@@ -97,12 +95,12 @@ class _Network(torch.nn.Module):
 
     def __init__(self, classes: int):
         super().__init__()
-        self.weight = torch.randn(classes, 3, 8, 8, dtype=torch.float64)
+        self.weight = torch.randn(classes, 3, 8, 8)
 
     def forward(self, image):
         pad = [-image.shape[-1] % 8, -image.shape[-2] % 8]
         image = F.pad(image, (0, pad[0], 0, pad[1]), mode="replicate")
-        out = F.conv2d(image, self.weight.to(image) / 14, stride=8)
+        out = F.conv2d(image, self.weight / 14, stride=8)
         return {"out": out, "aux": -out}
 
 
@@ -122,7 +120,10 @@ def adapted(answer):
         eightfold = F.interpolate(out, scale_factor=8, mode="bilinear", align_corners=False)
         hints = [
             (resized(network(image)["out"]), "The pixels were not normalised: subtract MEAN and divide by STD."),
-            (resized(network((255 * image - mean) / std)["out"]), "MEAN and STD are for [0, 1]; here they met 0-255."),
+            (
+                resized(network((255 * image - mean) / std)["out"]),
+                "MEAN and STD are for pixels in [0, 1]; your pixels are in 0-255.",
+            ),
             (resized(network(image - mean)["out"]), "MEAN was subtracted, but nothing was divided by STD."),
             (resized(network(image / std - mean)["out"]), "The order is: subtract MEAN, then divide by STD."),
             (resized(proper["aux"]), "That is the auxiliary head; the logits are under 'out'."),
@@ -147,9 +148,9 @@ def adapted(answer):
         ]
         result = answer(network, image.clone())
         if isinstance(result, dict):
-            raise Wrong("Return the tensor under 'out', resized, not the dictionary.")
+            raise WrongAnswer("Return the tensor under 'out', resized, not the dictionary.")
         expect_close(result, wanted, "the logits", hints=hints)
-    return "Any network that gives logits can sit in the unary's place now."
+    return "Any network that returns logits can now be the unary network."
 
 
 @exercise("08.4", title="The benchmark's mIoU", minutes=15, difficulty=2)
@@ -158,12 +159,12 @@ def benchmark_miou(answer):
     for sizes in (((6, 8), (3, 4)), ((5, 5), (9, 7), (2, 3))):
         pairs = []
         for height, width in sizes:
-            label = torch.randint(3, (height, width))  # classes 3 and 4 are in no label ...
+            label = torch.randint(3, (height, width))  # classes 3 and 4 are in no label,
             prediction = label.where(torch.rand(height, width) < 0.7, torch.randint(4, (height, width)))
-            prediction[0, 0], label[0, 0] = 3, 0  # ... but 3 is predicted
+            prediction[0, 0], label[0, 0] = 3, 0  # but 3 is predicted
             label[-1] = 255
             prediction[-1] = 1
-            prediction[-1, 0] = 4  # only on void: 4 is in the mean of nobody
+            prediction[-1, 0] = 4  # on void only, so that 4 is left out of the mean
             pairs.append((prediction, label))
 
         def counts(prediction, label, void=False):
@@ -200,7 +201,7 @@ def benchmark_miou(answer):
             (both.sum() / truth.sum(), "That is pixel accuracy."),
             (
                 (both[truth > 0] / truth[truth > 0]).mean(),
-                "That is mean class accuracy: the union also holds what was predicted wrongly as the class.",
+                "That is mean class accuracy: the union also contains the false positives.",
             ),
             (both.sum() / either.sum(), "Classes were added up as well; the mean is over the classes' IoUs."),
             (
