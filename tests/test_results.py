@@ -1,7 +1,9 @@
 """The stored results that notebooks read are found in a checkout and packaged for a wheel."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -36,3 +38,12 @@ def test_a_build_holds_every_result_a_notebook_reads(tmp_path):
     for name in names:
         packaged = tmp_path / "pwlib" / "course" / "stored" / name
         assert packaged.read_bytes() == (BENCHMARKS / name).read_bytes()
+
+
+def test_bench_in_an_installed_package_asks_for_a_checkout(tmp_path):
+    shutil.copytree(ROOT / "pwlib", tmp_path / "pwlib", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pwlib", "bench", "crf"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: bench needs a checkout of the project") and done.stderr.count("\n") == 1

@@ -116,7 +116,9 @@ def benchmark() -> ModuleType:
     """`benchmarks/crf/bench.py`, which lies beside the library in a checkout and is not part of the package."""
     path = Path(__file__).parents[2] / "benchmarks" / "crf" / "bench.py"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; expected a checkout of the project (bench is not in the package)")
+        raise FileNotFoundError(
+            f"bench needs a checkout of the project, for it is not in the package: {path} is missing"
+        )
     spec = importlib.util.spec_from_file_location("pwlib_bench", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -126,8 +128,9 @@ def benchmark() -> ModuleType:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    args = parser(argv).parse_args(argv)
+    args = argparse.Namespace(command=None)
     try:
+        args = parser(argv).parse_args(argv)
         if args.command == "bench":
             return benchmark().run(args) or 0
         from pwlib.cli import commands
