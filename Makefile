@@ -9,23 +9,29 @@ export OMP_WAIT_POLICY ?= passive
 NBVAL := -p tests.budgets --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval.cfg -n 2 --dist loadscope -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test quick notebooks full html wheel lint publish-config format clean classroom release grade feedback classroom-test
+.PHONY: help setup lab lock test quick notebooks full html wheel lint publish-config format clean classroom release grade feedback classroom-test
 
 help: ## Show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: .venv/.ready ## Make .venv with all that the notebooks and the tests need
+setup: .venv/.ready ## Make .venv with all that the notebooks, the site and the tests need
 
 .venv/.ready: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "pwlib needs Python 3.10 or newer; $(PYTHON) is older. Name another: make PYTHON=python3.11 setup"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[notebooks,test,site]'
-	@$(BIN)/python -m pip install --quiet --editable '.[bench]' || echo "pydensecrf2 was not installed (it wants a C++ compiler): the tests that compare with it will be skipped."
+	@$(PYTHON) install.py notebooks test site bench
+	@touch .venv/.notebooks .venv/.site $@
+
+# The extra of that name alone: .venv/.notebooks, .venv/.site.
+.venv/.%: pyproject.toml
+	@$(PYTHON) install.py $*
 	@touch $@
 
-# A bare container's only user is root, which JupyterLab wants to be told.
-lab: setup ## Open JupyterLab on the first notebook
+# A bare container's only user is root, which JupyterLab must be told.
+lab: .venv/.notebooks ## Open JupyterLab on the first notebook
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_why_structure.ipynb
+
+lock: setup ## Write the versions installed in .venv to constraints.txt
+	@{ echo "# Versions that the notebooks were last tested with, for LOCKED=1 make lab; written by make lock."; \
+	$(BIN)/python -m pip freeze --exclude-editable --disable-pip-version-check; } > constraints.txt
 
 test: setup lint ## Run every test: library, command line, browser, notebooks
 	$(BIN)/python -m pytest -m "not classroom"
@@ -59,7 +65,7 @@ feedback: classroom ## Make the pages that go back to the students: notebooks/la
 classroom-test: classroom ## Test the labs: release, grade and return them with made-up students
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/classroom -n 2 --dist loadgroup -q
 
-html: setup ## Render the executed notebooks into one static site, build/html
+html: .venv/.site ## Render the executed notebooks into one static site, build/html
 	$(BIN)/python docs/build.py build/html
 
 lint: setup ## Check style (ruff), configuration, texts and stored notebooks
@@ -71,7 +77,7 @@ lint: setup ## Check style (ruff), configuration, texts and stored notebooks
 publish-config: ## Write the project's address into badges and links: make publish-config REPOSITORY=owner/name
 	@$(PYTHON) docs/publish.py "$(REPOSITORY)"
 
-wheel: setup ## Build the wheel that is installed without this folder: dist/pwlib-*.whl
+wheel: .venv/.notebooks ## Build the wheel that is installed without this folder: dist/pwlib-*.whl
 	rm -rf build/lib build/bdist.*
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 

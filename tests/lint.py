@@ -46,9 +46,11 @@ def extras(command: str) -> set[str]:
 
 
 def environment() -> Iterator[str]:
-    """The conda environment takes Python's version and all packages from pyproject.toml."""
+    """The conda environment takes Python's and PyTorch's oldest versions and all other packages from pyproject.toml."""
     conda = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
-    wanted = [f"python{PROJECT['requires-python']}", "pip", {"pip": ["-e .[notebooks]"]}]
+    bounds = dict(re.match(r"([\w-]+)(.*)", entry).groups() for entry in PROJECT["dependencies"])
+    torch = [f"pytorch-cpu{bounds['torch']}", f"torchvision{bounds['torchvision']}"]
+    wanted = [f"python{PROJECT['requires-python']}", *torch, "pip", {"pip": ["-e .[notebooks]"]}]
     found = conda["dependencies"]
     if conda["name"] != PROJECT["name"] or [found[0].partition(",")[0], *found[1:]] != wanted:
         yield f"environment.yml: has {conda['name']}, {found}; expected {PROJECT['name']}, {wanted}"
@@ -62,7 +64,7 @@ def makefile() -> Iterator[str]:
         yield f"Makefile: {target} is only a target, or only in .PHONY"
     for target in sorted(TARGETS - explained):
         yield f"Makefile: {target} has no help after ##"
-    for name in sorted(extras(MAKEFILE) - EXTRAS):
+    for name in sorted(set(" ".join(re.findall(r"install\.py ([a-z ]+)", MAKEFILE)).split()) - EXTRAS):
         yield f"Makefile: pyproject.toml has no extra {name}"
 
 
@@ -166,7 +168,7 @@ def budgets() -> Iterator[str]:
 
 
 def requirements() -> Iterator[str]:
-    """`pip install pwlib[notebooks]` installs every package that a notebook imports."""
+    """The extra [notebooks] installs every package that a notebook imports."""
     wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["notebooks"]
     installed = {re.match(r"[\w-]+", entry)[0].lower().replace("-", "_") for entry in wanted}
     installed |= {"pwlib", "ipython", "pil"} | {name.lower() for name in sys.stdlib_module_names}
