@@ -39,16 +39,30 @@ class Kernel(nn.Module):
         features: image [B, 3, H, W] in [0, 1] -> [B, H*W, D], in the features' own units.
         theta: D bandwidths (or one for all), in those units.
         weight: the kernel's initial weight w_m.
+        in_pixels: whether the bandwidths are lengths in pixels, which grow with an image that is enlarged; one answer
+            for all, or one for each.
     """
 
     def __init__(
-        self, name: str, features: Callable[[Tensor], Tensor], theta: float | Sequence[float], weight: float = 1.0
+        self,
+        name: str,
+        features: Callable[[Tensor], Tensor],
+        theta: float | Sequence[float],
+        weight: float = 1.0,
+        *,
+        in_pixels: bool | Sequence[bool] = False,
     ):
         super().__init__()
         self.name = name
         self.raw_features = features
         self.weight = weight
         self.log_theta = _log_parameter("theta", theta)
+        self.in_pixels = in_pixels
+        if not isinstance(in_pixels, bool) and self.log_theta.shape != (len(in_pixels),):
+            raise ValueError(
+                f"kernel {name!r} has {self.log_theta.numel()} bandwidths and {len(in_pixels)} values of in_pixels; "
+                "expected as many, or one bool"
+            )
 
     def forward(self, image: Tensor) -> Tensor:
         return self.raw_features(image).to(self.log_theta) / self.log_theta.exp()

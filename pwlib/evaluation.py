@@ -10,18 +10,18 @@ import torch
 from pwlib import loaders
 from pwlib.loaders import Batches
 from pwlib.metrics import SegmentationScores
-from pwlib.model import PiecewiseTrainedModel
+from pwlib.model import PiecewiseTrainedModel, kept_modes
 
 
-def best_record(records: list[dict[str, Any]]) -> dict[str, Any]:
+def best_record(records: list[dict[str, Any]], *, validated: bool = False) -> dict[str, Any]:
     """The epoch a stage hands on: the one marked "kept"; else the highest validation mIoU, of the CRF where it was
-    scored (the first of equals); the last epoch where nothing was validated."""
+    scored (the first of equals); the last epoch where nothing was validated. validated: without regard to "kept"."""
 
     def key(record: dict[str, Any]) -> float:
         scores = record["val"].get("crf") or record["val"]["unary"]
         return -1.0 if scores["miou"] is None else scores["miou"]
 
-    if kept := [record for record in records if record.get("kept")]:
+    if kept := [record for record in records if record.get("kept") and not validated]:
         return kept[-1]
     scored = [record for record in records if "val" in record]
     return max(scored, key=key) if scored else records[-1]
@@ -50,14 +50,11 @@ def evaluate(
     context = ("context",) if model.context is not None else ()
     names = ("unary", *context, "crf") if apply_crf else ("unary",)
     scores = {n: SegmentationScores(model.num_classes, class_names, boundary_width, device=device) for n in names}
-    training = model.training
-    model.eval()
-    try:
-        for image, label in bar(loader):
-            image, label = image.to(device), label.to(device)
+    with kept_modes(model):
+        model.eval()
+        for batch in bar(loader):
+            image, label = loaders.read_batch(batch, device)
             outputs = model.outputs(image, iterations=iterations) if apply_crf else {"unary": model.unary_logits(image)}
             for name, part in scores.items():
                 part.update(outputs[name].argmax(1), label)
-    finally:
-        model.train(training)
     return {name: part.all_reduce().result() for name, part in scores.items()}

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
+
+from pwlib.losses import class_indices
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -74,27 +78,43 @@ class EpochSampler(Sampler[int]):
         return iter(self._mine(order).tolist())
 
 
+def read_batch(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The two tensors of a batch on `device`: image [B, 3, H, W] and label int64 [B, H, W], of any integer type before.
+
+    Raises:
+        ValueError: the batch is no such pair.
+    """
+    expected = "expected (image [B, 3, H, W], label [B, H, W]); a collate_fn of the DataLoader can make them"
+    if not isinstance(batch, (tuple, list)) or [isinstance(part, Tensor) for part in batch] != [True, True]:
+        kind = type(batch).__name__
+        if isinstance(batch, Mapping):
+            kind += f" of {', '.join(map(str, batch))}"
+        elif isinstance(batch, (tuple, list)):
+            kind += f" of {', '.join(type(part).__name__ for part in batch) if len(batch) == 2 else len(batch)}"
+        raise ValueError(f"a batch is a {kind}; {expected}")
+    image, label = (part.to(device, non_blocking=True) for part in batch)
+    if image.ndim != 4 or label.shape != (len(image), *image.shape[-2:]):
+        raise ValueError(f"a batch has images {list(image.shape)} and labels {list(label.shape)}; {expected}")
+    return image, class_indices("label", label)
+
+
 def rebuilt(loader: Batches, *, dataset: Dataset | None = None, even: bool = True) -> Batches:
     """The same loader with an `EpochSampler` in place of its own sampler; over `dataset`, if one is given.
 
-    Batch size, workers, collation and whether it shuffles are kept. What is not a plain DataLoader (a list of batches,
-    a sampler of your own) comes back as it is, and cannot be shared among processes: ValueError if there are several.
+    Whether it shuffles and all its options are kept, except for `generator`: seeds decide here. Persistent workers keep
+    their random state from epoch to epoch, so that a resumed run draws other augmentations. What is not a plain
+    DataLoader (a list of batches, a subclass, a sampler that repeats or leaves out items) comes back as it is, and
+    cannot be shared among processes: ValueError if there are several.
     """
-    plain = isinstance(loader, DataLoader) and loader.batch_size is not None
-    if plain and isinstance(loader.sampler, (RandomSampler, SequentialSampler, EpochSampler)):
+    sampler = loader.sampler if type(loader) is DataLoader and loader.batch_size is not None else None
+    if isinstance(sampler, RandomSampler) and (sampler.replacement or sampler.num_samples != len(loader.dataset)):
+        sampler = None
+    if isinstance(sampler, (RandomSampler, SequentialSampler, EpochSampler)):
         data = loader.dataset if dataset is None else dataset
-        shuffle = not isinstance(loader.sampler, SequentialSampler) and getattr(loader.sampler, "shuffle", True)
-        return DataLoader(
-            data,
-            batch_size=loader.batch_size,
-            sampler=EpochSampler(len(data), shuffle=shuffle, even=even),
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            drop_last=loader.drop_last,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-        )
+        shuffle = not isinstance(sampler, SequentialSampler) and getattr(sampler, "shuffle", True)
+        replaced = {"dataset", "shuffle", "sampler", "batch_sampler", "generator"}
+        options = {name: getattr(loader, name) for name in inspect.signature(DataLoader).parameters.keys() - replaced}
+        return DataLoader(data, sampler=EpochSampler(len(data), shuffle=shuffle, even=even), **options)
     if dataset is not None or process()[1] > 1:
         raise ValueError(f"{type(loader).__name__} has an order of its own; expected a DataLoader without a sampler=")
     return loader

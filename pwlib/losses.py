@@ -8,8 +8,9 @@ batches happen, and one of them must neither poison the weights nor end a night'
 of a distributed one).
 """
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ def dice(scores: Tensor, label: Tensor, *, class_weights: Tensor | None = None) 
     overlap, p_sum, truth_sum = ((x.transpose(0, 1).flatten(1).sum(1)) for x in (p * truth, p, truth))
     present = (truth_sum > 0).to(p.dtype)
     if class_weights is not None:
-        present = present * _check_weights(class_weights, scores)
+        present = present * check_class_weights(class_weights, scores.shape[1]).to(p)
     return _mean(1 - 2 * overlap / (p_sum + truth_sum).clamp(min=torch.finfo(p.dtype).tiny), present)
 
 
@@ -96,6 +97,7 @@ def structured(
     (`cross_entropy` of log_q), which has every neighbour's message in it.
     """
     unary = cross_entropy(logits, label, class_weights=class_weights)
+    label = class_indices("label", label)
     if isinstance(pairs, int):
         pairs = sample_pairs(label, pairs, generator=generator)
     first, second = (index.to(label.device) for index in pairs)
@@ -115,13 +117,14 @@ def pairwise_nll(energy: Tensor, first: Tensor, second: Tensor, *, class_weights
             f"pair energies {tuple(energy.shape)} do not fit labels {tuple(first.shape)} and {tuple(second.shape)}; "
             "expected [B, P, K, K] and [B, P] twice"
         )
+    first, second = class_indices("first", first), class_indices("second", second)
     num_classes = energy.shape[-1]
     log_p = torch.log_softmax(-energy.flatten(2), dim=-1)
     known = (first != VOID) & (second != VOID)
     first, second = first.where(known, 0), second.where(known, 0)
     weight = known.to(log_p.dtype)
     if class_weights is not None:
-        class_weights = class_weights.to(log_p)
+        class_weights = check_class_weights(class_weights, num_classes).to(log_p)
         weight = weight * class_weights[first] * class_weights[second]
     return _mean(-log_p.gather(2, (first * num_classes + second)[..., None])[..., 0], weight)
 
@@ -173,73 +176,38 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "cross_entropy": cross_entropy,
     "dice": dice,
     "focal": focal,
-    "structured": structured,
 }
 
 
-class Combine:
-    """Weighted sum of losses: `Combine({"cross_entropy": 1.0, "dice": 0.5})(scores, label)`.
-
-    `options` go to the losses that know them: class_weights, gamma, pairs, pair_weight. "structured" needs the unary
-    network's `logits` (by default the scores), the `image` and the `crf` with every call; the others look at `scores`.
-    """
-
-    def __init__(self, weights: Mapping[str, float], **options):
-        if not weights:
-            raise ValueError(f"no loss is named; expected some of {', '.join(LOSSES)}")
-        for name, weight in weights.items():
-            if name not in LOSSES:
-                raise ValueError(f"unknown loss {name!r}; expected one of {', '.join(LOSSES)}")
-            if not (math.isfinite(weight) and weight > 0):
-                raise ValueError(f"loss {name!r} has weight {weight}; expected a positive number")
-        self.weights = dict(weights)
-        self.options = {
-            name: {key: value for key, value in options.items() if key in LOSSES[name].__kwdefaults__}
-            for name in weights
-        }
-        if unknown := set(options) - {key for name in LOSSES for key in LOSSES[name].__kwdefaults__}:
-            raise ValueError(f"no loss has the option {sorted(unknown)[0]!r}")
-
-    @property
-    def needs_inference(self) -> bool:
-        """Whether the scores are looked at; "structured" alone wants the CRF's potentials but none of its marginals."""
-        return set(self.weights) != {"structured"}
-
-    def parts(
-        self,
-        scores: Tensor,
-        label: Tensor,
-        *,
-        logits: Tensor | None = None,
-        image: Tensor | None = None,
-        crf: nn.Module | None = None,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """Each loss by name, unweighted."""
-        losses = {}
-        for name, options in self.options.items():
-            if name != "structured":
-                losses[name] = LOSSES[name](scores, label, **options)
-                continue
-            if image is None or crf is None:
-                raise ValueError("the structured loss needs the image and the CRF; give image= and crf=")
-            unary = scores if logits is None else logits
-            losses[name] = structured(unary, label, image, crf, generator=generator, **options)
-        return losses
-
-    def __call__(self, scores: Tensor, label: Tensor, **context) -> Tensor:
-        """The weighted sum; `context` as in `parts`."""
-        return sum(self.weights[name] * loss for name, loss in self.parts(scores, label, **context).items())
-
-    def __repr__(self) -> str:
-        return f"Combine({self.weights})"
-
-
 def make_loss(loss: str | Mapping[str, float] | Callable = "cross_entropy", **options) -> Callable[..., Tensor]:
-    """A loss from its name, from names and weights, or from a function (scores, label, **context), kept as it is."""
+    """Make a network's loss, (scores, label) -> scalar, from its name, from names and weights, or from a function.
+
+    Args:
+        loss: one of `LOSSES`; a dict of names and positive weights, for their weighted sum; or a function, returned as
+            it is.
+        options: class_weights, gamma; each is passed to the losses that have it.
+
+    Raises:
+        ValueError: an unknown name or option, or a weight that is not a positive number.
+    """
     if callable(loss):
         return loss
-    return Combine({loss: 1.0} if isinstance(loss, str) else loss, **options)
+    weights = {loss: 1.0} if isinstance(loss, str) else dict(loss)
+    if not weights:
+        raise ValueError(f"no loss is named; expected some of {', '.join(LOSSES)}")
+    terms = []
+    for name, weight in weights.items():
+        if name == "structured":
+            raise ValueError("loss 'structured' needs a CRF; train the CRF with it by crf_loss='piecewise'")
+        if name not in LOSSES:
+            raise ValueError(f"unknown loss {name!r}; expected one of {', '.join(LOSSES)}")
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"loss {name!r} has weight {weight}; expected a positive number")
+        known = {key: value for key, value in options.items() if key in LOSSES[name].__kwdefaults__}
+        terms.append((weight, functools.partial(LOSSES[name], **known)))
+    if unknown := set(options) - {key for one in LOSSES.values() for key in one.__kwdefaults__}:
+        raise ValueError(f"no loss has the option {sorted(unknown)[0]!r}")
+    return lambda scores, label: sum(weight * term(scores, label) for weight, term in terms)
 
 
 def balanced_weights(counts: Tensor, *, power: float = 0.5) -> Tensor:
@@ -265,18 +233,17 @@ def _pixels(scores: Tensor, label: Tensor, class_weights: Tensor | None) -> tupl
     batch, num_classes, height, width = scores.shape
     if label.shape != (batch, height, width):
         raise ValueError(f"label has shape {tuple(label.shape)}; expected [{batch}, {height}, {width}] as the scores")
-    if label.is_floating_point():
-        raise ValueError(f"label has dtype {label.dtype}; expected class indices, int64")
+    label = class_indices("label", label)
     known = label != VOID
     wrong = known & ((label < 0) | (label >= num_classes))
     if wrong.any():
         raise ValueError(f"label holds {label[wrong][0].item()}; expected 0..{num_classes - 1} or {VOID} for void")
     if scores.dtype in (torch.float16, torch.bfloat16):
         scores = scores.float()
-    target = label.long().masked_fill(~known, 0)
+    target = label.masked_fill(~known, 0)
     weight = known.to(scores.dtype)
     if class_weights is not None:
-        weight = weight * _check_weights(class_weights, scores)[target]
+        weight = weight * check_class_weights(class_weights, num_classes).to(scores)[target]
     return torch.log_softmax(scores, dim=1), target, weight
 
 
@@ -299,13 +266,20 @@ def check_scores(scores: Tensor) -> None:
         )
 
 
-def _check_weights(class_weights: Tensor, scores: Tensor) -> Tensor:
-    class_weights = class_weights.to(scores)
-    if class_weights.shape != scores.shape[1:2] or not (torch.isfinite(class_weights) & (class_weights >= 0)).all():
-        raise ValueError(
-            f"class weights are {class_weights.tolist()}; expected {scores.shape[1]} finite numbers, none negative"
-        )
-    return class_weights
+def check_class_weights(class_weights: Tensor | Sequence[float], num_classes: int) -> Tensor:
+    """Class weights as a float tensor [K]; ValueError unless there are K, finite and none negative."""
+    weights = torch.as_tensor(class_weights)
+    weights = weights if weights.is_floating_point() else weights.float()
+    if weights.shape != (num_classes,) or not (torch.isfinite(weights) & (weights >= 0)).all():
+        raise ValueError(f"class_weights are {weights.tolist()}; expected {num_classes} finite numbers, none negative")
+    return weights
+
+
+def class_indices(name: str, values: Tensor) -> Tensor:
+    """Class indices of any integer type as int64: with fewer bits their sums and products would wrap around."""
+    if values.is_floating_point() or values.is_complex():
+        raise ValueError(f"{name} has dtype {values.dtype}; expected class indices, an integer type")
+    return values.long()
 
 
 def _pick(log_p: Tensor, target: Tensor) -> Tensor:

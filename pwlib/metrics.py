@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pwlib.data import VOID
+from pwlib.losses import class_indices
 
 
 class ConfusionMatrix:
@@ -37,11 +38,9 @@ class ConfusionMatrix:
             raise ValueError(
                 f"prediction has shape {tuple(prediction.shape)}, label {tuple(label.shape)}; expected both [B, H, W]"
             )
-        for name, values in (("prediction", prediction), ("label", label)):
-            if values.is_floating_point():
-                raise ValueError(f"{name} has dtype {values.dtype}; expected class indices (scores.argmax(dim=1))")
         device = self.device = self.device or label.device
-        prediction, label = prediction.to(device).long(), label.to(device).long()
+        prediction = class_indices("prediction", prediction).to(device)
+        label = class_indices("label", label).to(device)
         counted = label != VOID
         truth, guess = label[counted], prediction[counted]
         _check_classes(truth, self.num_classes, "label", f" or {VOID} for void")
@@ -116,7 +115,7 @@ def boundary_mask(label: Tensor, width: int = 3) -> Tensor:
     """
     if width < 1:
         raise ValueError(f"boundary width is {width} px; expected at least 1")
-    side = 2 * width + 1
+    label, side = class_indices("label", label), 2 * width + 1
     # A window holds two labels if and only if its largest differs from its smallest: dilation against erosion.
     both = torch.stack([label, -label], dim=1).float()
     for window, padding in (((side, 1), (width, 0)), ((1, side), (0, width))):
@@ -148,6 +147,7 @@ class SegmentationScores:
     @torch.no_grad()
     def update(self, prediction: Tensor, label: Tensor) -> None:
         """prediction, label: class indices [B, H, W]; see `ConfusionMatrix.update`."""
+        label = class_indices("label", label)
         self.everywhere.update(prediction, label)
         band = boundary_mask(label, self.boundary_width)
         self.boundary.update(prediction, label.masked_fill(~band, VOID))

@@ -10,8 +10,10 @@ Either part can be replaced: the network by any `nn.Module` from image to logits
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -63,10 +65,12 @@ class PiecewiseTrainedModel(nn.Module):
 
     def unary_logits(self, image: Tensor) -> Tensor:
         """Logits [B, K, H, W] of the image [B, 3, H, W], float RGB in [0, 1]; H x W is the image's own size."""
+        self._check_precision()
         return self.unary(image)
 
     def maps(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """The network's coarse map, which the context works on: features [B, C, h, w] and their logits [B, K, h, w]."""
+        self._check_precision()
         features = self.unary.features(image)
         return features, self.unary.head(features)
 
@@ -86,6 +90,14 @@ class PiecewiseTrainedModel(nn.Module):
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits if logits.dtype == torch.float64 else logits.float()
             return self.crf(logits, image, iterations=iterations)
+
+    def _check_precision(self) -> None:
+        for parameter in self.crf.parameters():
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                raise ValueError(
+                    f"the model's parameters are {parameter.dtype}; expected torch.float32, which the CRF needs: for "
+                    "half precision in the network use torch.autocast (the trainer's amp=True)"
+                )
 
     def forward(
         self, image: Tensor, apply_crf: bool = True, *, iterations: int | None = None
@@ -125,12 +137,11 @@ class PiecewiseTrainedModel(nn.Module):
         """
         height, width = image.shape[-2:]
         image = image.to(next(self.parameters()).device)[None]
-        training = self.training
-        self.eval()
         scale = short_side / min(height, width) if short_side else 1.0
         small = resize_image(image, _scaled(height, width, scale))
-        logits = list(self.outputs(small, apply_crf=False).values())[-1] if apply_crf else self.unary_logits(small)
-        self.train(training)
+        with kept_modes(self):
+            self.eval()
+            logits = list(self.outputs(small, apply_crf=False).values())[-1] if apply_crf else self.unary_logits(small)
         crf_scale = min(1.0, crf_long_side / max(height, width))
         size = _scaled(height, width, crf_scale)
         logits = resize_logits(logits, size)
@@ -138,6 +149,17 @@ class PiecewiseTrainedModel(nn.Module):
             crf = scaled_bandwidths(self.crf, crf_scale / scale)
             logits = crf(logits, resize_image(image, size), iterations=self.crf_iterations)
         return resize_logits(torch.softmax(logits, dim=1), (height, width))[0]
+
+
+@contextlib.contextmanager
+def kept_modes(module: nn.Module) -> Iterator[None]:
+    """Training or evaluation mode of every sub-module is afterwards what it was before."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training  # not `train`, which would reach into the parts
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -148,13 +170,20 @@ def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def scaled_bandwidths(crf: nn.Module, factor: float) -> nn.Module:
-    """A copy of `crf` for images `factor` times as large: theta_alpha and theta_gamma are pixels and grow with them;
-    theta_beta is a colour and stays, as do the weights (of normalised kernels)."""
+    """A copy of `crf` for images that are `factor` times as large.
+
+    Bandwidths in pixels grow with the image: theta_alpha, theta_gamma, and those that an extra `Kernel` declares
+    `in_pixels`. theta_beta stays, and so do the weights of normalised kernels.
+    """
     crf = copy.deepcopy(crf)
     with torch.no_grad():
         for name in ("log_theta_alpha", "log_theta_gamma"):
             if hasattr(crf, name):
                 getattr(crf, name).add_(math.log(factor))
+        for kernel in getattr(crf, "extra_kernels", ()):
+            kernel.log_theta.add_(math.log(factor) * torch.as_tensor(kernel.in_pixels).to(kernel.log_theta))
+        if getattr(crf, "normalization", None) == "none":
+            crf.log_w.sub_(2 * math.log(factor))  # each pixel becomes factor^2 pixels, and sends as many messages
     return crf
 
 

@@ -53,6 +53,16 @@ def calibrated(log_q: Tensor, label: Tensor, steps: int = 20) -> float:
     return 1 / sharpness
 
 
+def frozen_modules(module: nn.Module) -> list[nn.Module]:
+    """Sub-modules that were frozen on purpose: in evaluation mode, with parameters, none of which wants a gradient."""
+    return [
+        part
+        for part in module.modules()
+        if not part.training and any(True for _ in part.parameters())
+        if not any(parameter.requires_grad for parameter in part.parameters())
+    ]
+
+
 class Objective(nn.Module):
     """What a stage minimises: (image, label) -> (loss, scores). One module, so that it can be wrapped for several GPUs.
 
@@ -86,6 +96,7 @@ class Objective(nn.Module):
         self.model, self.stage, self.loss, self.crf_loss = model, stage, loss, crf_loss
         self.iterations, self.amp, self.class_weights = iterations, amp, class_weights
         self.temperature = 1.0
+        self.frozen: list[nn.Module] = []  # the user's: see `frozen_modules`
         self.pieces = model.context is not None and (stage > 1 or joint_pieces)
         self.learn_pieces = self.pieces and not (stage == 2 and joint_pieces)
 
@@ -93,6 +104,8 @@ class Objective(nn.Module):
         super().train(mode)
         if self.stage == 2:
             self.model.unary.eval()  # frozen means batch norm's running statistics, too
+        for module in self.frozen:
+            module.eval()
         return self
 
     def forward(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,10 @@ from pwlib import checkpoints, loaders
 from pwlib.data import VOID, SegmentationDataset, hold_out
 from pwlib.evaluation import best_record, evaluate
 from pwlib.loaders import Batches
-from pwlib.losses import make_loss
+from pwlib.losses import check_class_weights, make_loss
 from pwlib.metrics import ConfusionMatrix
-from pwlib.model import PiecewiseTrainedModel
-from pwlib.objective import CRF_LOSSES, SCHEDULES, Objective, calibrated, rate
+from pwlib.model import PiecewiseTrainedModel, kept_modes
+from pwlib.objective import CRF_LOSSES, SCHEDULES, Objective, calibrated, frozen_modules, rate
 
 OPTIMIZERS = ("sgd", "adamw")
 CRF_LEARNING_RATE = {"sgd": 0.1, "adamw": 0.02}
@@ -97,7 +97,7 @@ class PiecewiseTrainer:
         loss: str | Mapping[str, float] | Callable = "cross_entropy",
         crf_loss: str = "marginal",
         joint_pieces: bool = False,
-        class_weights: Tensor | None = None,
+        class_weights: Tensor | Sequence[float] | None = None,
         clip: float | None = 5.0,
         train_iterations: int = 5,
         test_iterations: int = 10,
@@ -116,8 +116,7 @@ class PiecewiseTrainer:
         _one_of("stage1_keeps", stage1_keeps, ("best", "last"))
         if num_classes != model.num_classes:
             raise ValueError(f"num_classes is {num_classes}; the model has {model.num_classes}")
-        if class_weights is not None and class_weights.shape != (num_classes,):
-            raise ValueError(f"class_weights has shape {list(class_weights.shape)}; expected [{num_classes}]")
+        class_weights = None if class_weights is None else check_class_weights(class_weights, num_classes)
         if not learning_rate > 0:
             raise ValueError(f"learning_rate is {learning_rate}; expected a positive number")
         if patience is not None and patience < 1:
@@ -217,6 +216,15 @@ class PiecewiseTrainer:
             raise ValueError(f"stage {stage} has {epochs} epochs; expected 0 or more")
         if epochs == 0:
             return self.history
+        if not hasattr(loader, "__len__"):
+            raise ValueError(
+                f"stage {stage} was given a {type(loader).__name__}, which has no length; "
+                "expected a DataLoader or a list of batches"
+            )
+        if self.config["patience"] and val_loader is None:
+            raise ValueError(
+                f"patience is {self.config['patience']}, but stage {stage} has no val_loader whose score could improve"
+            )
         loader = loaders.rebuilt(loader)
         if len(loader) == 0:
             raise ValueError(f"stage {stage} has no batch to train on: the loader is empty")
@@ -224,16 +232,34 @@ class PiecewiseTrainer:
         if stage == 2 and self.joint_pieces and self.model.context is not None:
             fixed.append(self.model.context.networks)
         frozen = [p for part in fixed for p in part.parameters() if p.requires_grad]
+        objective = self._objective(stage)
         for parameter in frozen:
             parameter.requires_grad_(False)
         try:
-            self._fit(stage, loader, epochs, val_loader)
+            with kept_modes(self.model):
+                self._fit(stage, objective, loader, epochs, val_loader)
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
         return self.history
 
-    def _fit(self, stage: int, loader: Batches, epochs: int, val_loader: Batches | None) -> None:
+    def _objective(self, stage: int) -> Objective:
+        config = self.config
+        objective = Objective(
+            self.model,
+            stage,
+            self.loss,
+            config["crf_loss"],
+            config["train_iterations"],
+            self.amp,
+            self.class_weights,
+            self.joint_pieces,
+        )
+        if self.model.training:  # as a whole; else evaluation mode is what an earlier evaluation left
+            objective.frozen = frozen_modules(self.model)
+        return objective
+
+    def _fit(self, stage: int, objective: Objective, loader: Batches, epochs: int, val_loader: Batches | None) -> None:
         name = f"stage{stage}"
         optimizer = self._optimizer(stage)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
@@ -243,6 +269,8 @@ class PiecewiseTrainer:
             optimizer.load_state_dict(last["optimizer"])
             scaler.load_state_dict(last["scaler"])
             self.history = last["history"]
+        else:
+            self.history[name] = []
         records = self.history.setdefault(name, [])
         best = self._best(name, last)
 
@@ -264,16 +292,7 @@ class PiecewiseTrainer:
             records.append({"epoch": 0, "val": self.evaluate(val_loader)})
             self._say_epoch(stage, epochs)
             keep(optimizer_too=False)
-        module = objective = Objective(
-            self.model,
-            stage,
-            self.loss,
-            self.config["crf_loss"],
-            self.config["train_iterations"],
-            self.amp,
-            self.class_weights,
-            self.joint_pieces,
-        )
+        module = objective
         if loaders.process()[1] > 1:
             module = DistributedDataParallel(objective)
         for epoch in range(last["epoch"] + 1 if last else 1, epochs + 1):
@@ -299,8 +318,8 @@ class PiecewiseTrainer:
         loaders.start_epoch(loader, seed)
         rows, labels = [], []
         with loaders.seeded(seed + loaders.process()[0], self.device):
-            for image, label in itertools.islice(loader, batches):
-                image, label = image.to(self.device), label.to(self.device)
+            for batch in itertools.islice(loader, batches):
+                image, label = loaders.read_batch(batch, self.device)
                 log_q = objective.train()(image, label)[1].movedim(1, -1)
                 rows.append(log_q[label != VOID])
                 labels.append(label[label != VOID])
@@ -313,13 +332,13 @@ class PiecewiseTrainer:
         start, seen, peak = time.perf_counter(), 0, 0.0
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         with self._bar(loader, f"stage {stage} {epoch}/{epochs}") as bar:
-            for step, (image, label) in enumerate(bar):
+            for step, batch in enumerate(bar):
+                image, label = loaders.read_batch(batch, self.device)
                 share = rate(self.config["schedule"], (epoch - 1 + step / len(loader)) / epochs)
                 for group in optimizer.param_groups:
                     group["lr"] = share * group["peak"]
                 peak = max(peak, optimizer.param_groups[0]["lr"])
-                image, label = image.to(self.device, non_blocking=True), label.to(self.device, non_blocking=True)
-                loss, scores = module(image, label)
+                loss, scores = _step(module, image, label)
                 mine, everyones = self._weight(label, stage)
                 optimizer.zero_grad(set_to_none=True)
                 # DistributedDataParallel averages gradients over processes; one process would average over pixels.
@@ -405,7 +424,8 @@ class PiecewiseTrainer:
 
     def _out_of_patience(self, records: list[dict[str, Any]]) -> bool:
         patience = self.config["patience"]
-        return bool(patience and records and records[-1]["epoch"] - best_record(records)["epoch"] >= patience)
+        best = best_record(records, validated=True) if records else None
+        return bool(patience and best and records[-1]["epoch"] - best["epoch"] >= patience)
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 
@@ -449,6 +469,18 @@ class PiecewiseTrainer:
         for part, scores in record.get("val", {}).items():
             parts.append(f"val {part} mIoU {scores['miou'] or 0:.4f}")
         self._say("  ".join(parts))
+
+
+def _step(module: nn.Module, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        return module(image, label)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"batch normalisation cannot train on a batch of {len(image)} image: it has one value per channel; "
+            "if that is the rest of an epoch, give the DataLoader drop_last=True"
+        ) from error
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -9,7 +9,6 @@ from torch import nn
 
 from pwlib.crf import DenseCRF
 from pwlib.losses import (
-    Combine,
     balanced_weights,
     cross_entropy,
     dice,
@@ -229,8 +228,8 @@ def test_a_batch_without_labels_loses_exactly_nothing():
     label.fill_(255)
     image, crf = torch.rand(2, 3, 5, 6), Table(4)
     net = nn.Conv2d(4, 4, 1).double()
-    for name in (*PIXEL_LOSSES, "structured"):
-        value = make_loss(name)(net(scores), label, image=image, crf=crf)
+    for name, loss in (PIXEL_LOSSES | {"structured": lambda s, y: structured(s, y, image, crf)}).items():
+        value = loss(net(scores), label)
         value.backward()
         assert value.item() == 0, name
         assert (net.weight.grad == 0).all(), name
@@ -267,6 +266,33 @@ def test_logits_and_log_marginals_are_alike_and_half_precision_is_widened(name):
     half = loss(scores.bfloat16(), label)
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, loss(scores.bfloat16().float(), label))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32])
+def test_labels_of_any_integer_type_have_the_same_loss(dtype):
+    """K = 20: the index of a pair of labels, 20 a + b, does not fit into eight bits."""
+    scores, label = example(num_classes=20)
+    weights = torch.linspace(0.5, 2, 20)
+    for loss in PIXEL_LOSSES.values():
+        assert loss(scores, label.to(dtype), class_weights=weights) == loss(scores, label, class_weights=weights)
+    image, crf = torch.rand(2, 3, 5, 6), Table(20)
+    pairs = [sample_pairs(one, 30, generator=torch.Generator().manual_seed(1)) for one in (label, label.to(dtype))]
+    assert all(torch.equal(*index) for index in zip(*pairs, strict=True))
+    found = [structured(scores, one, image, crf, pairs=pairs[0]) for one in (label, label.to(dtype))]
+    assert found[0] == found[1]
+    ends, energy = label[:, :2].flatten(1), torch.randn(2, 6, 20, 20, dtype=torch.float64)
+    found = [pairwise_nll(energy, one[:, :6], one[:, 6:], class_weights=weights) for one in (ends, ends.to(dtype))]
+    assert found[0] == found[1]
+
+
+def test_class_weights_may_be_a_list():
+    scores, label = example()
+    weights, ends = [1.0, 0.5, 3.0, 2.0], torch.randint(0, 4, (2, 2, 7))
+    energy = torch.randn(2, 7, 4, 4)
+    for loss in PIXEL_LOSSES.values():
+        assert loss(scores, label, class_weights=weights) == loss(scores, label, class_weights=torch.tensor(weights))
+    found = [pairwise_nll(energy, *ends, class_weights=w) for w in (weights, torch.tensor(weights))]
+    assert found[0] == found[1]
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -367,20 +393,14 @@ def test_images_with_little_to_pair():
 
 def test_losses_combine_by_weight():
     scores, label = example()
-    image, crf, weights = torch.rand(2, 3, 5, 6), Table(4), torch.tensor([1.0, 2.0, 0.5, 1.0])
-    g = torch.Generator()
-    loss = make_loss(
-        {"cross_entropy": 1.0, "dice": 0.5, "focal": 2.0, "structured": 0.1}, class_weights=weights, gamma=3.0, pairs=9
-    )
+    weights = torch.tensor([1.0, 2.0, 0.5, 1.0])
+    loss = make_loss({"cross_entropy": 1.0, "dice": 0.5, "focal": 2.0}, class_weights=weights, gamma=3.0)
     expected = (
         cross_entropy(scores, label, class_weights=weights)
         + 0.5 * dice(scores, label, class_weights=weights)
         + 2 * focal(scores, label, gamma=3.0, class_weights=weights)
-        + 0.1 * structured(scores / 2, label, image, crf, pairs=9, class_weights=weights, generator=g.manual_seed(5))
     )
-    found = loss(scores, label, logits=scores / 2, image=image, crf=crf, generator=g.manual_seed(5))
-    torch.testing.assert_close(found, expected)
-    assert loss.needs_inference and not make_loss("structured").needs_inference
+    torch.testing.assert_close(loss(scores, label), expected)
     assert make_loss("dice")(scores, label) == dice(scores, label)
     assert make_loss(dice) is dice
 
@@ -388,12 +408,12 @@ def test_losses_combine_by_weight():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: make_loss("hinge"), "unknown loss 'hinge'; expected one of cross_entropy, dice, focal, structured"),
-        (lambda: Combine({}), "no loss is named"),
-        (lambda: Combine({"dice": 0.0}), "'dice' has weight 0.0"),
-        (lambda: Combine({"dice": math.nan}), "'dice' has weight nan"),
-        (lambda: Combine({"dice": 1.0}, gama=2.0), "option 'gama'"),
-        (lambda: make_loss("structured")(*example()), "needs the image and the CRF"),
+        (lambda: make_loss("hinge"), "unknown loss 'hinge'; expected one of cross_entropy, dice, focal"),
+        (lambda: make_loss({}), "no loss is named"),
+        (lambda: make_loss({"dice": 0.0}), "'dice' has weight 0.0"),
+        (lambda: make_loss({"dice": math.nan}), "'dice' has weight nan"),
+        (lambda: make_loss({"dice": 1.0}, gama=2.0), "option 'gama'"),
+        (lambda: make_loss("structured"), "'structured' needs a CRF"),
     ],
 )
 def test_combinations_that_make_no_sense_are_named(build, message):
@@ -420,7 +440,10 @@ def test_losses_agree_on_a_gpu(name):
     scores, label = example()
     image, crf, values = torch.rand(2, 3, 5, 6), Table(4), []
     for device in ("cpu", "cuda"):
-        g = torch.Generator().manual_seed(0)
-        context = {"image": image.to(device), "crf": crf.to(device), "generator": g}
-        values.append(make_loss(name)(scores.to(device), label.to(device), **context).item())
+        given = (scores.to(device), label.to(device))
+        if name == "structured":
+            g = torch.Generator().manual_seed(0)
+            values.append(structured(*given, image.to(device), crf.to(device), generator=g).item())
+        else:
+            values.append(make_loss(name)(*given).item())
     assert values[0] == pytest.approx(values[1], rel=1e-9)

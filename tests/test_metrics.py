@@ -161,6 +161,32 @@ def test_band_reaches_beyond_a_void_strip_and_starts_not_at_the_frame():
         boundary_mask(label, 0)
 
 
+INTEGERS = [torch.uint8, torch.int16, torch.uint16, torch.int32]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_labels_of_any_integer_type_have_the_same_band_and_scores(dtype):
+    label = islands()
+    guess = label.roll(1, 2).masked_fill(label == 255, 0).masked_fill(label.roll(1, 2) == 255, 0)
+    assert torch.equal(boundary_mask(label.to(dtype), 2), boundary_mask(label, 2))
+    results = []
+    for kind in (torch.int64, dtype):
+        scores = SegmentationScores(3)
+        scores.update(guess.to(kind), label.to(kind))
+        results.append(scores.result())
+    assert results[0] == results[1]
+
+
+def test_two_classes_may_be_booleans():
+    label = islands() == 1
+    assert torch.equal(boundary_mask(label), boundary_mask(label.long()))
+    scores = SegmentationScores(2)
+    scores.update(~label, label)
+    assert scores.result()["pixel_accuracy"] == 0.0
+    with pytest.raises(ValueError, match=r"label has dtype torch\.float32"):
+        boundary_mask(label.float())
+
+
 def test_boundary_scores_are_those_of_the_band_alone():
     label = islands()
     guess = torch.where(boundary_mask(label, 2), (label + 1) % 3, label).masked_fill(label == 255, 0)

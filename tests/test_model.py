@@ -1,10 +1,11 @@
 """The model as a whole: what goes in, what comes out, in which precision and at which scale."""
 
+import pytest
 import torch
 import torchvision
 from torch import nn
 
-from pwlib.crf import DenseCRF
+from pwlib.crf import DenseCRF, Kernel
 from pwlib.data import load
 from pwlib.model import PiecewiseTrainedModel, scaled_bandwidths
 from pwlib.networks import DeepLabLargeFOV
@@ -119,3 +120,73 @@ def test_scaled_bandwidths_leaves_the_crf_alone():
     torch.testing.assert_close(other.log_theta_gamma.exp(), torch.tensor(3.0))
     torch.testing.assert_close(other.log_theta_beta, crf.log_theta_beta)
     torch.testing.assert_close(crf.log_theta_alpha.exp(), torch.tensor(6.0))
+
+
+def positions(image):
+    """[B, N, 2], pixels: (row, column) of every pixel."""
+    height, width = image.shape[-2:]
+    grid = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"), -1)
+    return grid.reshape(1, -1, 2).expand(len(image), -1, -1).float()
+
+
+def places_and_colours(image):
+    return torch.cat([positions(image), 255 * image.flatten(2).transpose(1, 2)], -1)
+
+
+def test_scaled_bandwidths_knows_which_bandwidths_of_a_kernel_are_pixels():
+    kernels = [
+        Kernel("places", positions, 4.0, in_pixels=True),
+        Kernel("colours", lambda image: image.flatten(2).transpose(1, 2), 4.0),
+        Kernel("both", places_and_colours, [4.0, 4.0, 9.0, 9.0, 9.0], in_pixels=[True, True, False, False, False]),
+    ]
+    found = scaled_bandwidths(DenseCRF(3, **CRF, extra_kernels=kernels), 2.0).extra_kernels
+    torch.testing.assert_close(found[0].log_theta.exp(), torch.tensor(8.0))
+    torch.testing.assert_close(found[1].log_theta.exp(), torch.tensor(4.0))
+    torch.testing.assert_close(found[2].log_theta.exp(), torch.tensor([8.0, 8.0, 9.0, 9.0, 9.0]))
+    with pytest.raises(ValueError, match="kernel 'both' has 5 bandwidths and 2 values of in_pixels"):
+        Kernel("both", places_and_colours, [4.0, 4.0, 9.0, 9.0, 9.0], in_pixels=[True, False])
+
+
+@pytest.mark.parametrize("normalization", ["symmetric", "none"])
+def test_an_enlarged_image_has_the_same_marginals(normalization):
+    """Each pixel becomes 3 x 3: the marginals stay, up to discretisation, if all three kernels are scaled."""
+    torch.manual_seed(0)
+    image, logits = (nn.functional.interpolate(torch.randn(1, 3, 5, 6), (20, 24), mode="bilinear") for _ in range(2))
+
+    def enlarged(x):
+        return x.repeat_interleave(3, 2).repeat_interleave(3, 3)
+
+    weight = {"symmetric": 1.0, "none": 0.02}[normalization]
+    options = {"theta_alpha": 6.0, "theta_beta": 90.0, "theta_gamma": 3.0, "filtering": "exact"}
+    options |= {"w_bilateral": weight, "w_spatial": weight, "normalization": normalization}
+    changes = {}
+    for in_pixels in (True, False):
+        crf = DenseCRF(3, **options, extra_kernels=[Kernel("places", positions, 5.0, weight, in_pixels=in_pixels)])
+        with torch.no_grad():
+            before = crf(logits, image).exp()
+            after = scaled_bandwidths(crf, 3.0)(enlarged(logits), enlarged(image)).exp()
+        assert (before - logits.softmax(1)).abs().mean() > 0.05, "the CRF changes nothing: the test shows nothing"
+        changes[in_pixels] = (after - enlarged(before)).abs().mean()
+    assert changes[True] < 0.01 and changes[False] > 2 * changes[True], changes
+
+
+def test_predict_leaves_every_module_in_its_mode():
+    model = tiny().train()
+    model.unary.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    model.predict(torch.rand(3, 16, 16))
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    with pytest.raises(ValueError, match="expected"):
+        model.predict(torch.full((3, 16, 16), 7))
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision_is_told_to_use_autocast(dtype):
+    model = tiny().to(dtype)
+    message = rf"the model's parameters are {dtype}; expected torch\.float32.*autocast"
+    for image in (torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16, dtype=dtype)):
+        for apply_crf in (True, False):
+            with pytest.raises(ValueError, match=message):
+                model(image, apply_crf)
+    assert tiny().double()(torch.rand(1, 3, 16, 16))[1].isfinite().all()

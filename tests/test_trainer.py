@@ -3,20 +3,18 @@
 import json
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
-from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_run import PLAIN, SIZE, K, run, tiny_model
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from pwlib import checkpoints, loaders
+from pwlib import checkpoints
 from pwlib.crf import DenseCRF
 from pwlib.data import Augment, load
 from pwlib.evaluation import best_record, evaluate
@@ -262,14 +260,154 @@ class Lookup(nn.Module):
         return self.logits[(image[:, 0, 0, 0] * 8).round().long()]
 
 
-def test_patience_stops_a_stage_that_no_longer_improves():
-    model = tiny_model()
-    val = DataLoader(load("scenes", "val", size=SIZE, length=2), batch_size=2)
+@pytest.mark.parametrize("keeps", ["best", "last"])
+def test_patience_stops_a_stage_that_no_longer_improves(keeps):
+    """The best score is epoch 2's: two epochs without a better one end the stage, whichever epoch is kept."""
     scores = iter([0.5, 0.6, 0.6, 0.55, 0.7])
-    trainer = trainer_of(model, patience=2)
+    trainer = trainer_of(tiny_model(), patience=2, stage1_keeps=keeps)
     trainer.evaluate = lambda *_, **__: {"unary": {"miou": next(scores)}}
-    history = trainer.train_stage1(scenes(4), 5, val)
-    assert [record["epoch"] for record in history["stage1"]] == [1, 2, 3, 4]
+    records = trainer.train_stage1(scenes(4), 5, scenes(2))["stage1"]
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4]
+    assert best_record(records)["epoch"] == {"best": 2, "last": 4}[keeps]
+
+
+def test_patience_needs_a_validation_score():
+    with pytest.raises(ValueError, match="patience is 2, but stage 1 has no val_loader"):
+        trainer_of(tiny_model(), patience=2).train_stage1(scenes(4), 5)
+
+
+@pytest.mark.parametrize(("stage", "best"), [(1, 1), (2, 0), (3, 0)])
+def test_a_stage_can_be_trained_again(stage, best):
+    """As when a notebook cell is run twice: the second call starts anew, and keeps the best of its own epochs even if
+    none is better than the first call's."""
+    model, states = tiny_model(), []
+    trainer = trainer_of(model)
+    scores = iter([0.9] * (2 if stage == 1 else 3) + [0.5, 0.4, 0.3])
+    trainer.evaluate = lambda *_, **__: states.append(weights(model)) or {"unary": {"miou": next(scores)}}
+    train = getattr(trainer, f"train_stage{stage}")
+    train(scenes(4), 2, scenes(2))
+    first = len(states)
+    records = train(scenes(4), 2, scenes(2))[f"stage{stage}"]
+    assert [record["epoch"] for record in records] == [best, *range(best + 1, 3)]
+    assert not changed(states[first], model), "the first state of the second call scored best"
+
+
+# ----------------------------------------------------------------------------------------- labels, weights, and batches
+
+
+@pytest.mark.parametrize("crf_loss", ["marginal", "piecewise"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_labels_of_any_integer_type_train_alike(crf_loss, dtype):
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(4, 3, *SIZE, generator=generator)
+    label = torch.randint(0, K, (4, *SIZE), generator=generator)
+    label[:, :3] = 255
+    histories = []
+    for kind in (torch.int64, dtype):
+        batches = list(zip(image.split(2), label.to(kind).split(2), strict=True))
+        trainer = trainer_of(tiny_model(), crf_loss=crf_loss, class_weights=torch.linspace(0.5, 2, K))
+        histories.append(untimed(trainer.train_piecewise(batches, 1, 1, 1, val_loader=batches)))
+    assert histories[0] == histories[1]
+
+
+IMAGE, LABEL = torch.rand(2, 3, *SIZE), torch.zeros(2, *SIZE, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"image": IMAGE, "mask": LABEL}, "a batch is a dict of image, mask"),
+        ((IMAGE, LABEL, ["a", "b"]), "a batch is a tuple of 3"),
+        (IMAGE, "a batch is a Tensor"),
+        ((IMAGE, {"mask": LABEL}), "a batch is a tuple of Tensor, dict"),
+        ((IMAGE, LABEL[:, None]), r"a batch has images \[2, 3, 16, 24\] and labels \[2, 1, 16, 24\]"),
+        ((IMAGE, LABEL[:1]), r"a batch has images \[2, 3, 16, 24\] and labels \[1, 16, 24\]"),
+        ((IMAGE, LABEL.float()), "label has dtype torch.float32; expected class indices"),
+    ],
+)
+def test_batches_that_are_not_images_and_labels_are_named(batch, message):
+    with pytest.raises(ValueError, match=message):
+        trainer_of(tiny_model()).train_stage1([batch], 1)
+    with pytest.raises(ValueError, match=message):
+        trainer_of(tiny_model()).train_stage2([batch], 1)
+    with pytest.raises(ValueError, match=message):
+        evaluate(tiny_model(), [batch])
+
+
+def test_batches_without_a_length_are_named():
+    with pytest.raises(ValueError, match="stage 1 was given a generator, which has no length"):
+        trainer_of(tiny_model()).train_stage1((batch for batch in [(IMAGE, LABEL)]), 1)
+
+
+def test_a_sampler_of_ones_own_decides_how_many_images_an_epoch_has():
+    dataset = load("scenes", "train", size=SIZE, length=8)
+    sampler = RandomSampler(dataset, replacement=True, num_samples=4)
+    model, seen = tiny_model(), []
+    model.unary.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    trainer_of(model).train_stage1(DataLoader(dataset, batch_size=2, sampler=sampler), 1)
+    assert seen == [2, 2]
+
+
+@pytest.mark.parametrize("weights_of", [torch.Tensor.tolist, torch.Tensor.numpy])
+def test_class_weights_may_be_a_list(weights_of):
+    given = torch.linspace(0.5, 2, K)
+    batches = [(IMAGE, torch.arange(K).repeat(2 * SIZE[0] * SIZE[1])[: LABEL.numel()].view_as(LABEL))]
+    one, other = (trainer_of(tiny_model(), class_weights=w) for w in (given, weights_of(given)))
+    assert one.config == other.config
+    assert untimed(one.train_stage1(batches, 1)) == untimed(other.train_stage1(batches, 1))
+
+
+@pytest.mark.parametrize("loss", ["structured", {"cross_entropy": 1.0, "structured": 0.5}])
+def test_a_loss_that_needs_the_crf_is_no_loss_of_the_network(loss):
+    with pytest.raises(ValueError, match=r"loss 'structured' needs a CRF; .* crf_loss='piecewise'"):
+        trainer_of(tiny_model(), loss=loss)
+
+
+@pytest.mark.parametrize("class_weights", [[-1.0] + [1.0] * (K - 1), [math.nan] * K])
+def test_class_weights_that_are_no_weights_are_named(class_weights):
+    with pytest.raises(ValueError, match=f"expected {K} finite numbers, none negative"):
+        trainer_of(tiny_model(), class_weights=class_weights)
+
+
+def test_a_last_batch_of_one_image_is_too_small_for_batch_norm():
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, K, 1))
+    model = PiecewiseTrainedModel(K, unary=pooled, crf=DenseCRF(K))
+    loader = DataLoader(load("scenes", "train", size=SIZE, length=3), batch_size=2)
+    with pytest.raises(ValueError, match=r"batch normalisation cannot train on a batch of 1 image.*drop_last=True"):
+        trainer_of(model).train_stage1(loader, 1)
+
+
+# ---------------------------------------------------------------------------------------------- training and evaluation
+
+
+def modes(model):
+    return {name: module.training for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_training_leaves_every_module_in_its_mode(stage):
+    model = tiny_model()
+    model.unary.blocks[1].eval()
+    before = modes(model)
+    assert len(set(before.values())) == 2
+    getattr(trainer_of(model), f"train_stage{stage}")(scenes(4), 1, scenes(2))
+    assert modes(model) == before
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_frozen_batch_norm_keeps_its_statistics(stage):
+    """Frozen means both: evaluation mode, and no parameter that wants a gradient. Evaluation mode alone is often left
+    over from an earlier evaluation, and is no reason not to train."""
+    model = tiny_model()
+    norms = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    frozen, left_over = norms[:2]
+    model.get_submodule(frozen).requires_grad_(False).eval()
+    model.get_submodule(left_over).eval()
+    before = weights(model)
+    getattr(trainer_of(model), f"train_stage{stage}")(scenes(4), 1)
+    names = changed(before, model)
+    assert not any(name.startswith(f"{frozen}.") for name in names)
+    assert f"{left_over}.running_mean" in names
 
 
 # ---------------------------------------------------------------------------------------------------- rates, precision
@@ -352,35 +490,18 @@ def test_evaluate_counts_every_image_once_whatever_the_batches():
     assert evaluate(model, DataLoader(dataset), apply_crf=False).keys() == {"unary"}
 
 
-# ---------------------------------------------------------------------------------------------------------------- order
+def test_evaluate_leaves_every_module_in_its_mode():
+    model = tiny_model()
+    model.unary.eval()
+    before = modes(model)
+    evaluate(model, [(IMAGE, LABEL)])
+    assert modes(model) == before
+    with pytest.raises(ValueError, match="a batch is"):
+        evaluate(model, [IMAGE])
+    assert modes(model) == before
 
 
-def test_order_depends_on_the_seed_and_covers_everything():
-    sampler = loaders.EpochSampler(20, shuffle=True, even=True)
-    orders = {}
-    for stage, epoch in ((1, 1), (1, 2), (2, 1)):
-        sampler.seed = loaders.derive_seed(0, stage, epoch)
-        orders[stage, epoch] = list(sampler)
-        assert sorted(orders[stage, epoch]) == list(range(20))
-        assert list(sampler) == orders[stage, epoch]
-    assert len(set(map(tuple, orders.values()))) == 3
-
-
-def test_processes_share_an_epoch_without_overlap(monkeypatch):
-    def shares(length, even):
-        result = []
-        for rank in range(3):
-            monkeypatch.setattr(loaders, "process", lambda rank=rank: (rank, 3))
-            sampler = loaders.EpochSampler(length, shuffle=True, even=even)
-            assert len(sampler) == len(list(sampler))
-            result.append(list(sampler))
-        return result
-
-    every = shares(20, even=False)
-    assert sorted(chain(*every)) == list(range(20))
-    even = shares(20, even=True)
-    assert [len(share) for share in even] == [6, 6, 6] and len(set(chain(*even))) == 18
-    assert [share[0] for share in every] == [share[0] for share in even]
+# ----------------------------------------------------------------------------------------------------------- randomness
 
 
 def test_outside_randomness_is_left_alone():
@@ -484,20 +605,6 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------ full disk
-
-
-def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
-    path = tmp_path / "stage1-last.pt"
-    checkpoints.save(path, {"model": {"w": torch.ones(3)}})
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # writes beyond it fail, as on a full disk
-    try:
-        with pytest.raises(OSError, match=r"stage1-last\.pt cannot be written .*; the previous one is intact"):
-            checkpoints.save(path, {"model": {"w": torch.zeros(100_000)}})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert torch.equal(checkpoints.load(path)["model"]["w"], torch.ones(3))
-    assert [p.name for p in tmp_path.iterdir()] == [path.name], "a half-written file was left behind"
 
 
 def test_a_disk_that_fills_during_training_leaves_a_run_to_resume(tmp_path, whole_run, monkeypatch):
