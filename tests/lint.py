@@ -113,12 +113,13 @@ def tables() -> Iterator[str]:
     readme = (ROOT / "README.md").read_text("utf-8")
     if runpy.run_path(str(BENCHMARKS / "pipeline" / "table.py"))["table"]() not in readme:
         yield "README.md: the table of results is not the output of benchmarks/pipeline/table.py"
-    text = (BENCHMARKS / "ablation" / "README.md").read_text("utf-8")
-    ablation = runpy.run_path(str(BENCHMARKS / "ablation" / "run.py"))
-    for path in (BENCHMARKS / "ablation").glob("*.json"):
-        for line in ablation["table"](json.loads(path.read_text("utf-8"))["runs"]).splitlines():
-            if line not in text:
-                yield f"benchmarks/ablation/README.md: lacks this line of {path.name}: {line}"
+    for folder, key in (("ablation", "runs"), ("small_grid", "draws")):
+        text = (BENCHMARKS / folder / "README.md").read_text("utf-8")
+        table = runpy.run_path(str(BENCHMARKS / folder / "run.py"))["table"]
+        for path in (BENCHMARKS / folder).glob("*.json"):
+            for line in table(json.loads(path.read_text("utf-8"))[key]).splitlines():
+                if line not in text:
+                    yield f"benchmarks/{folder}/README.md: lacks this line of {path.name}: {line}"
     yield from message_passing(readme, (BENCHMARKS / "crf" / "README.md").read_text("utf-8"))
 
 

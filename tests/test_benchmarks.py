@@ -1,4 +1,4 @@
-"""What the benchmark scripts compute from their runs."""
+"""The statistics that the benchmark scripts compute from their runs."""
 
 import runpy
 
@@ -16,7 +16,7 @@ def ablation():
     return runpy.run_path(str(BENCHMARKS / "ablation" / "run.py"))
 
 
-def test_the_ensemble_averages_probabilities_and_not_logits(ablation):
+def test_the_ensemble_averages_probabilities(ablation):
     logits = torch.randn(2, 1, 4, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
     members = [torch.nn.Module() for _ in range(2)]
     for member, answer in zip(members, logits, strict=True):
@@ -26,12 +26,14 @@ def test_the_ensemble_averages_probabilities_and_not_logits(ablation):
     probabilities = e / e.sum(2, keepdims=True)
     np.testing.assert_allclose(found, probabilities.mean(0), atol=1e-12)
     of_logits = np.exp(logits.numpy().mean(0))
-    assert np.abs(found - of_logits / of_logits.sum(1, keepdims=True)).max() > 0.01, "the case tells the two apart"
+    assert np.abs(found - of_logits / of_logits.sum(1, keepdims=True)).max() > 0.01, (
+        "averaging logits gives something else"
+    )
 
 
 @pytest.mark.parametrize("script", ["ablation", "context"])
 @pytest.mark.parametrize("count", [2, 3, 5])
-def test_intervals_are_students(script, count):
+def test_intervals_agree_with_scipy(script, count):
     values = np.random.default_rng(count).normal(50, 3, count).tolist()
     interval = runpy.run_path(str(BENCHMARKS / script / "run.py"))["interval"](values)
     low, high = stats.t.interval(0.95, count - 1, np.mean(values), stats.sem(values))
@@ -39,18 +41,18 @@ def test_intervals_are_students(script, count):
     assert abs(mean - np.mean(values)) < 0.06 and abs(half - (high - low) / 2) < 0.06
 
 
-def test_the_table_of_t_is_students(ablation):
+def test_quantiles_of_t_agree_with_scipy(ablation):
     for count, t in ablation["T_975"].items():
         assert abs(t - stats.t.ppf(0.975, count - 1)) < 6e-4
 
 
-def test_time_to_target_is_read_off_the_curves():
+def test_time_to_target():
     target = runpy.run_path(str(BENCHMARKS / "piecewise" / "target.py"))
     rows = [
         {"contender": name, "seconds": [0.0, k * 1.0, k * 2.0, k * 3.0], "miou": [10.0, 20.0, top - 3, top]}
         for k, (name, top) in enumerate(zip(target["CONTENDERS"], [40, 35, 32, 50, 60], strict=True), 1)
     ]
-    rows.append({"contender": "piecewise", "seconds": [0.0, 0.5], "miou": [10.0, 33.0]})  # the better rate
+    rows.append({"contender": "piecewise", "seconds": [0.0, 0.5], "miou": [10.0, 33.0]})  # the better learning rate
     goal, seconds = target["to_target"](rows)
-    assert goal == 31  # the lowest of the best, 32, less 1
+    assert goal == 31  # the lowest of the best scores, 32, minus 1
     assert list(seconds.values()) == [0.5, 4.0, 9.0, 8.0, 10.0]

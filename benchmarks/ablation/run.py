@@ -1,22 +1,22 @@
-"""The paper's ladder: what each part of its model is worth, one after the other (Lin et al., CVPR 2016, table 1).
+"""Measure what each part of the paper's model contributes, one after the other (Lin et al., CVPR 2016, table 1).
 
     baseline        FeatMap-Net at one scale, without pooling
     + pooling       sliding pyramid pooling, 5x5 and 9x9
-    + scales        1.2, 0.8 and 0.4 in place of 1.0
-    + dense CRF     on the network of the rung before, learned in stage 2
-    + context       a network trained together with its contextual pieces; inference over them; then the dense CRF
-    control         two networks as in "+ scales", their probabilities averaged; then that rung's dense CRF
+    + scales        scales 1.2, 0.8 and 0.4 instead of 1.0
+    + dense CRF     a dense CRF after the network of "+ scales", learned in stage 2
+    + context       a network trained jointly with a contextual CRF, mean field on that CRF, then a dense CRF
+    control         the mean probability of two networks as in "+ scales", then the dense CRF of "+ dense CRF"
 
-Every network is trained on the same images (those stage 2 does not hold out), for the same epochs, with the same order
-and augmentation for one seed. Nothing is selected on the scored split: every stage hands on its last epoch. Rungs are
-compared seed by seed.
+All networks of a seed are trained on the same images (those that are not held out for stage 2), for the same number of
+epochs, with the same order and augmentation. Nothing is selected on the scored split: every stage keeps its last epoch.
+Differences are paired by seed.
 
     python benchmarks/ablation/run.py --data scenes --seeds 0 1 2 3 4                seven CPU minutes a seed
     python benchmarks/ablation/run.py --data camvid --root data/camvid --seeds 0 1 2   twenty CPU minutes a seed
     python benchmarks/ablation/run.py --table
 
-Writes DATA.json beside this file after every network (DATA-full.json with --profile full, for a GPU) and keeps
-checkpoints in runs/ablation: a run that was stopped goes on where it was.
+Writes DATA.json in this folder after every network (DATA-full.json with --profile full, for a GPU) and keeps
+checkpoints in runs/ablation. A command that was stopped continues where it was.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ from pwlib.networks import FeatMapNet
 from pwlib.trainer import PiecewiseTrainer
 
 HERE = Path(__file__).parent
-SPLIT = {"scenes": "test", "camvid": "val", "voc2012": "val"}  # what is scored
+SPLIT = {"scenes": "test", "camvid": "val", "voc2012": "val"}  # the scored split
 EPOCHS = {"scenes": (12, 2), "camvid": (20, 2)}  # of stages 1 and 2 in the quick profile; full: the profile's own
 NETWORKS = {
     "baseline": {"scales": (1.0,), "pyramid": ()},
     "pooling": {"scales": (1.0,)},
     "scales": {},
-    "second": {},  # the control's other half
+    "second": {},  # the second network of the control
     "context": {},
 }
-# Rung -> whose result, which output.
+# {rung: (network, output that is scored)}
 RUNGS = {
     "baseline": ("baseline", "unary"),
     "+ pooling": ("pooling", "unary"),
@@ -62,14 +62,14 @@ RUNGS = {
     "+ context": ("context", "crf"),
     "control": ("ensemble", "crf"),
 }
-# What else is known of the same networks.
+# Further outputs of the same networks.
 DETAILS = {
     "context's network, alone": ("context", "unary"),
     "context, no dense CRF": ("context", "context"),
-    "the same, pieces summed": ("context, summed", "context"),
+    "the same, plain sum of terms": ("context, summed", "context"),
     "two networks, no dense CRF": ("ensemble", "unary"),
 }
-# The differences worth an interval: (rung, the rung it is compared with).
+# The differences that are reported: (rung, the rung it is compared with).
 STEPS = (
     ("+ pooling", "baseline"),
     ("+ scales", "+ pooling"),
@@ -84,9 +84,9 @@ T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 
 
 
 class Ensemble(nn.Module):
-    """The log of two networks' mean probability."""
+    """The logarithm of the mean probability of two networks."""
 
-    cell_size = 1  # it answers at the image's size
+    cell_size = 1  # the output has the size of the image
 
     def __init__(self, first: nn.Module, second: nn.Module):
         super().__init__()
@@ -113,7 +113,7 @@ def build(name: str, profile: Profile, classes: int) -> PiecewiseTrainedModel:
 
 
 def train(name: str, data: str, root: str, profile: Profile, epochs: tuple[int, int], seed: int, device: str):
-    """The trained model, the split it is scored on, and the CPU seconds it took, None if some of it was done before."""
+    """Return the trained model, the scored split, and the CPU seconds, or None if checkpoints were reused."""
     options = {"size": profile.size} | ({"cache": True} if profile.size else {})
     whole, scored = (load(data, split, root, **options) for split in ("train", SPLIT[data]))
     fit, held = hold_out(whole, profile.held_out, seed)
@@ -147,7 +147,7 @@ def summary(scores: dict, classes: bool = True) -> dict:
 
 
 def run(data: str, root: str, seed: int, profile: Profile, epochs: tuple[int, int], device: str, keep) -> None:
-    """All networks of one seed; `keep(name, row)` stores what each scored."""
+    """Train and score all networks of one seed; `keep(name, row)` stores each result."""
     models = {}
     for name in NETWORKS:
         models[name], scored, seconds = train(name, data, root, profile, epochs, seed, device)
@@ -166,7 +166,7 @@ def run(data: str, root: str, seed: int, profile: Profile, epochs: tuple[int, in
         print(f"{data}, seed {seed}, {name}: {took}", flush=True)
         if name == "context":
             model.context.counting = "sum"
-            with torch.no_grad():  # the paper's sum, over the same pieces as they are
+            with torch.no_grad():  # the paper's plain sum of the same terms
                 model.context.log_weight.zero_(), model.context.log_temperature.zero_()
             keep("context, summed", {"context": summary(evaluate(model, loader)["context"])})
         if name == "second":
@@ -177,13 +177,13 @@ def run(data: str, root: str, seed: int, profile: Profile, epochs: tuple[int, in
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval (Student's t); nan for one value."""
+    """Return the mean and half the width of its 95 % interval (Student's t); nan for one value."""
     half = T_975[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return statistics.fmean(values), half
 
 
 def table(runs: dict[str, dict]) -> str:
-    """Markdown: the rungs with their scores, then the paired differences."""
+    """Return two Markdown tables: the scores of all rungs, and the paired differences."""
     complete = [found for found in runs.values() if set(NETWORKS) <= set(found)]
     keys = ("miou", "pixel_accuracy", "boundary_iou")
     head = ("mIoU", "pixel accuracy", "boundary IoU")

@@ -1,20 +1,20 @@
-"""What context tells that a local network cannot: look-alike classes on Scenes.
+"""Measure whether a contextual CRF separates visually similar classes that a local network confuses.
 
-A plane and a boat have one silhouette and one paint, a roof and a tent too; what surrounds them tells them apart.
-The network here sees 10 px, an object is 10 to 28 px large: inside an object it sees no surroundings.
+In Scenes, plane and boat have the same shape and colours, and so have roof and tent; only their surroundings differ.
+The network here sees 10 px and an object has 10 to 28 px, so inside an object it sees no surroundings.
 
-    stage 1   network and contextual pieces together, by the piecewise likelihood, on three quarters of the images
-    stage 2   the dense CRF, and how much the pieces count, on the other quarter; the network is frozen
+    stage 1   network and contextual CRF, by the piecewise likelihood, on three quarters of the images
+    stage 2   the dense CRF and the weights of the pairwise terms, on the other quarter, with a fixed network
 
-The same network is given a dense CRF without context, trained in the same stage 2 on the same images. All are scored on
-test scenes; nothing is selected on them.
+For comparison the same network gets a dense CRF without context, trained in the same stage 2 on the same images. All
+are scored on test scenes; nothing is selected on them.
 
-The same again with features that reach far: DeepLab-LargeFOV at a quarter of VGG's width (--network largefov), one cell
-per 8 px. Each of its cells sees more than the whole image, so that context is within the network's own reach.
+`--network largefov` repeats this with DeepLab-LargeFOV at a quarter of VGG's width, one cell per 8 px. The receptive
+field of each cell is larger than the image.
 
-    python benchmarks/context/run.py                  some two minutes a seed on one core; writes result.json
+    python benchmarks/context/run.py                  about two minutes a seed on one core; writes result.json
     python benchmarks/context/run.py --network largefov
-    python benchmarks/context/run.py --data camvid --root data/camvid --seeds 0 1 2     the same question on photographs
+    python benchmarks/context/run.py --data camvid --root data/camvid --seeds 0 1 2     the same on photographs
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ SETTINGS = {
 
 
 class LocalNet(nn.Module):
-    """Features of 10 px around a cell, one cell per 4 px, and their logits."""
+    """A network with a receptive field of 10 px and one cell per 4 px."""
 
     cell_size = 4
 
@@ -92,7 +92,7 @@ def build_network(name: str, classes: int) -> nn.Module:
 
 
 def splits(name: str, root: str, seed: int) -> tuple[SegmentationDataset, SegmentationDataset]:
-    """What is learned from, and what is scored."""
+    """Return the training set and the scored set."""
     if name == "scenes":
         scored = load("scenes", "test", length=SETTINGS["test_images"])
         return load("scenes", "train", length=SETTINGS["train_images"], seed=seed), scored
@@ -127,7 +127,7 @@ def run(seed: int, counting: str, network: str, data_name: str, root: str) -> di
         )
 
     start = time.process_time()
-    augment = Augment(scale=(1.0, 1.0), colour=0.0)  # flips alone
+    augment = Augment(scale=(1.0, 1.0), colour=0.0)  # flips only
     loader = DataLoader(fit.with_transform(augment), batch_size=SETTINGS["batch"], shuffle=True)
     trainer(model).train_stage1(loader, epochs[0])
     print("stage 1:", round(time.process_time() - start), "CPU seconds", flush=True)
@@ -165,7 +165,7 @@ def summary(scores: dict) -> dict:
 
 
 def interval(values: list[float]) -> str:
-    """Mean and the half width of its 95 % interval (Student's t)."""
+    """Format the mean and half the width of its 95 % interval (Student's t)."""
     mean, n = sum(values) / len(values), len(values)
     if n < 2:
         return f"{mean:5.1f}"

@@ -1,13 +1,13 @@
-"""What an SGD step of the contextual CRF costs: piecewise, and through 1, 3, 5, 10 mean-field iterations.
+"""Measure what a training step of the contextual CRF costs: piecewise, and through 1, 3, 5, 10 mean-field iterations.
 
     python benchmarks/piecewise/run.py                                 about a minute; writes result.json and cost.svg
     python benchmarks/piecewise/run.py --sizes 8x12 --repeats 3 --out small.json
 
-A step: pieces from given features, the loss, and its gradient back to the pieces' networks, the logits and the
-features. All contenders work on one graph, with the same features, labels and networks; they take turns, and the median
-over the repeats counts. "network" is what all of them have to add: FeatMap-Net, forward and backward, for one image
-that gives a map of this size. Memory is what the backward pass keeps: the bytes of all storages that autograd saves,
-each counted once.
+A step computes the pairwise terms from given features, the loss, and its gradient with respect to the pairwise
+networks, the logits and the features. All methods use the same graph, features, labels and networks and take turns; the
+result is the median over the repeats. "network" is the part that all of them have in common: FeatMap-Net, forward and
+backward, for one image that gives a map of this size. Memory is the number of bytes that autograd saves for the
+backward pass, each storage counted once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ITERATIONS = (1, 3, 5, 10)
 
 
 def contenders(height: int, width: int) -> dict:
-    """Name -> a function that computes one step's loss."""
+    """Return {name: a function that computes the loss of one step}."""
     torch.manual_seed(0)
     network = FeatMapNet(CLASSES, **NETWORK)
     crf = ContextualCRF(CLASSES, network.feature_channels, hidden=HIDDEN, neighbours=NEIGHBOURS)
@@ -56,7 +56,7 @@ def contenders(height: int, width: int) -> dict:
 
 
 def saved_bytes(step) -> int:
-    """What autograd keeps of one step's forward pass for its backward pass."""
+    """Return the bytes that autograd saves in the forward pass of a step for its backward pass."""
     storages = {}
 
     def pack(tensor):
@@ -103,7 +103,7 @@ def measure(sizes: list[tuple[int, int]], repeats: int) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """One line a size: the step's milliseconds, and how many times the piecewise step the others cost."""
+    """Format one line per size: milliseconds of each step, and its multiple of the piecewise step."""
     names = list(dict.fromkeys(row["contender"] for row in rows))
     lines = [f"{'map':>8} {'edges':>7}" + "".join(f" {name:>20}" for name in names)]
     for size in dict.fromkeys((row["height"], row["width"]) for row in rows):
@@ -116,7 +116,7 @@ def table(rows: list[dict]) -> str:
 
 def plot(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    # Okabe & Ito's palette, and a marker each, so that colour is not alone in telling them apart.
+    # Okabe & Ito's palette; curves differ in marker and colour.
     styles = zip(("#000000", "#56B4E9", "#009E73", "#E69F00", "#D55E00"), "os^vD", strict=True)
     names = [name for name in dict.fromkeys(row["contender"] for row in rows) if name != "network"]
     for (colour, marker), name in zip(styles, names, strict=True):

@@ -1,12 +1,12 @@
-"""How soon a contextual CRF is good: learning by pieces, and through 1, 3, 5, 10 mean-field iterations.
+"""Measure how soon a contextual CRF reaches a target score: piecewise, and through 1, 3, 5, 10 mean-field iterations.
 
-A small network (`benchmarks/context`'s: it sees 10 px) is trained on Scenes and then frozen; its features are pooled to
-the map's size. On them each contender learns a `ContextualCRF` of its own from the same start, over the same batches in
-the same order. They take turns step by step, so that a busy machine slows all alike; each one's own CPU seconds count,
-without those for scoring. Every few steps the mean IoU of the marginals is taken over the cells of held-out scenes,
-after the same 3 mean-field iterations for all. The target is the lowest of the contenders' best scores, less 1 point:
-a score all of them reach. Every contender is given each of the learning rates and the one with which it reaches the
-target soonest.
+The network of `benchmarks/context` with a receptive field of 10 px is trained on Scenes and then fixed; its features
+are pooled to the size of the map. Each method trains its own `ContextualCRF` on them, from the same initial values and
+with the same batches in the same order. The methods take turns step by step, so that other load on the machine affects
+all of them. Time is each method's own CPU time without scoring. Every few steps the mean IoU of the marginals, after 3
+mean-field iterations for all methods, is computed over the cells of held-out scenes. The target is the lowest of the
+methods' best scores, less 1 point, so that all of them reach it. Each method is run with all learning rates; the one
+with which it reaches the target first counts.
 
     python benchmarks/piecewise/target.py            about ten minutes on one core; writes target.json and target.svg
 """
@@ -51,7 +51,7 @@ CONTENDERS = {"piecewise": None, **{f"mean field, {n}": n for n in (1, 3, 5, 10)
 
 
 def local_network(seed: int) -> torch.nn.Module:
-    """`benchmarks/context`'s network, trained for a few epochs by cross-entropy."""
+    """Train the network of `benchmarks/context` for a few epochs by cross-entropy."""
     spec = importlib.util.spec_from_file_location("context_benchmark", HERE.parent / "context" / "run.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -70,7 +70,7 @@ def local_network(seed: int) -> torch.nn.Module:
 
 @torch.no_grad()
 def maps(network: torch.nn.Module, split: str, length: int, seed: int, pool: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Features, logits and labels of all cells; `pool` x `pool` of the network's cells become one."""
+    """Return features, logits and labels of all cells; `pool` x `pool` cells of the network are averaged into one."""
     data = load("scenes", split, length=length, seed=seed)
     features, logits, labels = [], [], []
     for i in range(len(data)):
@@ -91,7 +91,7 @@ def score(crf: ContextualCRF, features: Tensor, logits: Tensor, label: Tensor) -
 
 
 def curves(seed: int, pool: int, steps: int) -> list[dict]:
-    """For each contender and learning rate: its score after so many CPU seconds of its own."""
+    """Train every method with every learning rate; return its scores and CPU seconds."""
     network = local_network(seed)
     train = maps(network, "train", SETTINGS["train_images"], seed, pool)
     held = maps(network, "test", SETTINGS["scored_images"], seed, pool)
@@ -133,12 +133,12 @@ def curves(seed: int, pool: int, steps: int) -> list[dict]:
 
 
 def arrival(row: dict, target: float) -> float:
-    """CPU seconds until a run reached the target; infinity if it did not."""
+    """Return the CPU seconds until a run reached the target; infinity if it did not."""
     return next((s for s, m in zip(row["seconds"], row["miou"], strict=True) if m >= target), float("inf"))
 
 
 def to_target(rows: list[dict]) -> tuple[float, dict[str, float]]:
-    """For one seed and map: the target, and each contender's CPU seconds to it with its better learning rate."""
+    """Return the target of one seed and map, and the CPU seconds of each method with its better learning rate."""
     best = {name: max(max(r["miou"]) for r in rows if r["contender"] == name) for name in CONTENDERS}
     target = min(best.values()) - 1
     return target, {name: min(arrival(r, target) for r in rows if r["contender"] == name) for name in CONTENDERS}
@@ -164,7 +164,7 @@ def table(rows: list[dict]) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """The first seed's curves, each contender with the learning rate that reaches the target soonest."""
+    """Plot the curves of the first seed, each method with the learning rate that reaches the target first."""
     sizes = list(dict.fromkeys(row["map"] for row in rows))
     figure, axes = plt.subplots(1, len(sizes), figsize=(4.6 * len(sizes), 3.4), layout="constrained", squeeze=False)
     styles = zip(("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00"), "os^vD", strict=True)
@@ -194,7 +194,7 @@ def main() -> None:
     for pool in given.pools:
         for seed in given.seeds:
             size = f"{16 // pool}x{24 // pool}"
-            if not any((row["seed"], row["map"]) == (seed, size) for row in rows):  # goes on where it was stopped
+            if not any((row["seed"], row["map"]) == (seed, size) for row in rows):  # continue where it was stopped
                 rows += curves(seed, pool, given.steps)
                 save_json(given.out, {"settings": SETTINGS | {"steps": given.steps}, "rows": rows})
     plot(rows, given.out.with_suffix(".svg"))

@@ -1,13 +1,13 @@
-"""Why stage 2 gains so little at CamVid's borders: who wins and loses there, and whether what is learned carries over.
-
-Of a run that `python -m pwlib train --data camvid --profile quick` left behind:
+"""Analyse stage 2 at CamVid's borders: the gain of each class, and transfer to other drives.
 
     python benchmarks/pipeline/borders.py runs/camvid --json benchmarks/pipeline/borders.json
 
-First, on the validation split, in the band of 3 px on either side of a border: each class's IoU for the network, the
-untuned CRF and stage 2's, and the 95 % interval of the difference, by bootstrap over runs of 10 consecutive frames.
-Then stage 2 anew, in four ways, on cached logits of the held-out training frames: from two drives to the third, and
-from all three to the validation frames. Bandwidths stay as they are, which makes each image's lattice reusable.
+runs/camvid is a run of `python -m pwlib train --data camvid --profile quick`. The first table shows the IoU of each
+class on the validation split, in the band of 3 px on either side of a border, for the network, the default CRF and the
+CRF of stage 2, with a 95 % bootstrap interval of the difference over runs of 10 consecutive frames. The second
+table repeats stage 2 in four ways on cached logits of the held-out training frames: it learns from two drives and
+scores the third, then learns from all three and scores the validation frames. The bandwidths are fixed, so that the
+filters of each image can be reused.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from pwlib.data import VOID, hold_out
 from pwlib.metrics import ConfusionMatrix, boundary_mask
 from pwlib.objective import rate
 
-# optimizer, rate, and whether class biases b stand beside the temperature: -log softmax(log q / T + b)
+# (optimizer, learning rate, whether class biases b are fitted besides the temperature: -log softmax(log q / T + b))
 WAYS = {
     "adamw .005, T (the profile)": (torch.optim.AdamW, 0.005, False),
     "adamw .005, T and b": (torch.optim.AdamW, 0.005, True),
@@ -37,7 +37,7 @@ EPOCHS, BATCH, ITERATIONS = 3, 8, (5, 10)  # of stage 2 in the profile; mean fie
 
 
 class Frames:
-    """Images with their logits, labels and lattices, all in memory."""
+    """Labels, log-probabilities and filters of a data set, kept in memory."""
 
     def __init__(self, dataset, model, crf: DenseCRF):
         images, labels = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
@@ -48,7 +48,7 @@ class Frames:
         self.rows = self.log_p.flatten(2).mT
 
     def log_q(self, crf: DenseCRF, i: int, iterations: int) -> Tensor:
-        """[N, K]"""
+        """Return the log-marginals of image i, [N, K]."""
         return self.filters[i].mean_field(-self.rows[i : i + 1], crf.log_w, crf.compatibility, iterations)[0]
 
     @torch.no_grad()
@@ -57,7 +57,7 @@ class Frames:
 
 
 def scale(log_q: Tensor, label: Tensor, biases: bool) -> tuple[Tensor, Tensor]:
-    """1 / T and b (or zeros) under which log_q / T + b is likeliest; convex."""
+    """Return 1 / T and b (zeros without `biases`) that maximise the likelihood of log_q / T + b; a convex problem."""
     sharpness, b = torch.ones((), requires_grad=True), torch.zeros(log_q.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([sharpness, b][: 1 + biases], max_iter=30, line_search_fn="strong_wolfe")
 
@@ -72,7 +72,7 @@ def scale(log_q: Tensor, label: Tensor, biases: bool) -> tuple[Tensor, Tensor]:
 
 
 def learn(crf: DenseCRF, frames: Frames, which: list[int], make, peak: float, biases: bool) -> None:
-    """Stage 2's kernel weights and compatibility, as the trainer learns them, on some of the frames."""
+    """Learn the kernel weights and compatibility on some of the frames, as stage 2 of the trainer does."""
     generator = torch.Generator().manual_seed(0)
     parameters = [crf.log_w, crf.compatibility]
     optimizer = make(parameters, lr=peak, weight_decay=0.0)
@@ -98,7 +98,7 @@ def learn(crf: DenseCRF, frames: Frames, which: list[int], make, peak: float, bi
 
 
 def band_counts(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
-    """One confusion matrix [K, K] an image, over the band: [B, K, K]."""
+    """Return one confusion matrix per image over the band: [B, K, K]."""
     label = label.masked_fill(~boundary_mask(label, 3), VOID)
     counts = []
     for guess, truth in zip(prediction, label, strict=True):
@@ -115,7 +115,7 @@ def scores(counts: Tensor) -> dict[str, Tensor]:
 
 
 def interval(one: Tensor, other: Tensor, run: int = 10, draws: int = 1000) -> list[float]:
-    """95 % of the difference of boundary IoU, in points, over `draws` bootstraps of runs of consecutive frames."""
+    """Return the 95 % interval of a difference in boundary IoU, in points, by bootstrap over runs of frames."""
     generator = torch.Generator().manual_seed(0)
     starts = torch.randint(len(one) - run + 1, (draws, len(one) // run), generator=generator)
     chosen = (starts[..., None] + torch.arange(run)).flatten(1)
@@ -135,40 +135,40 @@ def main() -> None:
     classes = train.num_classes
     model = build_model(config["settings"], classes).eval()
     checkpoints.load_model(args.run / "stage1-best.pt", model)
-    untuned = partial(DenseCRF, classes, **config["settings"]["crf"])
+    default = partial(DenseCRF, classes, **config["settings"]["crf"])
     images = val
-    held, val = (Frames(split, model, untuned()) for split in (held, val))
+    held, val = (Frames(split, model, default()) for split in (held, val))
     everything = range(len(val.label))
-    before = band_counts(val.predict(untuned(), everything), val.label, classes)
+    before = band_counts(val.predict(default(), everything), val.label, classes)
 
-    # Stage 2 has bandwidths of its own, hence its lattices, too.
+    # Stage 2 learned its own bandwidths, so its filters differ.
     checkpoints.load_model(args.run / "stage2-best.pt", model)
     with torch.no_grad():
         logits = val.log_p.split(1)
         learned = [model.refine(x, images[i][0][None], iterations=ITERATIONS[1]) for i, x in enumerate(logits)]
     after = band_counts(torch.cat(learned).argmax(1), val.label, classes)
-    parts = {"network": band_counts(val.log_p.argmax(1), val.label, classes), "untuned": before, "stage 2": after}
+    parts = {"network": band_counts(val.log_p.argmax(1), val.label, classes), "default": before, "stage 2": after}
     iou = {name: 100 * scores(counts)["per_class_iou"] for name, counts in parts.items()}
     print(f"IoU in the band, validation{'':3s}" + "".join(f"{name:>9s}" for name in iou))
     for k, name in enumerate(train.class_names):
         print(f"{name:30s}" + "".join(f"{column[k]:9.1f}" for column in iou.values()))
     print(f"{'mean':30s}" + "".join(f"{column.nanmean():9.2f}" for column in iou.values()))
     low, high = interval(after, before)
-    print(f"stage 2 minus untuned: 95 % of resampled validation splits in [{low:+.2f}, {high:+.2f}]\n")
+    print(f"stage 2 minus default: 95 % of resampled validation splits in [{low:+.2f}, {high:+.2f}]\n")
 
     result = {"band_iou": {n: dict(zip(train.class_names, c.tolist(), strict=True)) for n, c in iou.items()}}
-    result |= {"stage2_minus_untuned": [low, high], "ways": {}}
+    result |= {"stage2_minus_default": [low, high], "ways": {}}
     drives = sorted(set(held.groups))
-    print(f"{'minus the untuned CRF':30s}" + "".join(f"{'to ' + d:>14s}" for d in drives) + f"{'to val':>14s}")
+    print(f"{'minus the default CRF':30s}" + "".join(f"{'to ' + d:>14s}" for d in drives) + f"{'to val':>14s}")
     for name, way in WAYS.items():
         row = {}
         for target in [*drives, "val"]:
-            crf = untuned()
+            crf = default()
             learn(crf, held, [i for i, group in enumerate(held.groups) if group != target], *way)
             frames = val if target == "val" else held
             which = [i for i in range(len(frames.label)) if target in ("val", frames.groups[i])]
             label = frames.label[which]
-            old, new = (scores(band_counts(frames.predict(c, which), label, classes)) for c in (untuned(), crf))
+            old, new = (scores(band_counts(frames.predict(c, which), label, classes)) for c in (default(), crf))
             row[target] = {key: 100 * float(new[key] - old[key]) for key in ("miou", "pixel_accuracy")}
         result["ways"][name] = row
         cells = "".join(f"{cell['miou']:+8.2f}{cell['pixel_accuracy']:+6.2f}" for cell in row.values())

@@ -1,6 +1,6 @@
-"""The README's table of the pipeline, from the JSON files beside this script.
+"""Print the table of results in the repository's README from the JSON files in this folder.
 
-They are what `python -m pwlib evaluate` writes; README.md in this folder has the commands.
+`python -m pwlib evaluate` writes these files; README.md in this folder has the commands.
 
     python benchmarks/pipeline/table.py
 """
@@ -11,12 +11,12 @@ from statistics import mean
 
 HERE = Path(__file__).parent
 RUNS = {
-    "CamVid, val (mean of 2 runs)": ["camvid", "camvid-again"],
+    "CamVid, val (2 runs, one seed)": ["camvid", "camvid-again"],
     "Scenes, test (mean of 3 seeds)": ["scenes-0", "scenes-1", "scenes-2"],
 }
 ROWS = [
     ("stage 1: network", "stage1", "unary"),
-    ("stage 1 + untuned CRF", "stage1", "untuned_crf"),
+    ("stage 1 + default CRF", "stage1", "untuned_crf"),
     ("stage 2: CRF learned", "stage2", "crf"),
     ("stage 3: both together", "stage3", "crf"),
 ]

@@ -1,17 +1,18 @@
-"""Learners of one CRF compared where the truth is known: by parameter error, by marginals, by how sure they are.
+"""Compare likelihoods for learning a CRF with known parameters: coupling error, marginals and overconfidence.
 
-A grid of 2 x 3 nodes with 3 labels has 729 labellings: labels are drawn from P(y | x) exactly, exact maximum likelihood
-is possible, and every learned model can be asked for its exact marginals. Truth and model:
+A grid of 2 x 3 nodes with 3 labels has 729 labellings. Labels can therefore be drawn exactly from P(y | x), exact
+maximum likelihood is possible, and every learned model has exact marginals. The scores of truth and model are
 
-    z_p(a) = (W x_p + b)_a,    z_pq(a, b) = V_ab + (S x_p)_a + (T x_q)_b,    V, S, T for each of two relations
+    z_p(a) = (W x_p + b)_a,    z_pq(a, b) = V_ab + (S x_p)_a + (T x_q)_b,    V, S, T for each of two relations.
 
-In the truth S = T = 0: pairs know only which labels like each other, one table to the right, one below. A learner may
-use them, as the paper's pairwise networks read both ends' features. Exact, pseudo-likelihood and mean field learn the
-sum of all scores; pieces are learned each by itself and put together in three ways:
+The true S and T are 0: the pairwise scores depend on the labels only, with one table for horizontal and one for
+vertical edges. The learners estimate S and T too, as the paper's pairwise networks read the features of both ends.
+Exact likelihood, pseudo-likelihood and mean field fit the sum of all scores. Piecewise training fits each term by
+itself, and the terms are combined in three ways:
 
-    piecewise               sum_p log P_U + sum_e log P_V, as the paper does
-    piecewise, temperature  the same over one number T, fitted to 100 more images
-    piecewise, tree         as `pwlib.context` counts: rho = (N - 1) / E of what an edge knows beyond its ends
+    piecewise               sum_p log P_U + sum_e log P_V, as in the paper
+    piecewise, temperature  the same divided by one number T, fitted to 100 more images
+    piecewise, tree         the counting numbers of `pwlib.context`: rho = (N - 1) / E for what log P_V adds to log P_U
 
     python benchmarks/small_grid/run.py                     two minutes on one core; writes result.json
 """
@@ -59,13 +60,13 @@ def scores(theta: Parameters, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pieces(theta: Parameters, x: Tensor) -> tuple[Tensor, Tensor]:
-    """log P_U and log P_V."""
+    """Return log P_U and log P_V."""
     unary, pair = scores(theta, x)
     return unary.log_softmax(-1), pair.flatten(2).log_softmax(-1).unflatten(-1, (K, K))
 
 
 def combined(log_u: Tensor, log_v: Tensor, counting: str) -> tuple[Tensor, Tensor]:
-    """What inference works with; see `pwlib.context`."""
+    """Combine the terms for inference; see `pwlib.context`."""
     if counting == "sum":
         return log_u, log_v
     rho = (N - 1) / len(EDGES)
@@ -73,7 +74,7 @@ def combined(log_u: Tensor, log_v: Tensor, counting: str) -> tuple[Tensor, Tenso
 
 
 def joint(unary: Tensor, pair: Tensor) -> Tensor:
-    """log P(y | x) of every labelling, [B, S]."""
+    """Return log P(y | x) of every labelling, [B, S]."""
     x = LABELLINGS
     score = unary[:, torch.arange(N), x].sum(-1)
     score = score + pair[:, torch.arange(len(EDGES)), x[:, EDGES[:, 0]], x[:, EDGES[:, 1]]].sum(-1)
@@ -97,7 +98,7 @@ def minimize(parameters: list[Tensor], loss) -> None:
 
 
 def learn(name: str, x: Tensor, y: Tensor, more: tuple[Tensor, Tensor]):
-    """x -> (unary, pair) as the learner would have them used."""
+    """Fit a learner; return its function from features x to (unary, pair) scores for inference."""
     theta = start()
 
     def loss(likelihood: str = name, **options) -> Tensor:
@@ -122,13 +123,13 @@ def learn(name: str, x: Tensor, y: Tensor, more: tuple[Tensor, Tensor]):
 
 
 def coupling(pair: Tensor) -> Tensor:
-    """What of pair scores no unary could say: rows and columns centred. Averaged over images: [E, K, K]."""
+    """Return pair scores with rows and columns centred, which no unary can express, averaged over images [E, K, K]."""
     pair = pair - pair.mean(-1, keepdim=True)
     return (pair - pair.mean(-2, keepdim=True)).mean(0)
 
 
 def draw(seed: int) -> dict[str, dict[str, float]]:
-    """One truth, one training set, all learners."""
+    """Draw true parameters and a training set, and fit all learners."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -165,7 +166,7 @@ def draw(seed: int) -> dict[str, dict[str, float]]:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval."""
+    """Return the mean and half the width of its 95 % interval."""
     mean = sum(values) / len(values)
     deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
     return mean, T_975 * deviation / math.sqrt(len(values))
@@ -173,7 +174,8 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def table(draws: list[dict]) -> str:
     metrics = list(draws[0]["exact"])
-    lines = ["| learner | " + " | ".join(metrics) + " |", "|---|" + "--:|" * len(metrics)]
+    heads = [metric.replace("too sure", "overconfidence") for metric in metrics]
+    lines = ["| learner | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(metrics)]
     for name in LEARNERS:
         cells = ("{:.3f} ± {:.3f}".format(*interval([d[name][m] for d in draws])) for m in metrics)
         lines.append(f"| {NAMES[name]} | " + " | ".join(cells) + " |")
@@ -187,7 +189,7 @@ def main() -> None:
     given = parser.parse_args()
     draws = json.loads(given.out.read_text(encoding="utf-8"))["draws"] if given.out.exists() else []
     settings = {"grid": [HEIGHT, WIDTH], "labels": K, "strength": STRENGTH, "train": TRAIN, "test": TEST}
-    for seed in tqdm(range(len(draws), given.draws), unit="draw"):  # goes on where it was stopped
+    for seed in tqdm(range(len(draws), given.draws), unit="draw"):  # continue where it was stopped
         draws.append(draw(seed))
         given.out.write_text(json.dumps({"settings": settings, "draws": draws}, indent=1) + "\n", encoding="utf-8")
     print(table(draws))

@@ -1,27 +1,27 @@
-"""Piecewise, joint or independent: three ways to spend the same compute on a CNN + dense CRF.
+"""Compare piecewise, joint and independent training of a CNN and a dense CRF at equal compute.
 
-    piecewise     stage 1 (network), stage 2 (CRF, network frozen), stage 3 (both): 60, 20 and 20 % of the budget
-    joint         network and CRF together from random weights, with stage 3's loss, for the whole budget
-    independent   the network alone for the whole budget; at test time an untuned CRF behind it
+    piecewise     stage 1 (network), stage 2 (CRF, fixed network), stage 3 (both): 60, 20 and 20 % of the budget
+    joint         network and CRF together from random weights, with the loss of stage 3, for the whole budget
+    independent   the network alone for the whole budget; at test time a CRF with default parameters
 
-All start from the same weights, see the same kind of batches and are scored on the same test images. Compute is counted
-in units of one stage-1 step (8 images through the network, forward and backward). What a step of stages 2 and 3 costs
-in units is measured on this machine before the first run and kept in the result, so a budget buys a fixed number of
-steps. A seed sets the training images, the initial weights and the order of the batches. Nothing is selected on the
-test images: no early stopping, no best epoch; each run is scored once, as its last step leaves it.
+All methods start from the same weights, use the same kind of batches and are scored on the same test images. The unit
+of compute is one stage-1 step (8 images, forward and backward). The cost of a step of stages 2 and 3 in these units is
+measured before the first run and stored in the result, so that a budget corresponds to a fixed number of steps. A
+seed determines the training images, the initial weights and the order of the batches. Nothing is selected on the test
+images: there is no early stopping, and each run is scored once, after its last step.
 
-Class weights in stage 1's loss make the network overstate rare classes. A CRF that is learned can repair some of that,
-one that is not cannot. So a network without a learned CRF is scored once more with its weights undone: log w taken off
-its logits, which costs nothing and needs no learning ("undone").
+Class weights in the loss of stage 1 raise the probabilities of rare classes. A learned CRF can correct some of this.
+A network without a learned CRF is therefore also scored with the class weights removed: log w is subtracted from
+its logits ("undone" in the results).
 
-    python benchmarks/three_stages/run.py                  about 25 minutes on one free CPU core; resumes where it was
+    python benchmarks/three_stages/run.py                  about 25 minutes on one idle core; continues where it was
     python benchmarks/three_stages/run.py --network stride2 --budgets 300 --rates 1 --long 0      about 15 minutes
     python benchmarks/three_stages/run.py --seeds 2 --budgets 60 --rates 1 --long 0 --out small.json
 
-The network is DeepLab-LargeFOV, thin. At this size of image its stride of 8 leaves a map of 6x8, and these budgets
-leave it far from trained. "stride2" is a small network that is nearly done with them: do the findings carry over?
+The network is DeepLab-LargeFOV at an eighth of its width. On images of this size its stride of 8 gives a map of 6x8,
+and these budgets are too small to train it. "stride2" is a small network for which they nearly suffice.
 
-The result is written after every run. Notebook 05 draws it.
+The result is written after every run. Notebook 05 plots it.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ SETTINGS = {
     "held_out": 0.25,
     "width": 0.125,
     "batch": 8,
-    "crf_batch": 2,  # stage 2: few parameters, so many small steps
+    "crf_batch": 2,  # stage 2 has few parameters and takes many small steps
     "iterations": 5,  # of mean field, in training and in testing
-    "learning_rate": 3e-3,  # of the network; the CRF's is below; --rates multiplies both
+    "learning_rate": 3e-3,  # of the network; --rates multiplies this and the next one
     "crf_learning_rate": 0.05,
     "stage3_factor": 0.2,
     "shares": [0.6, 0.2, 0.2],
@@ -68,7 +68,7 @@ SETTINGS = {
 
 
 class Steps:
-    """So many batches, drawn without repetition until the images run out: an epoch of any length."""
+    """An epoch with a given number of batches: images are drawn without repetition until all are used, then again."""
 
     def __init__(self, dataset, steps: int, batch: int, seed: int):
         self.dataset, self.steps, self.batch, self.seed = dataset, steps, batch, seed
@@ -87,7 +87,7 @@ class Steps:
 
 
 def stride2(width: int = 16) -> torch.nn.Sequential:
-    """A network with stride 2 and dilations up to 8: the one of notebook 07."""
+    """Build the network of notebook 07, with stride 2 and dilations up to 8."""
     wide = 2 * width
     layers: list[torch.nn.Module] = []
     plan = [(3, width, 1, 1), (width, wide, 1, 2), *((wide, wide, d, 1) for d in (2, 4, 8, 1))]
@@ -98,7 +98,7 @@ def stride2(width: int = 16) -> torch.nn.Sequential:
 
 
 def build(seed: int) -> PiecewiseTrainedModel:
-    """The model every method starts from."""
+    """Build the model from which every method starts."""
     torch.manual_seed(seed)
     if SETTINGS.get("network") == "stride2":
         unary = stride2()
@@ -112,8 +112,8 @@ def class_weights(data) -> torch.Tensor:
     return balanced_weights(sum(torch.bincount(label.flatten(), minlength=256)[:10] for _, label in data))
 
 
-def trainer(model, data, rate: float, seed: int, *, stage3_factor: float) -> PiecewiseTrainer:
-    """The library's trainer; the network's loss has square-root class weights, as in the command line's profiles."""
+def build_trainer(model, data, rate: float, seed: int, *, stage3_factor: float) -> PiecewiseTrainer:
+    """Build the trainer; the network's loss has square-root class weights, as in the command line's profiles."""
     return PiecewiseTrainer(
         model,
         num_classes=10,
@@ -141,7 +141,7 @@ def test_batches() -> list:
 
 
 def plan(method: str, budget: float, costs: dict[str, float]) -> dict[str, int]:
-    """How many steps of each stage a budget buys."""
+    """Return the number of steps of each stage for a budget."""
     if method == "independent":
         return {"stage1": round(budget)}
     if method == "joint":
@@ -152,14 +152,14 @@ def plan(method: str, budget: float, costs: dict[str, float]) -> dict[str, int]:
 
 
 def scores(model, batches) -> dict:
-    """{"unary": …, "crf": …}, three numbers each."""
+    """Return {"unary": scores, "crf": scores} with three numbers each."""
     kept = ("miou", "pixel_accuracy", "boundary_iou")
     result = evaluate(model, batches, iterations=SETTINGS["iterations"])
     return {part: {name: round(found[name], 5) for name in kept} for part, found in result.items()}
 
 
 class Undone(torch.nn.Module):
-    """A network whose class weights are undone: the weighted loss is least where softmax(logits) ~ w p."""
+    """A network without its class weights w: the weighted loss is minimal where softmax(logits) ~ w p."""
 
     def __init__(self, network: torch.nn.Module, weights: torch.Tensor):
         super().__init__()
@@ -171,19 +171,21 @@ class Undone(torch.nn.Module):
 
 
 def train(method: str, seed: int, steps: dict[str, int], rate: float, batches, keep=lambda name, model: None) -> dict:
-    """One run: {"seconds": CPU seconds of training, "after": {stage: scores}}; `keep` gets the model of each stage."""
+    """Train once; return {"seconds": CPU seconds, "after": {stage: scores}}. `keep` gets the model of each stage."""
     model, data = build(seed), training_set(seed)
     augment = Augment(scale=(0.8, 1.2))
     fit, held = hold_out(data, SETTINGS["held_out"], seed) if method == "piecewise" else (data, None)
     sets = {"stage1": fit.with_transform(augment), "stage2": held, "stage3": data.with_transform(augment)}
-    teacher = trainer(model, data, rate, seed, stage3_factor=1.0 if method == "joint" else SETTINGS["stage3_factor"])
+    trainer = build_trainer(
+        model, data, rate, seed, stage3_factor=1.0 if method == "joint" else SETTINGS["stage3_factor"]
+    )
     seconds, after = 0.0, {}
     for stage, count in steps.items():
         for index in range(len(sets[stage])):
-            sets[stage][index]  # drawn once and kept: drawing is no part of training
+            sets[stage][index]  # scenes are drawn once and cached, outside the timing
         size = SETTINGS["crf_batch"] if stage == "stage2" else SETTINGS["batch"]
         start = time.process_time()
-        getattr(teacher, f"train_{stage}")(Steps(sets[stage], count, size, seed), 1)
+        getattr(trainer, f"train_{stage}")(Steps(sets[stage], count, size, seed), 1)
         seconds += time.process_time() - start
         after[stage] = scores(model, batches)
         if stage == "stage1":
@@ -195,15 +197,15 @@ def train(method: str, seed: int, steps: dict[str, int], rate: float, batches, k
 
 
 def calibrate(repeats: int = 5) -> dict[str, float]:
-    """What a step of each stage costs in stage-1 steps: medians of interleaved timings, in CPU seconds."""
+    """Measure the cost of a step of each stage in stage-1 steps: medians of interleaved CPU times."""
     data, found = training_set(0), {"stage1": [], "stage2": [], "stage3": []}
     model = build(0)
-    teacher = trainer(model, data, 1e-3, 0, stage3_factor=1.0)
+    trainer = build_trainer(model, data, 1e-3, 0, stage3_factor=1.0)
     for repeat in range(repeats + 1):
         for stage, times in found.items():
             size = SETTINGS["crf_batch"] if stage == "stage2" else SETTINGS["batch"]
             start = time.process_time()
-            getattr(teacher, f"train_{stage}")(Steps(data, 4, size, repeat), 1)
+            getattr(trainer, f"train_{stage}")(Steps(data, 4, size, repeat), 1)
             if repeat:  # the first round draws the scenes and warms the caches
                 times.append((time.process_time() - start) / 4)
     unit = statistics.median(found["stage1"])
@@ -212,7 +214,7 @@ def calibrate(repeats: int = 5) -> dict[str, float]:
 
 
 def swaps(seeds: list[int], work: Path, batches) -> list[dict]:
-    """The network of one seed before the CRF of another, for CRFs learned in three ways."""
+    """Score the network of each seed with the CRF of each seed, for CRFs learned in three ways."""
     found = []
     for family in ("piecewise-stage2", "piecewise-stage3", "joint-stage3"):
         models = {s: build(s) for s in seeds}
@@ -226,7 +228,7 @@ def swaps(seeds: list[int], work: Path, batches) -> list[dict]:
 
 
 def digest(batches) -> str:
-    """Of the test labels: says whether a stored result belongs to the scenes as they are drawn today."""
+    """Return a hash of the test labels, to detect results of a different version of Scenes."""
     content = b"".join(label.numpy().astype("uint8").tobytes() for _, label in batches)
     return hashlib.sha256(content).hexdigest()[:16]
 
@@ -234,7 +236,7 @@ def digest(batches) -> str:
 def jobs(
     seeds: int, budgets: list[float], rates: list[float], rates_at: float, long: int, long_at: float
 ) -> list[dict]:
-    """What is to be run, the cheapest first."""
+    """Return the runs to do, the cheapest first."""
     plans = [
         *((rates_at, r) for r in rates if r != 1),
         *((b, 1.0) for b in sorted(budgets)),
