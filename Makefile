@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 NBVAL := -p tests.budgets --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval.cfg -n 2 --dist loadscope -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab lock test quick notebooks full html wheel lint publish-config format clean classroom release grade feedback classroom-test
+.PHONY: help setup lab lock test quick notebooks execute full html wheel lint publish-config format clean classroom release grade feedback classroom-test
 
 help: ## Show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ quick: setup lint ## Run the tests that take under two minutes
 
 notebooks: setup ## Run the notebooks' cells in the quick profile, and hold them to their budgets
 	PWLIB_PROFILE=quick OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(NBVAL) --nbval-cell-timeout=600 notebooks/[0-9]*.ipynb
+
+execute: setup ## Run notebooks and store their outputs, normalised: make execute NOTEBOOKS=notebooks/00*.ipynb
+	CUDA_VISIBLE_DEVICES= $(BIN)/python docs/execute.py $(or $(NOTEBOOKS),notebooks/[0-9]*.ipynb)
 
 full: setup ## Run the notebooks' cells in the full profile (hours on a CPU)
 	PWLIB_PROFILE=full $(BIN)/python -m pytest $(NBVAL) --nbval-cell-timeout=14400 notebooks/[0-9]*.ipynb
