@@ -1,7 +1,7 @@
 """CNN + CRF segmentation you can read: the library under a course on piecewise training of deep structured models.
 
-The modules read in the order data flows: data, networks, filters (and lattice), crf, exact, losses,
-likelihoods, context, metrics, model, trainer.
+Read the modules in this order: data, networks, mean_field and trace, filters (and lattice), crf, losses, graph,
+context, metrics, model, trainer.
 """
 
 import os

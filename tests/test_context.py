@@ -1,5 +1,5 @@
-"""The contextual CRF: boxes drawn and counted, pair scores by a double loop, trees by enumeration, gradients, planted
-faults, and a map on which only context can tell."""
+"""The contextual CRF: boxes drawn and counted, pair energies by a double loop, trees by enumeration, gradients, planted
+faults, and a map that only context can label."""
 
 import itertools
 from fractions import Fraction
@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pwlib import context, exact
+from pwlib import context, graph
 from pwlib.context import ContextualCRF, PairwiseNet, box_edges, box_offsets
-from pwlib.likelihoods import LIKELIHOODS
+from pwlib.graph import LIKELIHOODS
 from pwlib.losses import cross_entropy, pairwise_nll
 
 K, C, H, W = 3, 4, 5, 6
@@ -19,7 +19,7 @@ K, C, H, W = 3, 4, 5, 6
 def make(num_classes=K, channels=C, **options):
     torch.manual_seed(0)
     crf = ContextualCRF(num_classes, channels, **{"hidden": 8, **options}).double()
-    for network in crf.networks.values():  # as if trained: pieces with something to say
+    for network in crf.networks.values():  # as if trained
         torch.nn.init.normal_(network.scores.weight, std=0.7)
         torch.nn.init.normal_(network.scores.bias, std=0.7)
         torch.nn.init.normal_(network.of_first.bias, std=0.3)
@@ -82,8 +82,8 @@ def test_a_sample_of_24_spans_the_same_box(relation, short_side):
         assert max(gaps) - min(gaps) <= 1  # regular, to the cell
 
 
-def test_what_is_above_is_above():
-    """Drawn in the open: an offset's first number counts rows down, so what is above has a negative one."""
+def test_above_below_looks_up():
+    """The first number of an offset counts rows down, so cells above have a negative one."""
     above = box_offsets("above_below", 10)
     assert above[:, 0].min() == -4 and above[:, 0].max() == -1
     edges = box_edges("above_below", 4, 3)
@@ -100,10 +100,10 @@ def test_surrounding_has_every_pair_in_both_orders_and_above_in_one():
 
 
 @pytest.mark.parametrize("residual", [False, True])
-def test_pair_scores_are_those_of_concatenated_pairs(residual):
+def test_pairwise_terms_are_those_of_concatenated_pairs(residual):
     """A double loop over nodes: concatenate [f_p, f_q], linear, ReLU, linear; P_U of both ends added, or not."""
     crf, (logits, features, _) = make(residual=residual), problem()
-    pieces, log_u = crf.pieces(logits, features), logits.log_softmax(1).flatten(2)
+    terms, log_u = crf.pairwise_terms(logits, features), logits.log_softmax(1).flatten(2)
     for relation, network in crf.networks.items():
         joint = torch.cat([network.of_first.weight, network.of_second.weight], 1)
         at = {edge: e for e, edge in enumerate(map(tuple, box_edges(relation, H, W).tolist()))}
@@ -115,23 +115,23 @@ def test_pair_scores_are_those_of_concatenated_pairs(residual):
                     hidden = (joint @ pair + network.of_first.bias).relu()
                     expected = (network.scores.weight @ hidden + network.scores.bias).view(K, K)
                     expected = expected + residual * (log_u[b, :, p, None] + log_u[b, None, :, q])
-                    torch.testing.assert_close(pieces[relation][b, at[p, q]], expected - expected.exp().sum().log())
+                    torch.testing.assert_close(terms[relation][b, at[p, q]], expected - expected.exp().sum().log())
                     seen += 1
         assert seen == 2 * len(at)
 
 
 def test_order_and_relation_matter():
     crf, (logits, features, _) = make(), problem()
-    pieces = crf.pieces(logits, features)["surrounding"]
+    terms = crf.pairwise_terms(logits, features)["surrounding"]
     edges = box_edges("surrounding", H, W)
     at = {edge: e for e, edge in enumerate(map(tuple, edges.tolist()))}
     back = torch.tensor([at[q, p] for p, q in edges.tolist()])
     # V(y_p, y_q) of (p, q) is not V(y_q, y_p) of (q, p), or the network would be symmetric.
-    assert (pieces - pieces[:, back].transpose(2, 3)).abs().amax((2, 3)).min() > 0.01
+    assert (terms - terms[:, back].transpose(2, 3)).abs().amax((2, 3)).min() > 0.01
     rows = features.flatten(2).transpose(1, 2)
     one, other = (network(rows, edges) for network in crf.networks.values())
     assert (one - other).abs().amax((2, 3)).min() > 0.01
-    # Swapping the two networks changes what inference says.
+    # Swapping the two networks changes the marginals.
     before = crf(logits, features)
     crf.networks["surrounding"], crf.networks["above_below"] = crf.networks["above_below"], crf.networks["surrounding"]
     assert (crf(logits, features) - before).abs().max() > 0.01
@@ -152,23 +152,24 @@ def test_first_layer_starts_as_one_layer_of_both_ends():
 
 
 def by_hand(crf, logits, features, iterations):
-    """log_q of the first image from the module's formulas, one piece at a time: `counting`, weights, temperature."""
+    """log_q of the first image from the module's formulas, one edge at a time: `counting`, weights, temperature."""
     height, width = logits.shape[-2:]
     log_u = torch.log_softmax(logits[0].flatten(1).T, -1)
-    all_edges, pieces = [], []
-    for weight, (relation, scores) in zip(crf.log_weight.exp(), crf.pieces(logits, features).items(), strict=True):
+    all_edges, terms = [], []
+    log_v = crf.pairwise_terms(logits, features)
+    for relation, weight in zip(crf.relations, crf.log_weight.exp(), strict=True):
         all_edges += box_edges(relation, height, width, reach=crf.reach, neighbours=crf.neighbours).tolist()
-        pieces += [(weight, piece) for piece in scores[0]]
+        terms += [(weight, term) for term in log_v[relation][0]]
     rho = (height * width - 1) / len(all_edges) if crf.counting == "tree" else 1.0
     if crf.counting == "tree":
         ends = (log_u[p][:, None] + log_u[q][None] for p, q in all_edges)
-        pieces = [(weight, piece - both) for (weight, piece), both in zip(pieces, ends, strict=True)]
+        terms = [(weight, term - both) for (weight, term), both in zip(terms, ends, strict=True)]
     q = log_u.exp()
     for _ in range(iterations):
         score = log_u.clone()
-        for (first, second), (weight, piece) in zip(all_edges, pieces, strict=True):
-            score[first] += rho * weight * piece @ q[second]
-            score[second] += rho * weight * piece.T @ q[first]
+        for (first, second), (weight, term) in zip(all_edges, terms, strict=True):
+            score[first] += rho * weight * term @ q[second]
+            score[second] += rho * weight * term.T @ q[first]
         q = torch.softmax(score / crf.log_temperature.exp(), -1)
     return q.log().T.reshape(-1, height, width)
 
@@ -182,7 +183,7 @@ def test_inference_is_the_loop(counting, iterations):
     torch.testing.assert_close(log_q[0], by_hand(crf, logits, features, iterations))
     torch.testing.assert_close(log_q.exp().sum(1), torch.ones(2, H, W, dtype=torch.float64))
     alone = crf(logits[1:], features[1:], iterations=iterations)
-    torch.testing.assert_close(log_q[1:], alone)  # images of a batch do not hear one another
+    torch.testing.assert_close(log_q[1:], alone)  # the images of a batch are independent
 
 
 @pytest.mark.parametrize("counting", context.COUNTING)
@@ -198,22 +199,23 @@ def test_a_trace_is_what_forward_does_and_its_parts_add_up(counting):
         again = torch.softmax(-trace.unary - trace.pairwise[t], 0)
         torch.testing.assert_close(trace.q[t + 1], again)
         torch.testing.assert_close(trace.pairwise[t], -trace.messages[t].sum(0))
-    silent = make(counting=counting, temperature=1.3, relations=("surrounding",))
-    assert silent.trace(logits[0], features[0], image).messages.shape == (3, 1, K, H, W)
-    with pytest.raises(ValueError, match="a trace follows one image"):
+    single = make(counting=counting, temperature=1.3, relations=("surrounding",))
+    assert single.trace(logits[0], features[0], image).messages.shape == (3, 1, K, H, W)
+    with pytest.raises(ValueError, match="expected one map"):
         crf.trace(logits.expand(2, -1, -1, -1), features, image)
 
 
 @pytest.mark.parametrize("relation", context.RELATIONS)
-def test_a_message_of_the_trace_is_what_its_relations_edges_know_beyond_their_ends(relation):
+def test_a_message_of_the_trace_is_what_edges_add_beyond_their_nodes(relation):
     """One edge at a time, from the formula in the module's head."""
     crf, (logits, features, _) = make(), problem(1)
     trace, log_u = crf.trace(logits, features, torch.rand(3, 8, 8)), logits[0].log_softmax(0).flatten(1).T
     edges = {r: e.tolist() for r, e in crf.edges(H, W).items()}
     rho = (H * W - 1) / sum(map(len, edges.values()))
     expected, q = torch.zeros(H * W, K, dtype=torch.float64), log_u.exp()
-    for (first, second), piece in zip(edges[relation], crf.pieces(logits, features)[relation][0].detach(), strict=True):
-        beyond = rho * (piece - log_u[first][:, None] - log_u[second][None])
+    terms = crf.pairwise_terms(logits, features)[relation]
+    for (first, second), log_v in zip(edges[relation], terms[0].detach(), strict=True):
+        beyond = rho * (log_v - log_u[first][:, None] - log_u[second][None])
         expected[first] += beyond @ q[second]
         expected[second] += beyond.T @ q[first]
     torch.testing.assert_close(trace.messages[0, crf.relations.index(relation)].flatten(1).T, expected)
@@ -224,53 +226,53 @@ def test_free_energy_of_a_trace_is_the_divergence_less_log_z(counting):
     """KL(Q || P) by enumerating all labellings of a 2x3 map."""
     crf, (logits, features, _) = make(counting=counting, temperature=1.2), problem(1, size=(2, 3))
     trace = crf.trace(logits, features, torch.rand(3, 8, 8), iterations=3)
-    unary, edges, pair = (part.detach() for part in crf.potentials(logits, crf.pieces(logits, features)))
-    x = exact.labellings(6, K)
-    energy = exact.energies(x, -unary[0], edges, -pair[0])
+    unary, edges, pair = (part.detach() for part in crf.potentials(logits, crf.pairwise_terms(logits, features)))
+    x = graph.labellings(6, K)
+    energy = graph.energies(x, unary[0], edges, pair[0])
     for t, q in enumerate(trace.q.flatten(2)):
         log_q_of_x = q.T.log()[torch.arange(6), x].sum(1)
         assert trace.free_energy[t].item() == pytest.approx((log_q_of_x.exp() * (log_q_of_x + energy)).sum().item())
 
 
 def chain(length=5, num_classes=K, seed=3):
-    """A random chain's exact answers; its marginals as the pieces of a map of one column, p - 1 above p."""
+    """Exact inference on a random chain; its marginals as the terms of a map of one column, p - 1 above p."""
     g = torch.Generator().manual_seed(seed)
     edges = torch.tensor([[p, p - 1] for p in range(1, length)])
     unary = torch.randn(length, num_classes, generator=g, dtype=torch.float64)
     pair = 2 * torch.randn(length - 1, num_classes, num_classes, generator=g, dtype=torch.float64)
-    truth = exact.infer(unary, edges, pair)
-    pieces = {"above_below": truth.pair_marginals.log()[None]}
-    return edges, truth, truth.marginals.log().T[None, :, :, None], pieces
+    truth = graph.infer(unary, edges, pair)
+    terms = {"above_below": truth.pair_marginals.log()[None]}
+    return edges, truth, truth.marginals.log().T[None, :, :, None], terms
 
 
-def test_on_a_tree_pieces_that_are_marginals_make_up_the_joint():
-    edges, truth, logits, pieces = chain()
+def test_on_a_tree_the_true_marginals_as_terms_give_the_joint():
+    edges, truth, logits, terms = chain()
     combined = {}
     for counting in context.COUNTING:
         crf = make(relations=("above_below",), counting=counting)
-        unary, found_edges, pair = crf.potentials(logits, pieces)
+        unary, found_edges, pair = crf.potentials(logits, terms)
         assert found_edges.tolist() == edges.tolist()
-        combined[counting] = exact.infer(-unary[0], edges, -pair[0])
+        combined[counting] = graph.infer(unary[0], edges, pair[0])
     assert combined["tree"].log_z.item() == pytest.approx(0, abs=1e-10)
     torch.testing.assert_close(combined["tree"].marginals, truth.marginals)
     torch.testing.assert_close(combined["tree"].pair_marginals, truth.pair_marginals)
-    # The plain sum counts inner nodes' evidence three times over: marginals too certain, here by a third of their nats.
+    # The plain sum counts an inner node's evidence three times: its marginals have less than 0.7 of the entropy.
     entropy = {name: torch.special.entr(part.marginals).sum().item() for name, part in combined.items()}
     assert entropy["sum"] < 0.7 * entropy["tree"]
 
 
-def test_temperature_and_weights_do_what_they_say():
+def test_temperature_and_weights():
     crf, (logits, features, _) = make(), problem()
     hot = make(temperature=4.0)
     entropy = [torch.special.entr(one(logits, features).exp()).mean() for one in (crf, hot)]
     assert entropy[1] > entropy[0] + 0.1
-    crf.log_weight.data.fill_(-20.0)  # pieces without weight: the unary is what is left
+    crf.log_weight.data.fill_(-20.0)  # without pairwise terms the unary is left
     torch.testing.assert_close(crf(logits, features), logits.log_softmax(1), rtol=0, atol=1e-6)
 
 
-def test_untrained_context_says_next_to_nothing():
-    """Its pieces start as the product of their ends. Pieces that start from nothing know less than the unary: "tree"
-    then takes away more than they bring."""
+def test_an_untrained_context_changes_little():
+    """With `residual`, pairwise terms start as the product of their nodes' P_U. Without it they start nearly uniform,
+    and "tree" then subtracts more than they contain."""
     logits, features, _ = (x.float() for x in problem())
     unary, off = logits.softmax(1), {}
     for residual in (True, False):
@@ -286,20 +288,20 @@ def test_untrained_context_says_next_to_nothing():
 
 def test_pair_loss_is_the_mean_over_edges_of_minus_log_p_v():
     crf, (logits, features, label) = make(), problem(void=0.3)
-    pieces, total = crf.pieces(logits, features), []
-    for relation, scores in pieces.items():
+    total = []
+    for relation, log_v in crf.pairwise_terms(logits, features).items():
         for e, (p, q) in enumerate(box_edges(relation, H, W).tolist()):
             for b in range(2):
                 y = label[b].flatten()[[p, q]].tolist()
                 if 255 not in y:
-                    total.append(-scores[b, e][y[0], y[1]].item())
+                    total.append(-log_v[b, e][y[0], y[1]].item())
     assert crf.pair_loss(logits, features, label).item() == pytest.approx(sum(total) / len(total), rel=1e-10)
 
 
-def test_gradient_of_the_pieces_is_softmax_minus_one_hot():
+def test_piecewise_gradients_are_one_hot_minus_softmax():
     crf, (logits, features, label) = make(), problem(void=0.2)
-    pieces = {name: scores.detach().requires_grad_() for name, scores in crf.pair_scores(logits, features).items()}
-    crf.pair_scores = lambda *_: pieces
+    energies = {name: e.detach().requires_grad_() for name, e in crf.pair_energies(logits, features).items()}
+    crf.pair_energies = lambda *_: energies
     logits.requires_grad_()
     crf.loss(logits, features, label).backward()
     known, flat = label != 255, label.flatten(1)
@@ -311,14 +313,22 @@ def test_gradient_of_the_pieces_is_softmax_minus_one_hot():
     for name, (p, q) in ends.items():
         both = (p != 255) & (q != 255)
         hot = F.one_hot((p * K + q).where(both, 0), K * K).unflatten(-1, (K, K))
-        softmax = pieces[name].detach().flatten(2).softmax(-1).unflatten(-1, (K, K))
-        torch.testing.assert_close(pieces[name].grad, (softmax - hot) * both[..., None, None] / count)
+        softmax = (-energies[name].detach()).flatten(2).softmax(-1).unflatten(-1, (K, K))
+        torch.testing.assert_close(energies[name].grad, (hot - softmax) * both[..., None, None] / count)
+
+
+def test_edges_first_used_in_inference_mode_still_serve_training():
+    crf, (logits, features, label) = make(), problem(size=(3, 11))  # a size that no other test uses: edges are cached
+    with torch.inference_mode():
+        crf(logits, features)
+    crf.pair_loss(logits, features, label).backward()
+    assert crf.networks["surrounding"].scores.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("likelihood", ["piecewise", "pseudo", "mean_field", "exact"])
 def test_gradients_of_the_networks_by_finite_differences(likelihood):
     size = (2, 3) if likelihood == "exact" else (3, 3)
-    residual = likelihood != "piecewise"  # pieces leave the unary's gradient out, which finite differences would not
+    residual = likelihood != "piecewise"  # piecewise terms send no gradient to the logits, as finite differences would
     crf = make(2, 2, hidden=3, neighbours=8, residual=residual)
     logits, features, label = problem(1, 2, 2, size)
     parameters = dict(crf.named_parameters())
@@ -341,21 +351,21 @@ class Loss(torch.nn.Module):
         return self.crf.loss(logits, features, **options)
 
 
-def test_each_likelihood_is_that_of_the_potentials():
+def test_each_likelihood_uses_the_potentials():
     crf, (logits, features, label) = make(), problem(size=(2, 3), void=0.2)
-    unary, edges, pair = crf.potentials(logits, crf.pieces(logits, features))
-    start = logits.log_softmax(1).flatten(2).transpose(1, 2)
+    unary, edges, pair = crf.potentials(logits, crf.pairwise_terms(logits, features))
+    initial = -logits.log_softmax(1).flatten(2).transpose(1, 2)
     expected = {
         "exact": LIKELIHOODS["exact"](unary, edges, pair, label.flatten(1)),
         "pseudo": LIKELIHOODS["pseudo"](unary, edges, pair, label.flatten(1)),
-        "mean_field": LIKELIHOODS["mean_field"](unary, edges, pair, label.flatten(1), iterations=3, start=start),
+        "mean_field": LIKELIHOODS["mean_field"](unary, edges, pair, label.flatten(1), iterations=3, initial=initial),
     }
     for name, value in expected.items():
         torch.testing.assert_close(crf.loss(logits, features, label, name), value)
     torch.testing.assert_close(expected["mean_field"], F.cross_entropy(crf(logits, features), label, ignore_index=255))
 
 
-def test_what_is_called_learnable_has_a_gradient():
+def test_every_learnable_parameter_has_a_gradient():
     crf, (logits, features, label) = make(), problem()
     F.nll_loss(crf(logits, features), label).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 1e-6 for p in crf.parameters())
@@ -366,15 +376,15 @@ def test_what_is_called_learnable_has_a_gradient():
     assert logits.grad is None and features.grad is None
     for name in ("log_weight", "log_temperature"):
         torch.testing.assert_close(getattr(frozen, name).grad, getattr(crf, name).grad)
-    pieces = make()
-    pieces.pair_loss(logits, features.detach(), label).backward()
+    piecewise = make()
+    piecewise.pair_loss(logits, features.detach(), label).backward()
     assert logits.grad is None
-    assert {n for n, p in pieces.named_parameters() if p.grad is None} == {"log_weight", "log_temperature"}
+    assert {n for n, p in piecewise.named_parameters() if p.grad is None} == {"log_weight", "log_temperature"}
 
 
-def test_class_weights_leave_what_a_pair_knows_beyond_its_ends():
-    """Pairs as often as a table of counts says. Weighted pieces are at rest at log(count w_a w_b), the weighted unary
-    at log(count w_a): in log P_V - log P_U - log P_U the weights cancel, and with no other weight for pairs."""
+def test_class_weights_cancel_in_what_a_pair_adds_beyond_its_nodes():
+    """Label pairs occur as often as a table of counts states. The weighted pairwise term is stationary at
+    log(count w_a w_b), the weighted unary at log(count w_a), so in log P_V - log P_U - log P_U the weights cancel."""
     counts = torch.tensor([[5, 2, 0], [1, 7, 3], [2, 1, 4]]) + 1
     first, second = (
         end.repeat_interleave(counts.flatten())[None] for end in (torch.arange(9) // 3, torch.arange(9) % 3)
@@ -393,8 +403,8 @@ def test_class_weights_leave_what_a_pair_knows_beyond_its_ends():
 
 
 def look_alikes(count, seed):
-    """Maps of two bands, 0 over 1, told by a feature; objects, told by another, are 2 in the upper band and 3 in the
-    lower: nothing at an object's own cell says which."""
+    """Maps of two bands, label 0 above 1, which a feature distinguishes. Objects, which another feature marks, have
+    label 2 in the upper band and 3 in the lower: the features at an object's own cell do not distinguish 2 from 3."""
     g = torch.Generator().manual_seed(seed)
     label = torch.zeros(count, 10, 12, dtype=torch.int64)
     horizon = torch.randint(4, 7, (count,), generator=g)
@@ -408,8 +418,8 @@ def look_alikes(count, seed):
     return features + 0.3 * torch.randn(features.shape, generator=g), label
 
 
-def test_context_tells_apart_what_the_unary_cannot():
-    """Pieces learned without inference on frozen features; then three iterations. The unary is at chance on objects."""
+def test_context_distinguishes_labels_that_the_unary_cannot():
+    """Trained without inference on fixed features, then three iterations. The unary is at chance on objects."""
     torch.manual_seed(0)
     crf, head = ContextualCRF(4, 3, hidden=16, neighbours=24), torch.nn.Conv2d(3, 4, 1)
     optimizer = torch.optim.AdamW([*crf.parameters(), *head.parameters()], 0.02)
@@ -428,11 +438,11 @@ def test_context_tells_apart_what_the_unary_cannot():
     rest = [(scores.argmax(1) == label)[~objects].float().mean().item() for scores in (unary, log_q)]
     assert rest[1] >= rest[0] - 0.02
 
-    class Turned(ContextualCRF):  # a planted fault: an edge's ends mistaken for each other
-        def pieces(self, logits, features):
-            return {r: scores.transpose(2, 3) for r, scores in super().pieces(logits, features).items()}
+    class Swapped(ContextualCRF):  # a planted fault: the nodes of an edge mistaken for each other
+        def pairwise_terms(self, logits, features):
+            return {r: log_v.transpose(2, 3) for r, log_v in super().pairwise_terms(logits, features).items()}
 
-    crf.__class__ = Turned
+    crf.__class__ = Swapped
     with torch.no_grad():
         wrong = (crf(unary, features).argmax(1) == label)[objects].float().mean().item()
     assert wrong < accuracy[1] - 0.2
@@ -461,7 +471,7 @@ def test_impossible_crfs_are_refused(options, message):
 
 
 def test_a_single_cell_has_no_context():
-    """A map of one cell, as of a very small image: no edge, so the unary is all there is, and the pieces' loss is 0."""
+    """A map of one cell has no edge: the marginals are the unary's, and the pairwise loss is 0."""
     crf, (logits, features, label) = make(), problem(size=(1, 1))
     torch.testing.assert_close(crf(logits, features), logits.log_softmax(1))
     loss = crf.pair_loss(logits, features, label)
@@ -473,7 +483,7 @@ def test_what_does_not_fit_is_named():
     crf, (logits, features, label) = make(), problem()
     for call, message in [
         (lambda: crf(logits[:, 1:], features), r"expected \[2, 3, 5, 6\]"),
-        (lambda: crf(logits, features[..., 1:]), "to lie over the features"),
+        (lambda: crf(logits, features[..., 1:]), "the features' size"),
         (lambda: crf(logits, features[:, 1:]), r"expected \[B, 4, h, w\]"),
         (lambda: crf.loss(logits, features, label, "guess"), "'guess'; expected one of exact"),
         (lambda: box_offsets("surrounding", 40, neighbours=20), "odd square less 1"),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import pwlib
-from pwlib import exact
+from pwlib import graph
 from pwlib.crf import DenseCRF, Kernel, dense_crf, probabilities_from_labels
 
 HEIGHT, WIDTH, LABELS = 6, 7, 3
@@ -163,9 +163,9 @@ def tiny(**options):
 
 
 def dense_graph(crf, logits, image):
-    """The dense CRF as a graph of `pwlib.exact`: every pair an edge, from the numpy oracle's weights."""
+    """The dense CRF as a graph of `pwlib.graph`: every pair an edge, from the numpy oracle's weights."""
     weights = torch.as_tensor(pair_weights(crf, image[0]))
-    edges = exact.all_pairs(weights.shape[0])
+    edges = graph.all_pairs(weights.shape[0])
     unary = -torch.log_softmax(logits, 1)[0].reshape(logits.shape[1], -1).T
     return unary, edges, weights[edges[:, 0], edges[:, 1]][:, None, None] * crf.compatibility.detach()
 
@@ -184,11 +184,11 @@ def test_energy_of_every_labelling(normalization):
 
 def test_free_energy_bounds_minus_log_z_and_differs_by_the_divergence():
     crf, logits, image = tiny(self_message=False, normalization="none", w_bilateral=0.3, w_spatial=0.2)
-    truth = exact.infer(*dense_graph(crf, logits, image))
+    truth = graph.infer(*dense_graph(crf, logits, image))
     unary, edges, pair = dense_graph(crf, logits, image)
     trace = crf.trace(logits, image, iterations=8)
-    states = exact.labellings(6, 2)
-    log_p = -exact.energies(states, unary, edges, pair) - truth.log_z
+    states = graph.labellings(6, 2)
+    log_p = -graph.energies(states, unary, edges, pair) - truth.log_z
     for q, free in zip(trace.q, trace.free_energy, strict=True):
         log_q = q.reshape(2, 6).log().T[torch.arange(6), states].sum(1)
         divergence = (log_q.exp() * (log_q - log_p)).sum()

@@ -28,16 +28,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pwlib import exact
-from pwlib.likelihoods import LIKELIHOODS, mean_field
+from pwlib import graph
 
 HERE = Path(__file__).parent
 HEIGHT, WIDTH, K = 2, 3, 3
 N = HEIGHT * WIDTH
 STRENGTH, TRAIN, TEST, ITERATIONS = 1.0, 100, 100, 10
-EDGES = exact.grid_edges(HEIGHT, WIDTH)
+EDGES = graph.grid_edges(HEIGHT, WIDTH)
 RELATION = (EDGES[:, 1] - EDGES[:, 0] != 1).long()  # 0: the second end is to the right, 1: below
-LABELLINGS = exact.labellings(N, K)
+LABELLINGS = graph.labellings(N, K)
 HITS = torch.nn.functional.one_hot(LABELLINGS, K).double()  # [S, N, K]
 LEARNERS = ("exact", "pseudo", "mean_field", "piecewise", "temperature", "tree")
 NAMES = {name: f"piecewise, {name}" if name in LEARNERS[4:] else name.replace("_", " ") for name in LEARNERS}
@@ -103,7 +102,7 @@ def learn(name: str, x: Tensor, y: Tensor, more: tuple[Tensor, Tensor]):
 
     def loss(likelihood: str = name, **options) -> Tensor:
         unary, pair = scores(theta, x)
-        return LIKELIHOODS[likelihood](unary, EDGES, pair, y, **options)
+        return graph.LIKELIHOODS[likelihood](-unary, EDGES, -pair, y, **options)  # pwlib takes energies, E = -z
 
     if name in ("exact", "pseudo", "mean_field"):
         options = {"iterations": ITERATIONS} if name == "mean_field" else {}
@@ -154,7 +153,7 @@ def draw(seed: int) -> dict[str, dict[str, float]]:
             unary, pair = model(test)
             found = {
                 "exact": marginals(unary, pair),
-                "mean field": mean_field(unary, EDGES, pair, iterations=ITERATIONS).exp(),
+                "mean field": graph.mean_field(-unary, EDGES, -pair, iterations=ITERATIONS).exp(),
             }
             row = {"coupling error": ((coupling(pair) - table).square().mean() / table.square().mean()).sqrt().item()}
             for inference, q in found.items():

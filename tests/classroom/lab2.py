@@ -163,7 +163,7 @@ WRONG = {
         ),
         (energies("alone"), "what the pairs pay is missing"),
         (energies("-alone - pair[e, first, second].sum(1)"), "The sign is wrong"),
-        ("def energies(x, unary, edges, pair):\n    return exact.energies(x, unary, edges, pair)", "asks for your own"),
+        ("def energies(x, unary, edges, pair):\n    return graph.energies(x, unary, edges, pair)", "asks for your own"),
     ],
     "enumerate_exactly": [
         (enumerate_exactly(log_z="torch.exp(-energy).sum()"), "Z itself"),

@@ -111,8 +111,8 @@ def likelihood(
 ) -> str:
     return f"""def log_likelihood(unary, edges, pair, y):
     nodes, labels = unary.shape
-    x = exact.labellings(nodes, labels)
-    score = -exact.energies(x, -unary, edges, -pair)
+    x = graph.labellings(nodes, labels)
+    score = -graph.energies(x, -unary, edges, -pair)
     agrees = {agrees}
     return {result}
 """
@@ -199,8 +199,8 @@ WRONG = {
         (likelihood("(-score[agrees]).logsumexp(0) - (-score).logsumexp(0)"), "sign of the scores is turned"),
         (
             """def log_likelihood(unary, edges, pair, y):
-    from pwlib.likelihoods import exact_nll
-    return -exact_nll(unary[None], edges, pair[None], y[None]) * (y != VOID).sum()
+    from pwlib.graph import exact_nll
+    return -exact_nll(-unary[None], edges, -pair[None], y[None]) * (y != VOID).sum()
 """,
             "write the two sums out",
         ),
@@ -233,7 +233,7 @@ WRONG = {
         (
             """def echo_marginals(log_u, edges):
     tables = torch.stack([log_u[p][:, None] + log_u[q][None, :] for p, q in edges.tolist()])
-    return exact.infer(-log_u, edges, -tables).marginals
+    return graph.infer(-log_u, edges, -tables).marginals
 """,
             "at most",
         ),

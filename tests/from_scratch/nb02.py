@@ -5,13 +5,13 @@ import math
 
 import torch
 
-from pwlib import DenseCRF, exact
+from pwlib import DenseCRF, graph
 
 
 def problem(nodes, labels, seed=1):
     generator = torch.Generator().manual_seed(seed)
     unary = 2 * torch.rand(nodes, labels, generator=generator, dtype=torch.float64)
-    edges = exact.all_pairs(nodes)[::2]
+    edges = graph.all_pairs(nodes)[::2]
     return unary, edges
 
 
@@ -21,10 +21,10 @@ def test_gibbs_is_exact(pull):
     labellings, probabilities, log_z = pull("02", "gibbs")(unary.tolist(), edges.tolist(), w)
     marginals = pull("02", "marginals_of")(labellings, probabilities, 5, 3)
     pair = (w * (1 - torch.eye(3, dtype=torch.float64))).expand(len(edges), 3, 3)
-    wanted = exact.infer(unary, edges, pair)
+    wanted = graph.infer(unary, edges, pair)
     assert math.isclose(log_z, wanted.log_z.item(), rel_tol=1e-9)
     torch.testing.assert_close(marginals, wanted.marginals)
-    energies = exact.energies(torch.tensor(labellings), unary, edges, pair)
+    energies = graph.energies(torch.tensor(labellings), unary, edges, pair)
     ours = [pull("02", "energy")(x, unary.tolist(), edges.tolist(), w) for x in labellings]
     torch.testing.assert_close(torch.tensor(ours).double(), energies, rtol=1e-5, atol=1e-5)
 
@@ -38,7 +38,7 @@ def test_free_energy_falls_in_turn_and_stays_above_minus_log_z(pull):
     history = pull("02", "mean_field_in_turn")(unary, coupling, potts, 8)
     f = [pull("02", "free_energy")(q, unary, coupling, potts).item() for q in history]
     assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(f))
-    log_z = exact.infer(unary, edges, (w * potts).expand(len(edges), 3, 3)).log_z.item()
+    log_z = graph.infer(unary, edges, (w * potts).expand(len(edges), 3, 3)).log_z.item()
     assert f[0] > f[-1] > -log_z
 
 

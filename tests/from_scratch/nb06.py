@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from pwlib import context, exact, likelihoods
+from pwlib import context, graph
 from pwlib.context import ContextualCRF, PairwiseNet
 
-GRID = exact.grid_edges(2, 2)
+GRID = graph.grid_edges(2, 2)
 
 
 def random_crf(seed, nodes=4, labels=3, edges=GRID):
@@ -20,15 +20,15 @@ def random_crf(seed, nodes=4, labels=3, edges=GRID):
 @pytest.mark.parametrize("seed", range(3))
 def test_score_and_log_partition_are_the_libraries_energy_and_log_z(pull, seed):
     unary, pair = random_crf(seed)
-    wanted = exact.infer(-unary, GRID, -pair)
+    wanted = graph.infer(-unary, GRID, -pair)
     torch.testing.assert_close(pull("06", "log_partition")(unary, GRID.tolist(), pair), wanted.log_z)
     scores = torch.stack(
         [pull("06", "score")(y, unary, GRID.tolist(), pair) for y in itertools.product(range(3), repeat=4)]
     )
-    torch.testing.assert_close(scores, -exact.energies(exact.labellings(4, 3), -unary, GRID, -pair))
+    torch.testing.assert_close(scores, -graph.energies(graph.labellings(4, 3), -unary, GRID, -pair))
     label = torch.tensor([[2, 0, 1, 1]])
     of_label = pull("06", "score")(tuple(label[0].tolist()), unary, GRID.tolist(), pair)
-    nll = likelihoods.exact_nll(unary[None], GRID, pair[None], label)
+    nll = graph.exact_nll(-unary[None], GRID, -pair[None], label)
     torch.testing.assert_close((wanted.log_z - of_label) / 4, nll)
 
 
@@ -41,15 +41,15 @@ def test_combine_makes_the_distribution_the_library_makes(pull, counting):
         torch.nn.init.normal_(network.scores.weight)
     logits, features = torch.randn(1, 2, 3, 4).double(), torch.randn(1, 3, 3, 4).double()
     with torch.no_grad():
-        pieces = crf.pieces(logits, features)
+        terms = crf.pairwise_terms(logits, features)
         edges = torch.cat(list(crf.edges(3, 4).values()))
         log_u = logits[0].flatten(1).T.log_softmax(1)
-        ours = pull("06", "combine")(log_u, torch.cat([p[0] for p in pieces.values()]), edges, counting)
-        library, _, pair = crf.potentials(logits, pieces)
-        x = exact.labellings(12, 2)
-        one = exact.energies(x, ours[0], edges, ours[1])
-        other = exact.energies(x, library[0], edges, pair[0])
-    torch.testing.assert_close(one.log_softmax(0), other.log_softmax(0))
+        ours = pull("06", "combine")(log_u, torch.cat([p[0] for p in terms.values()]), edges, counting)
+        library, _, pair = crf.potentials(logits, terms)
+        x = graph.labellings(12, 2)
+        score = -graph.energies(x, -ours[0], edges, -ours[1])
+        energy = graph.energies(x, library[0], edges, pair[0])
+    torch.testing.assert_close(score.log_softmax(0), (-energy).log_softmax(0))
 
 
 @pytest.mark.parametrize("relation", context.RELATIONS)
@@ -77,7 +77,7 @@ def test_messages_and_mean_field_are_the_libraries(pull, seed):
     edges = torch.tensor([[0, 1], [1, 0], [1, 2], [3, 0], [3, 2], [0, 2]])
     unary, pair = random_crf(seed, edges=edges)
     q = torch.softmax(torch.randn(4, 3).double(), 1)
-    wanted = likelihoods.messages(edges, pair[None], q[None])[0]
+    wanted = -graph.expected_energies(edges, -pair[None], q[None])[0]
     torch.testing.assert_close(pull("06", "messages_of")(edges, pair, q), wanted)
     by_hand = torch.zeros(4, 3).double()
     for (first, second), table in zip(edges.tolist(), pair, strict=True):
@@ -86,5 +86,5 @@ def test_messages_and_mean_field_are_the_libraries(pull, seed):
     torch.testing.assert_close(wanted, by_hand)
     start = torch.randn(4, 3).double().log_softmax(1)
     ours = pull("06", "coarse_mean_field")(start, edges, pair, unary, 4)
-    library = likelihoods.mean_field(unary[None], edges, pair[None], iterations=4, start=start[None])
+    library = graph.mean_field(-unary[None], edges, -pair[None], iterations=4, initial=-start[None])
     torch.testing.assert_close(ours, library[0].exp())

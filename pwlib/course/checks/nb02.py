@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from pwlib import exact
+from pwlib import graph
 from pwlib.course.checks import NoAnswer, exercise, expect, expect_close, expect_shape
 from pwlib.crf import DenseCRF, Trace
 from pwlib.data import VOID, load
@@ -19,7 +19,7 @@ FAULTS = ("healthy", "wrong sign", "double softmax", "normalised colours")
 @exercise("02.1", title="The energy of any labelling", minutes=10, difficulty=1)
 def energy_of(answer):
     for nodes, labels in ((9, 2), (6, 4)):
-        edges = exact.all_pairs(nodes)[:: 2 if nodes == 9 else 1]
+        edges = graph.all_pairs(nodes)[:: 2 if nodes == 9 else 1]
         unary, weights, mu = 3 * torch.rand(nodes, labels), torch.rand(len(edges)), torch.rand(labels, labels)
         for _ in range(3):
             x = torch.randint(labels, (nodes,))
@@ -51,7 +51,7 @@ def energy_of(answer):
 @exercise("02.2", title="One pixel's best answer", minutes=10, difficulty=2)
 def best_answer(answer):
     for nodes, labels in ((9, 2), (5, 3)):
-        edges = exact.grid_edges(3, 3) if nodes == 9 else exact.all_pairs(5)[1:]
+        edges = graph.grid_edges(3, 3) if nodes == 9 else graph.all_pairs(5)[1:]
         unary, q = 2 * torch.rand(nodes, labels), torch.softmax(2 * torch.randn(nodes, labels), 1)
         mu = torch.rand(labels, labels)
         mu, w = mu + mu.T, 0.8
