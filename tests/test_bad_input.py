@@ -1,6 +1,7 @@
-"""Bad input to the model, the trainer and the command line: one clear sentence, nothing lost."""
+"""Bad input to the model, the trainer and the command line: one clear sentence, and no file is lost."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -256,10 +257,49 @@ def test_training_into_a_folder_that_is_in_use(finished, pictures, tmp_path, cap
     command = ["train", "--data", "folder", "--root", pictures, "--out"]
     assert "exists and is not empty" in fails(capsys, *command, finished[0])
     assert content(finished[0]) == before
-    file = tmp_path / "file"
-    file.write_text("mine")
-    assert "exists and is not empty" in fails(capsys, *command, file)
-    assert file.read_text() == "mine"
+
+
+WORK = {  # what each command does first that takes time
+    "train": "pwlib.cli.commands.load_split",
+    "evaluate": "pwlib.cli.commands.read_config",
+    "predict": "pwlib.cli.commands.load_run",
+}
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "bench"])
+@pytest.mark.parametrize("place", ["a folder", "missing/scores.json", "a file/scores.json", "a file"])
+def test_outputs_are_checked_before_the_work(command, place, tmp_path, capsys, monkeypatch):
+    """--json must name a file in an existing folder; --out must name a folder, which may have to be made."""
+
+    def work(*args, **options):
+        raise AssertionError("the command began to work")
+
+    if command in WORK:
+        monkeypatch.setattr(WORK[command], work)
+    (tmp_path / "a folder").mkdir()
+    (tmp_path / "a file").write_text("mine")
+    files = command in ("evaluate", "bench")
+    given = {
+        "train": ["train", "--data", "scenes", "--out"],
+        "evaluate": ["evaluate", "run", "--json"],
+        "predict": ["predict", "run", "a.png", "--out"],
+        "bench": ["bench", "crf", "--sizes", "9000x9000", "--json"],
+    }[command]
+    if (files and place == "a file") or (not files and not place.startswith("a file")):
+        if command != "bench":
+            with pytest.raises(AssertionError, match="began to work"):
+                main([*given, str(tmp_path / place)])
+    else:
+        line = fails(capsys, *given, tmp_path / place)
+        assert given[-1] in line and str(tmp_path / place) in line
+    assert (tmp_path / "a file").read_text() == "mine" and not (tmp_path / "missing").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_not_writable(tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    assert "is not writable" in fails(capsys, "evaluate", "run", "--json", tmp_path / "scores.json")
+    assert "is not writable" in fails(capsys, "train", "--data", "scenes", "--out", tmp_path / "new" / "run")
 
 
 def test_resuming_with_other_arguments(finished, capsys):

@@ -12,8 +12,9 @@ from cli_fixtures import CLASSES, python
 from PIL import Image
 
 from pwlib.cli.parser import main
-from pwlib.cli.profiles import PROFILES, build_model
+from pwlib.cli.profiles import PROFILES
 from pwlib.data import voc_palette
+from pwlib.runs import build_model
 
 # ---------------------------------------------------------------------------------------------------------------- train
 
@@ -21,9 +22,10 @@ from pwlib.data import voc_palette
 def test_train_prints_one_table(finished):
     lines = finished[1].stdout.splitlines()
     start = next(i for i, line in enumerate(lines) if "mIoU" in line)
-    rows = [line[:20].strip() for line in lines[start + 1 : start + 7]]
-    assert rows == ["stage1 unary", "stage1 CRF, untuned", "stage2 unary", "stage2 CRF", "stage3 unary", "stage3 CRF"]
-    numbers = [[float(cell) for cell in line[26:].split()] for line in lines[start + 1 : start + 7]]
+    rows = [line[:32].strip() for line in lines[start + 1 : start + 7]]
+    first = ["stage1 unary", "stage1 + CRF, default parameters"]
+    assert rows == [*first, "stage2 unary", "stage2 CRF", "stage3 unary", "stage3 CRF"]
+    numbers = [[float(cell) for cell in line[38:].split()] for line in lines[start + 1 : start + 7]]
     assert all(len(row) == 3 and all(0 <= number <= 100 for number in row) for row in numbers)
     assert numbers[0] == numbers[2], "stage 2 froze the network: its unary scores are stage 1's"
 

@@ -183,8 +183,8 @@ def test_the_command_line_trains_scores_and_predicts_with_context(pictures, tmp_
     run = str(tmp_path / "run")
     command = ["train", "--data", "folder", "--root", str(pictures), "--size", "24x36", "--epochs", "1,1,0", "--quiet"]
     assert main([*command, "--context", "--out", run]) == 0
-    rows = [line[:20].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("stage")]
-    assert rows == ["stage1 unary", "stage1 CRF, untuned", "stage2 unary", "stage2 context", "stage2 CRF"]
+    rows = [line[:32].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("stage")]
+    assert rows == ["stage1 unary", "stage1 + CRF, default parameters", "stage2 unary", "stage2 context", "stage2 CRF"]
     assert main(["evaluate", run]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert {stage: list(parts) for stage, parts in scores.items()} == {

@@ -33,12 +33,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from pwlib import checkpoints
-from pwlib.cli.commands import class_weights
 from pwlib.cli.profiles import PROFILES, Profile
 from pwlib.context import ContextualCRF
 from pwlib.crf import DenseCRF
 from pwlib.data import Augment, hold_out, load
 from pwlib.evaluation import evaluate
+from pwlib.losses import balanced_weights
 from pwlib.model import PiecewiseTrainedModel
 from pwlib.networks import FeatMapNet
 from pwlib.trainer import PiecewiseTrainer
@@ -130,7 +130,9 @@ def train(name: str, data: str, root: str, profile: Profile, epochs: tuple[int, 
         profile.learning_rate,
         **{key: getattr(profile, key) for key in settings},
         joint_pieces=model.context is not None,
-        class_weights=class_weights(fit, profile.class_balance) if profile.class_balance else None,
+        class_weights=balanced_weights(fit.pixel_counts()[:-1], power=profile.class_balance)
+        if profile.class_balance
+        else None,
         out=out,
         resume=True,
         seed=seed + (1000 if name == "second" else 0),

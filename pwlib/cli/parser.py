@@ -1,15 +1,17 @@
-"""The command line: `python -m pwlib train | evaluate | predict | bench`."""
+"""The arguments of `python -m pwlib train | evaluate | predict | bench`, and what its errors look like."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
 DATA = ("scenes", "camvid", "voc2012", "folder")
+WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 EXIT_CODES = "exit codes: 0 done, 1 failed while running, 2 wrong usage or input, 130 interrupted"
 
 TRAIN_EXAMPLES = """examples:
@@ -31,7 +33,7 @@ PREDICT_EXAMPLES = """examples:
 
 
 def size(text: str) -> tuple[int, int]:
-    """HxW, as in 90x120."""
+    """Parse HxW, for example 90x120."""
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if not match or not all(int(side) for side in match.groups()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; expected height x width in pixels, like 90x120")
@@ -39,59 +41,49 @@ def size(text: str) -> tuple[int, int]:
 
 
 def epochs(text: str) -> tuple[int, int, int]:
-    """a,b,c: epochs of stages 1, 2 and 3."""
+    """Parse a,b,c: the epochs of stages 1, 2 and 3."""
     if not re.fullmatch(r"\d+,\d+,\d+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not three numbers of epochs; expected, for example, 20,5,10")
-    a, b, c = (int(part) for part in text.split(","))
-    return a, b, c
+    return tuple(int(part) for part in text.split(","))
 
 
 def natural(text: str) -> int:
+    """Parse a whole number of at least 0."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
 
 
 def parser(argv: list[str]) -> argparse.ArgumentParser:
+    """Build the parser; the arguments of `bench` are defined only if argv asks for it."""
     top = argparse.ArgumentParser(
         prog="python -m pwlib", description="Train, score and use a CNN + CRF segmenter.", epilog=EXIT_CODES
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="train | evaluate | predict | bench")
 
     def command(name: str, text: str, examples: str = "") -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=f"{examples}\n{EXIT_CODES}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        options = {"epilog": f"{examples}\n{EXIT_CODES}", "formatter_class": argparse.RawDescriptionHelpFormatter}
+        sub = commands.add_parser(name, help=text, description=text, **options)
         if name != "bench":
             sub.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
         return sub
 
-    train = command("train", "Train in three stages and print a table of what each one brought.", TRAIN_EXAMPLES)
+    train = command("train", "Train in three stages and print the scores of each.", TRAIN_EXAMPLES)
     train.add_argument("--data", choices=DATA, help="data set (needed, unless resuming)")
-    train.add_argument("--root", metavar="DIR", help="folder the data set lies in (default: data; scenes need none)")
-    train.add_argument(
-        "--profile", choices=("quick", "full"), help="quick: for two CPU cores (default); full: for a GPU"
-    )
+    train.add_argument("--root", metavar="DIR", help="folder of the data set (default: data; scenes need none)")
+    train.add_argument("--profile", choices=("quick", "full"), help="quick: for two CPUs (default); full: for a GPU")
     train.add_argument("--out", metavar="RUN", required=True, help="run folder, new or empty")
-    train.add_argument("--resume", action="store_true", help="continue the run in RUN where it stopped")
+    train.add_argument("--resume", action="store_true", help="continue the run in RUN")
     train.add_argument("--seed", type=natural, metavar="N", help="of weights, order and augmentation (default: 0)")
     train.add_argument("--size", type=size, metavar="HxW", help="resize images to this (default: the profile's)")
-    train.add_argument(
-        "--context",
-        action="store_const",
-        const=True,
-        help="the paper's model: FeatMap-Net and a contextual CRF before the dense one",
-    )
+    text = "the paper's model: FeatMap-Net and a contextual CRF before the dense one"
+    train.add_argument("--context", action="store_const", const=True, help=text)
     train.add_argument("--epochs", type=epochs, metavar="A,B,C", help="of stages 1, 2, 3 (default: the profile's)")
 
     evaluate = command("evaluate", "Score every stage of a run; JSON on standard output.", EVALUATE_EXAMPLES)
     evaluate.add_argument("run", metavar="RUN", help="run folder")
     evaluate.add_argument("--data", choices=DATA, help="data set (default: the run's)")
-    evaluate.add_argument("--root", metavar="DIR", help="folder the data set lies in (default: the run's)")
+    evaluate.add_argument("--root", metavar="DIR", help="folder of the data set (default: the run's)")
     evaluate.add_argument("--split", default="val", help="train, val or test (default: val)")
     evaluate.add_argument("--json", metavar="FILE", help="write the scores there instead")
 
@@ -113,12 +105,10 @@ def parser(argv: list[str]) -> argparse.ArgumentParser:
 
 
 def benchmark() -> ModuleType:
-    """`benchmarks/crf/bench.py`, which lies beside the library in a checkout and is not part of the package."""
+    """Import `benchmarks/crf/bench.py`, which is part of a checkout of the project but not of the package."""
     path = Path(__file__).parents[2] / "benchmarks" / "crf" / "bench.py"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"bench needs a checkout of the project, for it is not in the package: {path} is missing"
-        )
+        raise FileNotFoundError(f"{path} is missing: bench needs a checkout of the project, it is not in the package")
     spec = importlib.util.spec_from_file_location("pwlib_bench", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -126,11 +116,28 @@ def benchmark() -> ModuleType:
     return module
 
 
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raise an error if --json or --out cannot be written, before a command starts to work."""
+    for option, is_folder in (("json", False), ("out", True)):
+        if (name := getattr(args, option, None)) is None:
+            continue
+        path = Path(name).absolute()
+        existing = next(place for place in (path, *path.parents) if place.exists())
+        if is_folder and not existing.is_dir():
+            raise NotADirectoryError(f"--{option} {name}: {existing} is not a folder")
+        if not is_folder and (path.is_dir() or not path.parent.is_dir()):
+            raise FileNotFoundError(f"--{option} {name}: expected the name of a file in an existing folder")
+        if not os.access(existing, os.W_OK):
+            raise PermissionError(f"--{option} {name}: {existing} is not writable")
+
+
 def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit code; errors are printed in one sentence on standard error."""
     argv = sys.argv[1:] if argv is None else argv
     args = argparse.Namespace(command=None)
     try:
         args = parser(argv).parse_args(argv)
+        check_outputs(args)
         if args.command == "bench":
             return benchmark().run(args) or 0
         from pwlib.cli import commands
@@ -142,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"; continue with: python -m pwlib train --out {args.out} --resume" if args.command == "train" else ""
         print(f"interrupted{hint}", file=sys.stderr)
         return 130
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+    except (ValueError, *WRONG_PATH) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     except (OSError, ArithmeticError, MemoryError, RuntimeError) as error:
@@ -151,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def sentence(error: BaseException) -> str:
-    """One line; of an error from a loader's process, which brings its whole traceback, the last."""
+    """Reduce an error to one line: the first, or the last if it contains the traceback of a loader process."""
     text = str(error.strerror if isinstance(error, OSError) and error.strerror else error).strip()
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {text}"

@@ -1,23 +1,18 @@
-"""Settings that belong together: for each data set one run for two CPU cores, and one for a GPU."""
+"""The settings of `train --profile`: for each data set one for two CPU cores ("quick") and one for a GPU ("full")."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from pwlib.context import ContextualCRF
-from pwlib.crf import DenseCRF
-from pwlib.model import PiecewiseTrainedModel
-from pwlib.networks import DeepLabLargeFOV, FeatMapNet
-
 
 @dataclass(frozen=True)
 class Profile:
-    """What `train --profile` stands for. Sizes are (H, W) in pixels; the CRF's bandwidths belong to `size`."""
+    """The settings of one run. Sizes are (H, W) in px; the bandwidths of the CRF suit images of `size`."""
 
-    size: tuple[int, int] | None  # images are resized as loaded; None: left as they are, and `crop` makes the batches
+    size: tuple[int, int] | None  # images are resized to it when loaded; None: not resized, batches are crops
     epochs: tuple[int, int, int]
     batch: int = 8
-    crop: tuple[int, int] | None = None  # None: `size`
+    crop: tuple[int, int] | None = None  # of training images; None: `size`
     scale: tuple[float, float] = (0.7, 1.2)
     colour: float = 0.2
     width: float = 0.25
@@ -30,22 +25,22 @@ class Profile:
     crf_learning_rate: float = 0.02
     stage3_factor: float = 0.1
     weight_decay: float = 5e-4
-    class_balance: float = 0.5  # class weights: (share of the pixels) to the power of minus this; 0: none
+    class_balance: float = 0.5  # class weights are (share of the pixels)^-class_balance; 0: none
     held_out: float = 0.25
     stage1_keeps: str = "best"
     crf: dict[str, float | str] = field(default_factory=dict)
-    context: dict | None = field(default_factory=lambda: SMALL_CONTEXT)  # with `train --context`; None without
+    context: dict | None = field(default_factory=lambda: SMALL_CONTEXT)  # used by `train --context`
 
 
-# What `--context` puts in place: FeatMap-Net's options and the contextual CRF's.
+# `train --context`: options of FeatMap-Net and of the contextual CRF.
 SMALL_CONTEXT = {"network": {"output_stride": 8, "dilation": 1}, "crf": {"hidden": 64, "neighbours": 24}}
 LARGE_CONTEXT = {"network": {"output_stride": 16}, "crf": {"hidden": 512, "neighbours": 24}}
 
-# The CRF each run starts from, untuned. Bandwidths suit the size in pixels, theta_beta is a difference of grey levels.
+# The CRF's parameters before training. theta_alpha and theta_gamma in px, theta_beta in grey levels (0 to 255).
 SMALL_CRF = {"theta_alpha": 20.0, "theta_beta": 10.0, "theta_gamma": 1.5, "w_bilateral": 3.0, "w_spatial": 1.0}
 LARGE_CRF = {"theta_alpha": 80.0, "theta_beta": 13.0, "theta_gamma": 3.0, "w_bilateral": 10.0, "w_spatial": 3.0}
 
-# DeepLab's recipe, from ImageNet weights.
+# DeepLab's settings, with ImageNet weights.
 _LARGE = Profile(
     size=None,
     epochs=(40, 5, 10),
@@ -81,15 +76,3 @@ PROFILES: dict[tuple[str, str], Profile] = {
     ("folder", "quick"): Profile(size=(96, 128), epochs=(40, 4, 4), crf=SMALL_CRF),
     ("folder", "full"): _LARGE,
 }
-
-
-def build_model(settings: dict, num_classes: int, *, imagenet: bool = False) -> PiecewiseTrainedModel:
-    """The model a run's settings describe, with fresh weights."""
-    options = {key: settings[key] for key in ("width", "batch_norm", "dropout")}
-    options["weights"] = "imagenet" if imagenet else None
-    crf = DenseCRF(num_classes, **settings["crf"])
-    if not settings.get("context"):
-        return PiecewiseTrainedModel(num_classes, unary=DeepLabLargeFOV(num_classes, **options), crf=crf)
-    unary = FeatMapNet(num_classes, **options, **settings["context"]["network"])
-    context = ContextualCRF(num_classes, unary.feature_channels, **settings["context"]["crf"])
-    return PiecewiseTrainedModel(num_classes, unary=unary, context=context, crf=crf)

@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from pwlib.data import VOID, colorize, voc_palette
+from pwlib.tools.pictures import overlay, to_uint8  # noqa: F401 (plots.overlay)
 from pwlib.trace import Trace
 
 # Okabe & Ito (2008): distinguishable with any colour vision.
@@ -142,23 +143,6 @@ def legend(fig: Figure, palette: np.ndarray, class_names: Sequence[str], present
     fig.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False, fontsize=8)
 
 
-def overlay(image: Tensor, label: Tensor, palette: np.ndarray, *, alpha: float = 0.55) -> np.ndarray:
-    """Blend the colours of a label map into its image; void pixels show the image alone.
-
-    Args:
-        image: [3, H, W] in [0, 1].
-        label: [H, W], 255 = void.
-        palette: uint8 [K + 1, 3], the colour of void last.
-        alpha: weight of the label's colour, 0 to 1.
-
-    Returns:
-        uint8 [H, W, 3].
-    """
-    pixels, colours = to_uint8(image).astype(np.float32), colorize(label, palette).astype(np.float32)
-    share = np.where(np.asarray(label) == VOID, 0.0, alpha)[..., None]
-    return ((1 - share) * pixels + share * colours).round().astype(np.uint8)
-
-
 def trace(
     trace: Trace,
     *,
@@ -263,11 +247,6 @@ def label_colours(num_classes: int, palette: np.ndarray | None = None) -> np.nda
     if palette.shape not in {(num_classes, 3), (num_classes + 1, 3)}:
         raise ValueError(f"palette has shape {list(palette.shape)}; expected [{num_classes}, 3], or one row more")
     return palette[:num_classes]
-
-
-def to_uint8(image: Tensor) -> np.ndarray:
-    """Convert an image [3, H, W] in [0, 1] to uint8 [H, W, 3]."""
-    return (255 * image.detach().cpu().clamp(0, 1)).round().byte().permute(1, 2, 0).numpy()
 
 
 def draw(axes: Axes, picture: np.ndarray, title: str = "") -> None:

@@ -93,6 +93,14 @@ class SegmentationDataset(Dataset):
         for source in self._indices:
             self._load(source)
 
+    def pixel_counts(self) -> torch.Tensor:
+        """Count the pixels of each class over all labels, before any transform: int64 [K + 1], void last."""
+        counts = torch.zeros(self.num_classes + 1, dtype=torch.int64)
+        for source in self._indices:
+            label = self._load(source)[1].long()
+            counts += label.masked_fill(label == VOID, self.num_classes).flatten().bincount(minlength=len(counts))
+        return counts
+
     def with_transform(self, transform: Callable | None) -> "SegmentationDataset":
         """The same items under another transform (None: none)."""
         other = copy.copy(self)

@@ -1,0 +1,107 @@
+"""Pictures of label maps without a plotting library: overlays, a legend, a sheet of labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+from pwlib.data import VOID, SegmentationDataset, colorize
+
+GAP = 6  # px between the parts of a picture
+
+
+def to_uint8(image: Tensor) -> np.ndarray:
+    """Convert an image [3, H, W] in [0, 1] to uint8 [H, W, 3]."""
+    return (255 * image.detach().cpu().clamp(0, 1)).round().byte().permute(1, 2, 0).numpy()
+
+
+def overlay(image: Tensor, label: Tensor, palette: np.ndarray, *, alpha: float = 0.55) -> np.ndarray:
+    """Blend the colours of a label map [H, W] with the image [3, H, W]: uint8 [H, W, 3]. Void shows the image alone."""
+    pixels, colours = to_uint8(image).astype(np.float32), colorize(label, palette).astype(np.float32)
+    share = np.where(np.asarray(label) == VOID, 0.0, alpha)[..., None]  # [H, W, 1]
+    return ((1 - share) * pixels + share * colours).round().astype(np.uint8)
+
+
+def label_image(label: Tensor, palette: np.ndarray) -> Image.Image:
+    """A label map [H, W] as a palette image: pixel values are class numbers (255 = void), shown in their colours."""
+    colours = np.tile(palette[-1], (256, 1))  # void's colour at 255, and between the last class and 255
+    colours[: len(palette) - 1] = palette[:-1]
+    picture = Image.fromarray(np.asarray(label).astype(np.uint8))
+    picture.putpalette(colours.flatten().tolist())
+    return picture
+
+
+def legend(palette: np.ndarray, class_names: Sequence[str], present: Iterable[int], width: int) -> Image.Image:
+    """A strip `width` px wide with the colour and the name of each class in `present` (255 is void)."""
+    font = ImageFont.load_default(12)
+    entries = [(palette[-1], "void") if k == VOID else (palette[k], class_names[k]) for k in sorted(set(present))]
+    places, x, y = [], GAP, GAP
+    for _, name in entries:
+        length = round(font.getlength(name)) + 30
+        if x > GAP and x + length > width:
+            x, y = GAP, y + 20
+        places.append((x, y))
+        x += length
+    strip = Image.new("RGB", (width, y + 20), "white")
+    pen = ImageDraw.Draw(strip)
+    for (colour, name), (x, y) in zip(entries, places, strict=True):
+        pen.rectangle((x, y, x + 14, y + 14), fill=tuple(colour.tolist()), outline=(100, 100, 100))
+        pen.text((x + 18, y), name, fill="black", font=font)
+    return strip
+
+
+def sheet(
+    rows: Sequence[tuple[Tensor, dict[str, Tensor]]],
+    palette: np.ndarray,
+    class_names: Sequence[str],
+    *,
+    side: int = 240,
+    overlays: bool = False,
+) -> Image.Image:
+    """One row per image: the image, its label maps under their titles, and a legend of the classes that occur.
+
+    Args:
+        rows: (image [3, H, W] in [0, 1], {title: label [H, W]}) for each row, with the same titles.
+        side: width of every picture in px.
+        overlays: show label maps over the image instead of alone.
+    """
+    titles = ["image", *rows[0][1]]
+    lines = []
+    for image, labels in rows:
+        pictures = [to_uint8(image)]
+        pictures += [
+            overlay(image, label, palette) if overlays else colorize(label, palette) for label in labels.values()
+        ]
+        height = max(1, round(side * image.shape[-2] / image.shape[-1]))
+        filters = [Image.Resampling.BILINEAR] + [Image.Resampling.NEAREST] * len(labels)
+        lines.append([Image.fromarray(p).resize((side, height), f) for p, f in zip(pictures, filters, strict=True)])
+    width = len(titles) * (side + GAP) + GAP
+    present = {int(k) for _, labels in rows for label in labels.values() for k in label.unique()}
+    strip = legend(palette, class_names, present, width)
+    page = Image.new("RGB", (width, 22 + sum(line[0].height + GAP for line in lines) + strip.height), "white")
+    pen, top = ImageDraw.Draw(page), 22
+    for column, title in enumerate(titles):
+        pen.text((GAP + column * (side + GAP), 4), title, fill="black", font=ImageFont.load_default(12))
+    for line in lines:
+        for column, picture in enumerate(line):
+            page.paste(picture, (GAP + column * (side + GAP), top))
+        top += line[0].height + GAP
+    page.paste(strip, (0, top))
+    return page
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, dataset: SegmentationDataset, count: int = 4) -> Image.Image:
+    """A sheet of image, truth, network and CRF for `count` images spread over a data set; the model is in eval mode."""
+    device = next(model.parameters()).device
+    model.eval()
+    rows = []
+    for index in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int).tolist():
+        image, label = dataset[index]
+        unary, crf = (part[0].argmax(0).cpu() for part in model(image[None].to(device)))  # [H, W] each
+        rows.append((image, {"truth": label, "network": unary, "CRF": crf}))
+    return sheet(rows, dataset.palette, dataset.class_names)
