@@ -1,4 +1,4 @@
-"""A data set of pictures, a finished run and awkward photographs, shared by the command line's tests."""
+"""A data set, a finished run and unusual photographs, shared by the tests of the command line."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ def python(*arguments, **options):
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    """A folder data set: ten scenes of 24x36 to train on, four to validate, as PNGs."""
+    """A folder data set of PNGs: ten scenes of 24x36 px for training, four for validation."""
     root = tmp_path_factory.mktemp("pictures")
     (root / "classes.txt").write_text("\n".join(CLASSES))
     for split, length in (("train", 10), ("val", 4)):
@@ -35,7 +35,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(pictures, tmp_path_factory):
-    """A run of one epoch a stage, and what it printed."""
+    """A run with one epoch per stage, and its process."""
     out = tmp_path_factory.mktemp("runs") / "run"
     command = ["train", "--data", "folder", "--root", str(pictures), "--size", "24x36", "--epochs", "1,1,1"]
     process = python(*command, "--out", str(out))
@@ -45,7 +45,7 @@ def finished(pictures, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory):
-    """Awkward kinds: grey, RGBA with a hole, 16 bits, palette, EXIF-rotated, one pixel, a size that divides nothing."""
+    """Grey, RGBA with transparency, 16 bits, palette, rotated by EXIF, one pixel; sizes are no multiples of 8."""
     folder = tmp_path_factory.mktemp("photographs")
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (31, 45, 4), dtype=np.uint8)
@@ -55,7 +55,7 @@ def photographs(tmp_path_factory):
     Image.fromarray(pixels[..., 0].astype(np.uint16) << 8).save(folder / "deep.png")
     Image.fromarray(pixels[..., :3]).convert("P").save(folder / "palette.gif")
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter clockwise
+    exif[0x0112] = 6  # shown after a quarter turn clockwise
     Image.fromarray(pixels[..., :3]).save(folder / "turned.jpg", exif=exif)
     Image.fromarray(pixels[:1, :1, :3]).save(folder / "dot.png")
     return folder

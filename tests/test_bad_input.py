@@ -34,12 +34,12 @@ def batches(value=0, size=SIZE, batch=2):
 # ---------------------------------------------------------------------------------------------------------------- model
 
 
-def test_one_class_is_no_choice():
+def test_one_class_is_rejected():
     with pytest.raises(ValueError, match="num_classes is 1; expected at least 2"):
         PiecewiseTrainedModel(num_classes=1)
 
 
-def test_a_one_pixel_image_has_an_answer():
+def test_a_one_pixel_image_can_be_labelled():
     unary, crf = tiny_model().eval()(torch.rand(1, 3, 1, 1))
     assert unary.shape == crf.shape == (1, K, 1, 1)
     torch.testing.assert_close(crf.exp().sum(), torch.tensor(1.0))
@@ -60,7 +60,7 @@ class Broken(nn.Module):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite(value):
+def test_infinite_logits(value):
     model = PiecewiseTrainedModel(K, unary=Broken(value), crf=DenseCRF(K))
     with pytest.raises(ValueError, match="logits hold NaN or infinity"):
         model(torch.rand(1, 3, 8, 8))
@@ -68,7 +68,7 @@ def test_logits_that_are_not_finite(value):
         trainer_of(model).train_stage1(batches(), 1)
 
 
-def test_a_loss_that_is_not_finite_names_its_step():
+def test_an_infinite_loss_names_its_step():
     trainer = trainer_of(tiny_model(), loss=lambda scores, label: scores.sum() * float("nan"))
     with pytest.raises(FloatingPointError, match="loss is nan in stage 1, epoch 1, step 1"):
         trainer.train_stage1(batches(), 1)
@@ -83,7 +83,7 @@ def test_a_network_with_other_classes():
 @pytest.mark.parametrize(
     "image", [torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.rand(3, 8, 8), torch.rand(1, 1, 8, 8)]
 )
-def test_images_of_another_kind(image):
+def test_invalid_images(image):
     with pytest.raises(ValueError, match="expected"):
         tiny_model()(image)
 
@@ -108,12 +108,12 @@ def test_unknown_names_and_impossible_numbers(options, message):
         trainer_of(tiny_model(), **options)
 
 
-def test_another_number_of_classes_than_the_models():
+def test_a_wrong_number_of_classes():
     with pytest.raises(ValueError, match="num_classes is 21; the model has 10"):
         PiecewiseTrainer(model=tiny_model(), device="cpu", num_classes=21)
 
 
-def test_a_batch_of_void_teaches_nothing_and_harms_nothing():
+def test_a_batch_of_void_changes_nothing():
     model = tiny_model()
     void, good = batches(255)[0], batches(3)[0]
     history = trainer_of(model).train_piecewise([void, good], 1, 1, 1)
@@ -122,7 +122,7 @@ def test_a_batch_of_void_teaches_nothing_and_harms_nothing():
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_nothing_but_void(stage):
+def test_labels_that_are_all_void(stage):
     with pytest.raises(ValueError, match=f"not one labelled pixel in epoch 1 of stage {stage}: all labels are 255"):
         getattr(trainer_of(tiny_model()), f"train_stage{stage}")(batches(255), 1)
 
@@ -137,7 +137,7 @@ def test_labels_outside_the_classes():
         trainer_of(tiny_model()).train_stage1(batches(K), 1)
 
 
-def test_a_sampler_of_ones_own_cannot_be_held_out_from():
+def test_holding_out_needs_a_loader_without_sampler():
     dataset = load("scenes", "train", size=SIZE, length=4)
     loader = DataLoader(dataset, batch_size=2, sampler=WeightedRandomSampler([1.0] * 4, 4))
     with pytest.raises(ValueError, match="expected a DataLoader without a sampler="):
@@ -156,7 +156,7 @@ def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_run_folder_that_exists_is_not_touched(trained):
+def test_an_existing_run_folder_is_not_changed(trained):
     before = content(trained)
     with pytest.raises(FileExistsError, match="holds a run already; resume it, or choose another folder"):
         run(trained)
@@ -171,7 +171,7 @@ def test_resuming_under_other_settings_is_refused(trained):
     assert content(trained) == before
 
 
-def test_a_checkpoint_of_another_shape(trained):
+def test_a_checkpoint_of_another_model(trained):
     wider = PiecewiseTrainedModel(K, unary=DeepLabLargeFOV(K, width=1 / 8, batch_norm=True), crf=DenseCRF(K))
     before = {name: value.clone() for name, value in wider.state_dict().items()}
     with pytest.raises(ValueError, match=r"best\.pt holds another model: unary\.\S+ is \[4, 3, 3, 3\] there, \[8,"):
@@ -188,7 +188,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("kind", ["text", "empty", "picture", "truncated", "foreign", "evil"])
-def test_a_file_that_is_no_checkpoint(kind, trained, tmp_path, capsys):
+def test_a_file_that_is_not_a_checkpoint(kind, trained, tmp_path, capsys):
     path = tmp_path / "stage1-best.pt"
     whole = (trained / "stage1-best.pt").read_bytes()
     if kind == "picture":
@@ -213,7 +213,7 @@ def test_a_missing_checkpoint(tmp_path):
 
 
 def fails(capsys, *arguments, code=2):
-    """The one line on standard error of a command that ends with `code`."""
+    """The last line on standard error of a command that ends with `code`."""
     try:
         assert main(list(map(str, arguments))) == code
     except SystemExit as stop:  # argparse
@@ -249,10 +249,10 @@ def fails(capsys, *arguments, code=2):
 def test_wrong_arguments(arguments, message, tmp_path, capsys):
     places = {"OUT": tmp_path / "out", "MISSING": tmp_path / "missing"}
     assert message in fails(capsys, *(places.get(a, a) for a in arguments))
-    assert list(tmp_path.iterdir()) == [], "something was created"
+    assert list(tmp_path.iterdir()) == [], "a file was created"
 
 
-def test_training_into_a_folder_that_is_in_use(finished, pictures, tmp_path, capsys):
+def test_training_into_a_folder_in_use(finished, pictures, tmp_path, capsys):
     before = content(finished[0])
     command = ["train", "--data", "folder", "--root", pictures, "--out"]
     assert "exists and is not empty" in fails(capsys, *command, finished[0])
@@ -307,7 +307,7 @@ def test_resuming_with_other_arguments(finished, capsys):
     assert "--epochs is (9, 9, 9) here and [1, 1, 1] in" in line
 
 
-def test_runs_that_are_damaged(finished, tmp_path, capsys):
+def test_damaged_runs(finished, tmp_path, capsys):
     config = (finished[0] / "config.json").read_text()
     (tmp_path / "config.json").write_text(config)
     assert "has no checkpoint yet" in fails(capsys, "evaluate", tmp_path)
@@ -324,7 +324,7 @@ def test_runs_that_are_damaged(finished, tmp_path, capsys):
     assert "it is not JSON" in fails(capsys, "evaluate", tmp_path)
 
 
-def test_scoring_on_other_classes(finished, capsys, tmp_path):
+def test_evaluation_with_other_classes(finished, capsys, tmp_path):
     for kind in ("images", "labels"):
         (tmp_path / "val" / kind).mkdir(parents=True)
         Image.new("L" if kind == "labels" else "RGB", (9, 9)).save(tmp_path / "val" / kind / "a.png")
@@ -334,11 +334,11 @@ def test_scoring_on_other_classes(finished, capsys, tmp_path):
     assert "unknown split" in fails(capsys, "evaluate", finished[0], "--data", "scenes", "--split", "exam")
 
 
-def test_images_that_cannot_be_labelled(finished, photographs, tmp_path, capsys):
+def test_images_that_cannot_be_read(finished, photographs, tmp_path, capsys):
     out = tmp_path / "out"
     run_folder, good = finished[0], photographs / "rgb.png"
     assert "none.png is not there" in fails(capsys, "predict", run_folder, good, "none.png", "--out", out)
-    assert not out.exists(), "the good image was labelled before the missing one was noticed"
+    assert not out.exists(), "an image was labelled before the missing one was noticed"
     (tmp_path / "cut.png").write_bytes(good.read_bytes()[:500])
     assert "cut.png" in fails(capsys, "predict", run_folder, tmp_path / "cut.png", "--out", out)
     (tmp_path / "rgb.jpg").write_bytes(good.read_bytes())
@@ -346,7 +346,7 @@ def test_images_that_cannot_be_labelled(finished, photographs, tmp_path, capsys)
 
 
 def test_a_full_disk_ends_training_with_1_and_a_run_to_resume(pictures, tmp_path):
-    """A real limit on file size: the checkpoint does not fit, the configuration does."""
+    """With a limit on the file size, the checkpoint cannot be written, and the configuration can."""
     command = [sys.executable, "-m", "pwlib", "train", "--data", "folder", "--root", str(pictures), "--size", "16x24"]
     command += ["--epochs", "1,0,0", "--quiet", "--out", str(tmp_path / "run")]
     limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "limited", *command]

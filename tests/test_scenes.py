@@ -1,4 +1,4 @@
-"""Scenes has the five properties its docstring promises; each is measured here, with a control where one can be had."""
+"""The five properties in the docstring of `pwlib.data.scenes`, measured, with controls where possible."""
 
 import numpy as np
 import pytest
@@ -30,10 +30,10 @@ def test():
     return arrays("test", 40)
 
 
-# ------------------------------------------------------------------------------------------------- made on the fly
+# ------------------------------------------------------------------------------------------------- reproducible
 
 
-def test_a_scene_depends_on_seed_split_and_index_alone():
+def test_a_scene_depends_only_on_seed_split_and_index():
     def scene(split, index, **options):
         return load("scenes", split, **options)[index]
 
@@ -45,7 +45,7 @@ def test_a_scene_depends_on_seed_split_and_index_alone():
 
 
 def loader(index):
-    """One item by way of a worker process."""
+    """One item, read in a worker process."""
     return DataLoader(load("scenes", "train").subset([index]), num_workers=1)
 
 
@@ -72,7 +72,7 @@ def test_any_size(size):
     assert set(label.unique().tolist()) <= {*range(CLASSES), VOID}
 
 
-def test_a_larger_scene_shows_the_same_world_in_more_pixels():
+def test_class_shares_do_not_depend_on_the_size():
     _, small = arrays("train", 20)
     _, large = arrays("train", 20, size=(128, 192))
     shares = [[(labels == k).mean() for k in range(CLASSES) if k != POLE] for labels in (small, large)]
@@ -91,13 +91,13 @@ def test_impossible_options(options):
         load("scenes", "train", **options)
 
 
-# --------------------------------------------------------------------------- 1. colour alone does not tell the class
+# --------------------------------------------------------------------------- 1. colour does not determine the class
 
 
-def test_colour_alone_fails_though_within_one_image_it_separates(train, test):
+def test_colour_separates_classes_within_an_image_but_not_across_images(train, test):
     (images, labels), (new_images, new_labels) = train, test
 
-    # The best a per-pixel classifier can do on colour: the likeliest class in each cell of a 16-level colour histogram.
+    # A per-pixel classifier: the most frequent class in each cell of a colour histogram with 16 levels per channel.
     def cells(pixels):
         return pixels // 16 @ (256, 16, 1)
 
@@ -110,7 +110,7 @@ def test_colour_alone_fails_though_within_one_image_it_separates(train, test):
     by_class = np.mean([(guess[truth == k] == k).mean() for k in range(CLASSES)])
     assert accuracy < 0.62 and by_class < 0.4, (accuracy, by_class)
 
-    # Control: colours do differ within a scene; told each class's mean colour there, the nearest mean mostly is right.
+    # Control: with the mean colours of the classes in that scene, the class of the nearest mean is mostly right.
     right = []
     for image, label in zip(new_images, new_labels, strict=True):
         there = [k for k in np.unique(label) if k != VOID]
@@ -123,7 +123,7 @@ def test_colour_alone_fails_though_within_one_image_it_separates(train, test):
 def test_sky_and_sea_share_their_colours(train):
     images, labels = train
     sky, sea = (np.stack([i[l == k].mean(0) for i, l in zip(images, labels, strict=True)]) for k in (SKY, SEA))
-    # Over scenes the means differ by less than half of one scene's spread; within a scene the two stand clear.
+    # Over all scenes the means differ by less than half a standard deviation; within a scene they differ clearly.
     assert (abs(sky.mean(0) - sea.mean(0)) < 0.5 * sky.std(0)).all()
     assert np.median(np.sqrt(((sky - sea) ** 2).mean(1))) > 30
 
@@ -152,18 +152,18 @@ def test_edges_are_crisp(train):
 
     gap, left, right = steps(1)
     inside = np.median(gap[(left == right) & (left != VOID)])
-    # Across an object's outline, from its last pixel to the first outside: two pixels, with the void one between.
+    # Across an outline: from the last pixel of an object to the first one outside, with a void pixel between them.
     gap, left, right = steps(2)
     border = gap[(left != right) & (left != VOID) & (right != VOID) & (labels[:, :, 1:-1] == VOID)]
     assert inside < 15 and np.median(border) > 40, (inside, np.median(border))
     assert np.mean(border > 2 * inside) > 0.85
 
 
-# ------------------------------------------------------------------- 3. alike in appearance, told apart by surroundings
+# ------------------------------------------------------------------- 3. the same appearance, different surroundings
 
 
 def things(images, labels, label):
-    """Of every unhidden object: a look (size, shape, colours) and the label maps' content around and below it."""
+    """Appearance (size, shape, colours) of every unhidden object, and the most frequent class around and below it."""
     looks, around, below = [], [], []
     for image, truth in zip(images, labels, strict=True):
         parts, count = ndimage.label(truth == label)
@@ -185,7 +185,7 @@ def things(images, labels, label):
 
 
 def told_apart(one, other):
-    """Accuracy, on held-out objects, of a quadratic discriminant that sees looks alone; 0.5 is chance."""
+    """Held-out accuracy of a quadratic discriminant on the appearance of two classes of objects; 0.5 is chance."""
     count = min(len(one), len(other))
     looks, truth = np.concatenate([one[:count], other[:count]]), np.repeat([0, 1], count)
     fit = np.arange(2 * count) % 2 == 0
@@ -198,15 +198,15 @@ def told_apart(one, other):
     return (np.argmax(scores, 0) == truth)[~fit].mean()
 
 
-def test_look_alikes_are_told_apart_by_their_surroundings_only(train):
+def test_similar_classes_differ_in_their_surroundings_only(train):
     plane, boat, roof, tent = (things(*train, label) for label in (PLANE, BOAT, ROOF, TENT))
     assert min(len(looks) for looks, _, _ in (plane, boat, roof, tent)) > 50
     assert told_apart(plane[0], boat[0]) < 0.65
     assert told_apart(roof[0], tent[0]) < 0.65
-    assert told_apart(plane[0], roof[0]) > 0.9  # control: the discriminant is no fool
+    assert told_apart(plane[0], roof[0]) > 0.9  # control: the discriminant can separate classes
 
-    assert (plane[1] != SEA).all() and (boat[1] != SKY).mean() > 0.95  # what surrounds them
-    assert (roof[2] == WALL).mean() > 0.95 and (tent[2] != WALL).mean() > 0.95  # what lies below them
+    assert (plane[1] != SEA).all() and (boat[1] != SKY).mean() > 0.95  # around them
+    assert (roof[2] == WALL).mean() > 0.95 and (tent[2] != WALL).mean() > 0.95  # below them
 
 
 # ------------------------------------------------------------------------------------------------- 4. thin structures
@@ -226,7 +226,7 @@ def test_poles_are_thin(train):
 
 
 def test_a_dense_crf_gains_on_a_blurred_unary_and_erodes_the_poles(train):
-    """Brute force, in the open: what a stride-8 view with class weights knows, then mean field with dense kernels."""
+    """Unary: labels averaged over 8x8 cells, with class weights. Then mean field with explicit dense kernels."""
     shares = torch.from_numpy(np.bincount(train[1][train[1] != VOID]) / (train[1] != VOID).sum())
     position = torch.cartesian_prod(torch.arange(64.0), torch.arange(96.0))
     smooth = gaussian(position / 1.5)
@@ -259,16 +259,16 @@ def gaussian(features):
 # ------------------------------------------------------------------------------------------------------------ 5. void
 
 
-def test_void_lies_along_object_borders_and_nowhere_else(train):
+def test_void_is_at_the_borders_of_objects_only(train):
     _, labels = train
     objects = np.isin(labels, OBJECTS)
     cross = ndimage.generate_binary_structure(2, 1)[None]
     void = labels == VOID
     assert 0.04 < void.mean() < 0.15
-    # One pixel of void, so an object is never further than two away (one, unless something nearer hides it).
+    # The outline is one pixel wide: an object is at most two pixels away (one, unless another object hides it).
     near = ndimage.binary_dilation(objects, cross, iterations=2)
     assert (near & void).sum() > 0.99 * void.sum()
-    # No object touches what is not its own class.
+    # No object touches another class.
     for first, second in ((labels[:, 1:], labels[:, :-1]), (labels[:, :, 1:], labels[:, :, :-1])):
         touch = (first != second) & (first != VOID) & (second != VOID)
         assert not (touch & (np.isin(first, OBJECTS) | np.isin(second, OBJECTS))).any()

@@ -1,4 +1,4 @@
-"""Data sets as pairs (image, label), their augmentation and their colours.
+"""Data sets of pairs (image, label), their augmentation and their colours.
 
 train = load("scenes", "train", transform=Augment())
 image, label = train[0]          # float32 [3, H, W] in [0, 1]; int64 [H, W], 255 = void
@@ -10,45 +10,33 @@ from .images import VOID, read_image, read_label
 from .palettes import colorize, voc_palette
 from .transforms import Augment
 
-__all__ = [
-    "VOID",
-    "Augment",
-    "SegmentationDataset",
-    "colorize",
-    "hold_out",
-    "load",
-    "read_image",
-    "read_label",
-    "voc_palette",
-]
+__all__ = ["VOID", "Augment", "SegmentationDataset", "colorize", "hold_out", "load", "read_image", "read_label"]
+__all__ += ["voc_palette"]
 
 NAMES = ("scenes", "camvid", "voc2012", "folder")
 
 
-def load(
-    name: str, split: str, root="data", *, download: bool = False, size=None, transform=None, **options
-) -> SegmentationDataset:
-    """A split of a data set.
+def load(name: str, split: str, root="data", *, download=False, size=None, transform=None, **options):
+    """Load a split of a data set.
 
-    name        scenes, camvid, voc2012 or folder
-    split       train, val or test
-    root        where the files lie; see data/README.md for each layout
-    download    fetch camvid or voc2012 if it is not there
-    size        (H, W): resize as loaded; by default as stored (scenes: 64x96)
-    transform   (image, label) -> (image, label), for example `Augment()`
-    options     every set: cache= (keep decoded items in memory). scenes: length=, seed=. voc2012: sbd=True adds SBD's
-                labels to train. folder: class_names=, num_classes=, palette=.
+    Args:
+        name: scenes, camvid, voc2012 or folder.
+        split: train, val or test.
+        root: folder of the files; data/README.md describes the layout of each data set.
+        download: fetch camvid or voc2012 if it is missing.
+        size: (H, W) in px to which items are resized; None: as stored (scenes: drawn at 64x96).
+        transform: function (image, label) -> (image, label), for example `Augment()`.
+        options: `cache` (keep decoded items in memory) for every set; `length`, `seed` for scenes; `sbd` for voc2012
+            (add SBD's labels to train); `class_names`, `num_classes`, `palette` for folder.
 
-    ValueError for a name or split that is not known, FileNotFoundError for what is missing, TypeError for an option
-    that the set does not have.
+    Raises:
+        ValueError: unknown name or split. FileNotFoundError: missing files. TypeError: unknown option.
     """
     options |= {"size": size, "transform": transform}
     if name == "scenes":
         return scenes.load(split, **options)
-    if name == "camvid":
-        return camvid.load(root, split, download=download, **options)
-    if name == "voc2012":
-        return voc.load(root, split, download=download, **options)
     if name == "folder":
         return folder.load(root, split, **options)
+    if name in ("camvid", "voc2012"):
+        return (camvid if name == "camvid" else voc).load(root, split, download=download, **options)
     raise ValueError(f"unknown data set {name!r}; expected one of {', '.join(NAMES)}")

@@ -1,4 +1,4 @@
-"""Files to arrays: any image Pillow opens, and label maps, with errors that name the file."""
+"""Read images and label maps from files; errors name the file."""
 
 import struct
 import zlib
@@ -13,21 +13,13 @@ from torchvision.transforms.v2 import functional as F
 VOID = 255
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif")
 
-# What Pillow's decoders raise on files that are cut short or are no image at all.
-_BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+# The exceptions of Pillow's decoders for truncated files and files that are not images.
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+_BROKEN += (Image.DecompressionBombError,)
 
 
 def _decode(path, what: str, upright: bool) -> Image.Image:
-    """The whole file, turned by its EXIF tag if `upright`. FileNotFoundError if missing, ValueError if broken."""
+    """Decode a file, rotated by its EXIF tag if `upright`; FileNotFoundError if missing, ValueError if broken."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected {what}")
@@ -40,21 +32,19 @@ def _decode(path, what: str, upright: bool) -> Image.Image:
 
 
 def _eight_bits(picture: Image.Image, path) -> Image.Image:
-    """Bring greyscale deeper than 8 bits to 8; other modes pass."""
+    """Convert greyscale of more than 8 bits to 8 bits; other modes are returned unchanged."""
     if picture.mode == "F":
-        raise ValueError(f"{path}: floating-point pixels have no agreed white; expected 8- or 16-bit integers")
+        raise ValueError(f"{path}: floating-point pixels have no defined range; expected 8- or 16-bit integers")
     if picture.mode.startswith("I"):
         deep = np.asarray(picture).astype(np.int64)
         if deep.size and (deep.min() < 0 or deep.max() > 65535):
-            raise ValueError(
-                f"{path}: grey values {deep.min()}..{deep.max()} do not fit; expected 8 or 16 bits a pixel"
-            )
+            raise ValueError(f"{path}: grey values are {deep.min()}..{deep.max()}; expected 8 or 16 bits per pixel")
         return Image.fromarray((deep / 257).round().astype(np.uint8))
     return picture
 
 
 def read_image_uint8(path) -> torch.Tensor:
-    """As `read_image`, in uint8: what the data sets resize and cache."""
+    """Read an image as `read_image` does, but uint8 [3, H, W]."""
     picture = _eight_bits(_decode(path, "an image", upright=True), path)
     if picture.has_transparency_data:
         page = Image.new("RGBA", picture.size, (255, 255, 255, 255))
@@ -63,21 +53,22 @@ def read_image_uint8(path) -> torch.Tensor:
 
 
 def read_image(path) -> torch.Tensor:
-    """Read any image Pillow opens: float32 RGB [3, H, W] in [0, 1].
+    """Read any image that Pillow opens: float32 RGB [3, H, W] in [0, 1].
 
-    Rotated as its EXIF tag says. Grey becomes three equal channels, 16 bits become 8. Transparency is laid on white, as
-    a viewer shows it: the colours hidden under alpha 0 are arbitrary. Of an animation, the first frame.
-    FileNotFoundError if there is no such file; ValueError if it is truncated, no image, or floating-point.
+    The image is rotated by its EXIF tag. Grey becomes three equal channels, and 16 bits become 8. Transparent pixels
+    are drawn over white, as by a viewer: their own colours are arbitrary. Of an animation, the first frame is read.
+
+    FileNotFoundError if the file is missing; ValueError if it is truncated, no image, or floating-point.
     """
     return read_image_uint8(path).float() / 255
 
 
 def read_label(path, palette=None) -> torch.Tensor:
-    """Read a label map: uint8 [H, W], values as stored.
+    """Read a label map: uint8 [H, W].
 
-    Index images (grey or palette; a palette PNG's colours are ignored) are read as they are. A colour image is decoded
-    by `palette` (uint8 [K+1, 3], last row void) if one is given. ValueError if the file is broken, has values above
-    255, is in colour with no palette, or shows a colour that is not in it.
+    The values of grey and palette images are returned as stored (the colours of a palette image are ignored). A colour
+    image is decoded with `palette`, uint8 [K + 1, 3] with void last. ValueError if the file is broken, has values above
+    255, is a colour image without a palette, or contains a colour that is not in the palette.
     """
     picture = _decode(path, "a label map", upright=False)
     if picture.mode in ("L", "P", "1") or picture.mode.startswith("I"):
@@ -93,7 +84,7 @@ def read_label(path, palette=None) -> torch.Tensor:
         )
     colour = np.array(picture).astype(np.int64) @ (65536, 256, 1)
     codes = np.asarray(palette).astype(np.int64) @ (65536, 256, 1)
-    # Void last in the palette, so that a class which shares its colour wins.
+    # Reversed, so that a class wins that has the same colour as void.
     lookup = {code: VOID if row == len(codes) - 1 else row for row, code in reversed(list(enumerate(codes.tolist())))}
     values, inverse = np.unique(colour, return_inverse=True)
     unknown = [value for value in values.tolist() if value not in lookup]
@@ -105,7 +96,7 @@ def read_label(path, palette=None) -> torch.Tensor:
 
 
 def image_size(path) -> tuple[int, int]:
-    """(H, W) as `read_image` will give it, from the header alone. ValueError if Pillow cannot open the file."""
+    """(H, W) of the image that `read_image` returns, from the header; ValueError if Pillow cannot open the file."""
     try:
         with Image.open(path) as picture:
             width, height = picture.size
@@ -116,22 +107,21 @@ def image_size(path) -> tuple[int, int]:
 
 
 def check_size(size, name: str) -> tuple[int, int]:
-    """`size` as (height, width); ValueError if it is not two whole numbers of pixels, one at least."""
+    """Return `size` as (height, width); ValueError unless it is two whole numbers of at least 1 px."""
     if not isinstance(size, Sequence) or len(size) != 2 or any(int(side) != side or side < 1 for side in size):
-        raise ValueError(f"{name}: size {size} is not (height, width) in pixels, one at least")
+        raise ValueError(f"{name}: size {size} is not (height, width) in pixels, at least 1")
     return int(size[0]), int(size[1])
 
 
 def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """[3, H, W] to `size`, bilinear and antialiased."""
+    """Resize an image [3, H, W] bilinearly, with antialiasing."""
     return F.resize_image(image, list(size), interpolation=F.InterpolationMode.BILINEAR, antialias=True)
 
 
 def resize_label(label: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """[H, W] to `size`: each pixel the label under its centre.
+    """Resize a label map [H, W]: each pixel takes the label under its centre (torch's "nearest-exact").
 
-    (torchvision's resize of masks takes the label under the pixel's corner, half a source pixel or more from where the
-    image has it; torch calls this one nearest-exact.)
+    torchvision's resize of masks takes the label under the corner, which shifts it against the image.
     """
     rows, columns = (((torch.arange(new) + 0.5) * old / new).long() for new, old in zip(size, label.shape, strict=True))
     return label[rows[:, None], columns]

@@ -1,14 +1,13 @@
-"""Scenes: a procedural shore with boats, planes, houses and tents, made on the fly; no download, no licence.
+"""Scenes: synthetic images of a shore with boats, planes, houses and tents, drawn when they are read.
 
-Every ingredient of a CNN + CRF segmenter has something to do here:
-1. Colour alone does not tell the class: sky and sea draw their colour from one palette, land and trees from another,
-   and whatever is painted from a third; light, tint and texture vary between images.
-2. Borders are crisp, one pixel from one colour to another, far finer than a stride-8 network sees.
-3. Two pairs are alike in all but their surroundings. A plane and a boat have one silhouette and one paint: one flies in
-   the sky, one swims in the sea. A roof and a tent too: one stands on a wall, the other on land.
-4. Poles and wires are one or two pixels thin, and half transparent as such things are to a camera: a dense CRF erodes
-   them.
-5. Objects are outlined by one pixel of void, as in PASCAL VOC.
+The images have five properties that make every part of a CNN + CRF segmenter useful:
+1. Colour does not determine the class. Sky and sea take their colours from the same list, land and trees from another,
+   painted objects from a third; light, tint and texture vary between images.
+2. Borders are sharp: the colour changes within one pixel, much finer than the cells of a stride-8 network.
+3. Two pairs of classes look the same and differ in their surroundings only. Plane and boat have the same shape and the
+   same colours; one is in the sky, the other in the sea. Roof and tent: one is on a wall, the other on land.
+4. Poles and wires are one or two pixels wide and half transparent, as in a photograph; a dense CRF erodes them.
+5. Objects have an outline of one pixel of void, as in PASCAL VOC.
 """
 
 import math
@@ -18,41 +17,32 @@ import torch
 
 from .dataset import SegmentationDataset
 from .images import VOID, check_size
-from .palettes import SCENES_COLOURS, SCENES_VOID
 
-CLASS_NAMES = tuple(SCENES_COLOURS)
+# Found by search: any two colours are at least 0.1 apart in OKLab, also under simulated protanopia, deuteranopia and
+# tritanopia (a test measures it).
+COLOURS = {
+    "sky": (140, 208, 245), "sea": (40, 40, 150), "land": (250, 205, 105), "plane": (255, 255, 245),
+    "boat": (225, 110, 255), "wall": (110, 155, 150), "roof": (170, 25, 5), "tent": (232, 105, 0),
+    "tree": (0, 105, 95), "pole": (140, 0, 210),
+}  # fmt: skip
+CLASS_NAMES = tuple(COLOURS)
 SKY, SEA, LAND, PLANE, BOAT, WALL, ROOF, TENT, TREE, POLE = range(10)
-PALETTE = np.array([*SCENES_COLOURS.values(), SCENES_VOID], np.uint8)
+PALETTE = np.array([*COLOURS.values(), (0, 0, 0)], np.uint8)
 LENGTHS = {"train": 400, "val": 100, "test": 100}
 SIZE = (64, 96)
 
-# Colours before light falls on them, grey levels 0-255. Shared palettes are what makes colour ambiguous.
-AIR_AND_WATER = [
-    (198, 222, 238),
-    (150, 194, 228),
-    (96, 150, 200),
-    (62, 104, 156),
-    (118, 182, 186),
-    (240, 206, 186),
-    (184, 172, 214),
-    (112, 132, 156),
-]
-EARTH_AND_LEAF = [
-    (138, 176, 88),
-    (88, 132, 72),
-    (190, 188, 108),
-    (218, 200, 150),
-    (160, 132, 92),
-    (56, 92, 62),
-    (116, 112, 70),
-]
+# RGB before lighting, 0 to 255. Classes that share a list cannot be distinguished by colour.
+AIR_AND_WATER = [(198, 222, 238), (150, 194, 228), (96, 150, 200), (62, 104, 156)]
+AIR_AND_WATER += [(118, 182, 186), (240, 206, 186), (184, 172, 214), (112, 132, 156)]
+EARTH_AND_LEAF = [(138, 176, 88), (88, 132, 72), (190, 188, 108), (218, 200, 150), (160, 132, 92), (56, 92, 62)]
+EARTH_AND_LEAF += [(116, 112, 70)]
 PAINT = [(214, 72, 58), (242, 178, 58), (246, 242, 232), (64, 92, 164), (186, 84, 138), (70, 158, 138), (70, 60, 72)]
 PLASTER = [(232, 220, 196), (190, 154, 122), (170, 180, 192), (244, 234, 222), (214, 170, 156), (150, 128, 118)]
 WOOD = [(56, 46, 44), (222, 214, 204), (104, 76, 60)]
 
 
 class _Canvas:
-    """An image and its label, painted back to front. Coordinates in pixels, y down; `unit` is 1 at 64x96."""
+    """An image and its label, painted from back to front. Coordinates in px, y down; `unit` is 1 px at 64x96."""
 
     def __init__(self, size: tuple[int, int], rng: np.random.Generator):
         self.height, self.width = size
@@ -63,14 +53,14 @@ class _Canvas:
         self.label = np.full(size, SKY, np.uint8)
 
     def clouds(self, down: float, across: float) -> np.ndarray:
-        """Smooth noise of unit variance about, with grains of down x across pixels: coarse noise, interpolated."""
+        """Smooth noise [H, W] of about unit variance: noise on a grid of `down` x `across` units, interpolated."""
         rows = _interpolation(self.height, max(down * self.unit, 1))
         columns = _interpolation(self.width, max(across * self.unit, 1))
         noise = self.rng.standard_normal((rows.shape[1], columns.shape[1]), dtype=np.float32)
         return 1.5 * rows @ noise @ columns.T
 
     def fill(self, mask, colour, label: int, texture=0.0, outline: bool = True) -> None:
-        """Paint `mask` (bool [H, W]) with a colour plus texture (grey levels); outline it with void."""
+        """Paint `mask` (bool [H, W]) with a colour plus a texture (grey levels), and outline it with void."""
         if outline:
             self.label[_dilate(mask) & ~mask] = VOID
         self.label[mask] = label
@@ -78,7 +68,7 @@ class _Canvas:
         self.image[mask] = np.asarray(colour, np.float32) + shade[:, None]
 
     def polygon(self, points) -> np.ndarray:
-        """The pixels whose centre lies in the polygon [(x, y), …], by the even-odd rule."""
+        """Mask of the pixels whose centre is in the polygon [(x, y), ...], by the even-odd rule."""
         inside = np.zeros(self.label.shape, bool)
         for (x0, y0), (x1, y1) in zip(points, [*points[1:], points[0]], strict=True):
             if y0 != y1:
@@ -91,14 +81,14 @@ class _Canvas:
 
 
 def _interpolation(count: int, grain: float) -> np.ndarray:
-    """[count, cells + 1] weights that interpolate a coarse grid linearly."""
+    """Weights [count, cells + 1] that interpolate a grid with a cell every `grain` px linearly."""
     position = np.arange(count, dtype=np.float32) / grain
     grid = np.arange(int(position[-1]) + 2, dtype=np.float32)
     return np.maximum(0, 1 - np.abs(position[:, None] - grid))
 
 
 def _dilate(mask: np.ndarray) -> np.ndarray:
-    """The mask and its four neighbours."""
+    """The mask and the four neighbours of its pixels."""
     wide = mask.copy()
     wide[1:] |= mask[:-1]
     wide[:-1] |= mask[1:]
@@ -108,9 +98,9 @@ def _dilate(mask: np.ndarray) -> np.ndarray:
 
 
 def _pick(rng, palette, against=(), contrast=0.0) -> np.ndarray:
-    """A random colour of the palette, varied a little, at least `contrast` grey levels from each in `against`.
+    """A random, slightly varied colour of the palette at least `contrast` grey levels from all colours in `against`.
 
-    Distances are root mean squares over the channels. Where no colour is that far, the farthest.
+    Distances are root mean squares over the channels. If no colour is far enough, the most distant one.
     """
     colours = np.asarray(palette, np.float32)
     colours = colours[rng.permutation(len(colours))] + rng.normal(0, 6, (1, 3)).astype(np.float32)
@@ -122,7 +112,7 @@ def _pick(rng, palette, against=(), contrast=0.0) -> np.ndarray:
 
 
 def _craft(canvas: _Canvas, x: float, y: float, label: int, behind) -> None:
-    """Plane or boat: a hull with a fin (or sail), painted in two colours. The label is the only difference."""
+    """Draw a plane or a boat: a hull with a fin (or sail) in two colours. Only the label differs."""
     rng, unit = canvas.rng, canvas.unit
     length, height = rng.uniform(18, 28) * unit, rng.uniform(10, 14) * unit
     flip = rng.choice([-1, 1])
@@ -138,15 +128,11 @@ def _craft(canvas: _Canvas, x: float, y: float, label: int, behind) -> None:
 
 
 def _gable(canvas: _Canvas, x: float, base: float, width: float, label: int, paint) -> None:
-    """Roof or tent: a gable whose base stands at y = `base`. The label is the only difference."""
+    """Draw a roof or a tent: a gable with its base at y = `base`. Only the label differs."""
     rng, unit = canvas.rng, canvas.unit
     height, ridge = rng.uniform(9, 13) * unit, rng.uniform(0, 0.25) * width
-    corners = [
-        (x - width / 2, base),
-        (x - ridge / 2, base - height),
-        (x + ridge / 2, base - height),
-        (x + width / 2, base),
-    ]
+    top = base - height
+    corners = [(x - width / 2, base), (x - ridge / 2, top), (x + ridge / 2, top), (x + width / 2, base)]
     rows = 5 * np.sign(np.sin((canvas.y - base) * (math.pi / (1.5 * max(unit, 1)))))
     canvas.fill(canvas.polygon(corners), paint, label, texture=rows)
 
@@ -170,17 +156,15 @@ def _tree(canvas: _Canvas, x: float, base: float, behind) -> None:
     stem = (abs(canvas.x - x) < 1.3 * unit) & (canvas.y < base) & (canvas.y > base - trunk - radius)
     crown = np.zeros_like(stem)
     for angle in np.arange(4) * (math.pi / 2) + rng.uniform(0, 1.5):
-        reach = 0.55 * radius
-        crown |= canvas.disc(
-            x + reach * math.cos(angle), base - trunk - radius + reach * math.sin(angle), 0.72 * radius
-        )
+        dx, dy = 0.55 * radius * math.cos(angle), 0.55 * radius * math.sin(angle)
+        crown |= canvas.disc(x + dx, base - trunk - radius + dy, 0.72 * radius)
     leaf = _pick(rng, EARTH_AND_LEAF, behind, 36)
     canvas.fill(stem | crown, WOOD[2], TREE)
     canvas.image[crown] = leaf + 8 * canvas.clouds(2, 2)[crown][:, None]
 
 
 def _poles(canvas: _Canvas, shore: float, behind) -> None:
-    """One to three poles in a row, 2 px thin at any size, and a wire of 1 px hung between them and beyond."""
+    """Draw a row of one to three poles, 2 px wide at any size, and a wire of 1 px between them and beyond."""
     rng, unit = canvas.rng, canvas.unit
     count = int(rng.integers(1, 4))
     gap = canvas.width / count
@@ -192,31 +176,30 @@ def _poles(canvas: _Canvas, shore: float, behind) -> None:
         x = round(start + i * gap)
         mask |= (canvas.x > x) & (canvas.x < x + 2) & (canvas.y < base) & (canvas.y > top)
         mask |= (abs(canvas.x - x - 1) < 3.2 * unit) & (abs(canvas.y - round(top + 2) - 0.5) < 0.5)
-    # A parabola a span, sagging by a tenth of it, one pixel thin.
     phase = np.mod(canvas.x - start, gap) / gap
-    wire = top + 2 + 0.4 * min(gap, 40 * unit) * phase * (1 - phase)
+    wire = top + 2 + 0.4 * min(gap, 40 * unit) * phase * (1 - phase)  # parabolas that sag by a tenth of their span
     mask |= np.floor(canvas.y) == np.floor(wire)
-    # A camera spreads light over a pixel or so: what is this thin shows half of what is behind it.
+    # Thin objects are half transparent: a camera spreads light over about a pixel.
     mixed = 0.5 * _pick(rng, WOOD, behind, 40) + 0.5 * canvas.image[mask]
     canvas.fill(mask, 0, POLE)
     canvas.image[mask] = mixed
 
 
 def draw(size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """One scene: image uint8 [H, W, 3], label uint8 [H, W]."""
+    """Draw one scene: image uint8 [H, W, 3], label uint8 [H, W] (255 = void)."""
     canvas = _Canvas(size, rng)
     height, width, unit = canvas.height, canvas.width, canvas.unit
 
-    # One object a plot of land, so that they hide little of one another; boats keep to where the land is low.
+    # One object per plot of land, so that they hide little of each other; boats stay where the objects are low.
     plots = max(3, round(width / (20 * unit)))
     kinds = rng.permutation([WALL, TENT, TREE, *rng.choice([WALL, TENT, TREE, -1, -1], plots - 3)])
 
-    # Backdrop, far to near: sky, perhaps hills, sea, shore.
+    # The background, from far to near: sky, sea, in half of the scenes hills, land.
     horizon = rng.uniform(0.34, 0.46) * height
     shore = rng.uniform(0.64, 0.74) * height
     sky = _pick(rng, AIR_AND_WATER)
     sea = _pick(rng, AIR_AND_WATER, [sky], 34)
-    if rng.random() < 0.5:  # so that each is as likely as the other to have a colour
+    if rng.random() < 0.5:  # every colour is equally likely for both
         sky, sea = sea, sky
     land = _pick(rng, EARTH_AND_LEAF, [sky, sea], 34)
     everywhere = np.ones(size, bool)
@@ -237,9 +220,9 @@ def draw(size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, n
             _craft(canvas, x, y, label, [colour])
     ground = canvas.y > shore + unit * 1.5 * canvas.clouds(64, 20)[:1]
     canvas.fill(ground, land, LAND, 6 * canvas.clouds(3, 4), outline=False)
-    canvas.label[_dilate(ground) & (canvas.label == BOAT)] = VOID  # the shore hides keels: an object's border, too
+    canvas.label[_dilate(ground) & (canvas.label == BOAT)] = VOID  # the ground hides keels: also a border of an object
 
-    # On the land, far to near.
+    # Objects on the land, from far to near.
     bases = np.sort(rng.uniform(shore + 0.35 * (height - shore), height - 2 * unit, plots))
     for plot, base in zip(rng.permutation(plots), bases, strict=True):
         kind = kinds[plot]
@@ -253,7 +236,7 @@ def draw(size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, n
     if rng.random() < 0.75:
         _poles(canvas, shore, [sky, sea])
 
-    # Light: strength, tint, a slope across the image; then the sensor's noise, partly common to the channels.
+    # Light: strength, tint and a slope across the image. Noise of the sensor: partly common to the channels.
     strength = rng.uniform(0.74, 1.12) * rng.uniform(0.94, 1.06, 3)
     slope = 1 + rng.uniform(-0.1, 0.1) * (canvas.x / width - 0.5)
     noise = rng.normal(0, 6, (*size, 3)) + rng.normal(0, 5, (*size, 1))
@@ -262,7 +245,7 @@ def draw(size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, n
 
 
 class _Scenes:
-    """Scene i of a split. The three entropy words keep seeds, splits and scenes apart."""
+    """Reads scene i of a split, drawn from the random stream (seed, split, i)."""
 
     def __init__(self, seed: int, split: str, size: tuple[int, int]):
         self.entropy, self.size = (seed, list(LENGTHS).index(split)), size
@@ -273,17 +256,15 @@ class _Scenes:
 
 
 def load(split: str, *, size=None, length: int | None = None, seed: int = 0, cache: bool = True, **options):
-    """Split train (400 scenes), val or test (100 each), or `length` scenes, at `size` (H, W), by default 64x96.
+    """Load a split: train (400 scenes), val or test (100 each), or `length` scenes, drawn at `size` (H, W) or 64x96.
 
-    A scene depends on (seed, split, index, size) alone. Size is that of drawing: no scene is resized.
+    A scene depends only on (seed, split, index, size). ValueError for an unknown split or an impossible option.
     """
     if split not in LENGTHS:
         raise ValueError(f"scenes: unknown split {split!r}; expected one of {', '.join(LENGTHS)}")
     length = LENGTHS[split] if length is None else length
     if length < 1 or seed < 0:
-        raise ValueError(
-            f"scenes: length {length} and seed {seed}; expected at least one scene and a seed of 0 or more"
-        )
+        raise ValueError(f"scenes: length {length}, seed {seed}; expected at least one scene and a seed of at least 0")
     size = SIZE if size is None else check_size(size, "scenes")
     return SegmentationDataset(
         _Scenes(seed, split, size),

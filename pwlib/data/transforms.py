@@ -1,25 +1,22 @@
-"""Paired augmentation: whatever happens to the image's geometry happens to its label."""
+"""Paired augmentation: the label goes through the same geometric transform as its image."""
 
 import torch
-from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from .images import VOID, check_size, resize_image, resize_label
 
 
-class Augment(v2.Transform):
-    """Random scale, flip, crop and colour, image and label together.
+class Augment:
+    """Random scale, flip, crop and colour: (image float32 [3, H, W], label int64 [H, W]) -> the same at `size`.
 
-    `augment(image float32 [3, H, W], label int64 [H, W])` -> the same at `size` (by default the size that came in).
-
-    size     (H, W) of the crop. Where it leaves the image, the image is grey (0.5) and the label void.
-    scale    range of the zoom, log-uniform; the paper trains with 0.7-1.2
-    flip     probability of a left-right flip
-    colour   brightness, contrast and saturation each times 1 +- colour; hue turned by at most colour / 4 of the circle
-    seed     None: numbers come from torch's global generator, which a DataLoader seeds anew in each worker and epoch,
-             so a seeded loader gives the same run with the same workers. An integer: an own generator, mixed with the
-             worker's seed when there is one, so that no two workers draw alike.
+    Args:
+        size: (H, W) of the crop; None: the input's size. Outside the image, pixels are grey (0.5) and labels void.
+        scale: range of the zoom, log-uniform; the paper trains with 0.7 to 1.2.
+        flip: probability of a left-right flip.
+        colour: brightness, contrast and saturation are multiplied by 1 +- colour; hue turns by up to colour / 4 (of 1).
+        seed: None: use torch's global generator, which a DataLoader seeds for each worker and epoch. An integer: use an
+            own generator, in a worker seeded with the worker's seed too, so that workers draw different numbers.
     """
 
     def __init__(
@@ -30,7 +27,6 @@ class Augment(v2.Transform):
         colour: float = 0.2,
         seed: int | None = None,
     ):
-        super().__init__()
         if not 0 < scale[0] <= scale[1]:
             raise ValueError(f"Augment: scale {scale} is not a range of positive factors, low to high")
         if not 0 <= flip <= 1 or not 0 <= colour < 1:
@@ -40,11 +36,25 @@ class Augment(v2.Transform):
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         self._worker = None
 
-    def forward(self, image: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         if image.shape[-2:] != label.shape:
             raise ValueError(f"Augment: image {list(image.shape)} and label {list(label.shape)} differ in size")
-        image, label = super().forward(tv_tensors.Image(image), tv_tensors.Mask(label))
-        return image.as_subclass(torch.Tensor), label.as_subclass(torch.Tensor)
+        height, width = self.size or label.shape
+        low, high = torch.tensor(self.scale).log().tolist()
+        zoom = float(torch.tensor(self._uniform(low, high)).exp())
+        scaled = [max(1, round(side * zoom)) for side in label.shape]
+        # The corner of the crop: inside the image if the image is larger, outside if the crop is larger.
+        top, left = round(self._uniform(0, scaled[0] - height)), round(self._uniform(0, scaled[1] - width))
+        image, label = resize_image(image, scaled), resize_label(label, scaled)
+        if self._uniform(0, 1) < self.flip:
+            image, label = image.flip(-1), label.flip(-1)
+        image, label = (_window(x, top, left, height, width, fill) for x, fill in ((image, 0.5), (label, VOID)))
+        brightness, contrast, saturation = (self._uniform(1 - self.colour, 1 + self.colour) for _ in range(3))
+        hue = self._uniform(-self.colour, self.colour) / 4
+        if self.colour:
+            image = F.adjust_contrast(F.adjust_brightness(image, brightness), contrast)
+            image = F.adjust_hue(F.adjust_saturation(image, saturation), hue)
+        return image, label
 
     def _uniform(self, low: float, high: float) -> float:
         worker = torch.utils.data.get_worker_info()
@@ -53,45 +63,11 @@ class Augment(v2.Transform):
             self._worker = worker.seed
         return low + (high - low) * float(torch.rand((), generator=self.generator))
 
-    def make_params(self, flat_inputs: list) -> dict:
-        """One draw, shared by image and label."""
-        height, width = flat_inputs[0].shape[-2:]
-        out_height, out_width = self.size or (height, width)
-        low, high = torch.tensor(self.scale).log().tolist()
-        zoom = float(torch.tensor(self._uniform(low, high)).exp())
-        scaled = [max(1, round(height * zoom)), max(1, round(width * zoom))]
-        # The crop's corner: inside the image where the image is larger, outside it where the crop is.
-        top = round(self._uniform(0, scaled[0] - out_height))
-        left = round(self._uniform(0, scaled[1] - out_width))
-        return {
-            "scaled": scaled,
-            "flip": self._uniform(0, 1) < self.flip,
-            "box": (top, left, out_height, out_width),
-            "factors": [self._uniform(1 - self.colour, 1 + self.colour) for _ in range(3)],
-            "hue": self._uniform(-self.colour, self.colour) / 4,
-        }
 
-    def transform(self, inpt: torch.Tensor, params: dict) -> torch.Tensor:
-        is_image = isinstance(inpt, tv_tensors.Image)
-        resize = resize_image if is_image else resize_label
-        inpt = tv_tensors.wrap(resize(inpt.as_subclass(torch.Tensor), params["scaled"]), like=inpt)
-        if params["flip"]:
-            inpt = F.horizontal_flip(inpt)
-        inpt = self._window(inpt, *params["box"], fill=0.5 if is_image else VOID)
-        return self._colour(inpt, params) if is_image else inpt
-
-    @staticmethod
-    def _window(inpt: torch.Tensor, top: int, left: int, height: int, width: int, fill: float) -> torch.Tensor:
-        """Crop, filled where the box leaves the input."""
-        below, right = top + height - inpt.shape[-2], left + width - inpt.shape[-1]
-        margins = [max(0, -left), max(0, -top), max(0, right), max(0, below)]
-        return F.crop(F.pad(inpt, margins, fill=fill), max(0, top), max(0, left), height, width)
-
-    def _colour(self, image: torch.Tensor, params: dict) -> torch.Tensor:
-        if self.colour == 0:
-            return image
-        brightness, contrast, saturation = params["factors"]
-        image = F.adjust_brightness(image, brightness)
-        image = F.adjust_contrast(image, contrast)
-        image = F.adjust_saturation(image, saturation)
-        return F.adjust_hue(image, params["hue"])
+def _window(inpt: Tensor, top: int, left: int, height: int, width: int, fill: float) -> Tensor:
+    """Crop a box that may exceed the input [..., H, W]; `fill` is the value outside."""
+    below, right = top + height - inpt.shape[-2], left + width - inpt.shape[-1]
+    margins = [max(0, -left), max(0, right), max(0, -top), max(0, below)]
+    inpt = torch.nn.functional.pad(inpt, margins, value=fill)
+    top, left = max(0, top), max(0, left)
+    return inpt[..., top : top + height, left : left + width]
