@@ -108,7 +108,7 @@ def benchmark() -> ModuleType:
     """Import `benchmarks/crf/bench.py`, which is part of a checkout of the project but not of the package."""
     path = Path(__file__).parents[2] / "benchmarks" / "crf" / "bench.py"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: bench needs a checkout of the project, it is not in the package")
+        raise FileNotFoundError(f"bench needs a checkout of the project and is not in the package: {path} is missing")
     spec = importlib.util.spec_from_file_location("pwlib_bench", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
