@@ -1,11 +1,11 @@
-# The two commands are `make lab` and `make test`; everything else serves them.
+# `make lab` and `make test` are the two main commands; `make` alone lists all of them.
 PYTHON ?= python3
 BIN := .venv/bin
-# nbgrader has an environment of its own, without PyTorch: it only starts the kernels that run in .venv.
+# nbgrader has its own environment without PyTorch, because it only starts the kernels, which run in .venv.
 LABS := .venv-classroom/bin/python notebooks/labs/grading/course.py
 export OMP_WAIT_POLICY ?= passive
-# Every code cell runs; cells tagged nbval-check-output have to print what is stored. Two notebooks at a time, each on one
-# core, are faster than one after the other on two.
+# nbval runs every code cell and compares the output of cells tagged nbval-check-output with the stored one. On two cores,
+# two notebooks at a time with one core each are faster than one after the other.
 NBVAL := -p tests.budgets --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval.cfg -n 2 --dist loadscope -q
 
 .DEFAULT_GOAL := help
@@ -14,18 +14,18 @@ NBVAL := -p tests.budgets --nbval-lax --nbval-current-env --nbval-sanitize-with 
 help: ## Show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: .venv/.ready ## Make .venv with all that the notebooks, the site and the tests need
+setup: .venv/.ready ## Install everything for notebooks, site and tests into .venv
 
 .venv/.ready: pyproject.toml
 	@$(PYTHON) install.py notebooks test site bench
 	@touch .venv/.notebooks .venv/.site $@
 
-# The extra of that name alone: .venv/.notebooks, .venv/.site.
+# .venv/.notebooks and .venv/.site install only the extra of that name.
 .venv/.%: pyproject.toml
 	@$(PYTHON) install.py $*
 	@touch $@
 
-# A bare container's only user is root, which JupyterLab must be told.
+# JupyterLab refuses to run as root, the only user of many containers, without --allow-root.
 lab: .venv/.notebooks ## Open JupyterLab on the first notebook
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_why_structure.ipynb
 
@@ -40,35 +40,35 @@ test: setup lint ## Run every test: library, command line, browser, notebooks
 quick: setup lint ## Run the tests that take under two minutes
 	$(BIN)/python -m pytest -m "not slow and not browser and not classroom" -x -q
 
-notebooks: setup ## Run the notebooks' cells in the quick profile, and hold them to their budgets
+notebooks: setup ## Run the notebooks in the quick profile and compare their times with their budgets
 	PWLIB_PROFILE=quick OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(NBVAL) --nbval-cell-timeout=600 notebooks/[0-9]*.ipynb
 
 execute: setup ## Run notebooks and store their outputs, normalised: make execute NOTEBOOKS=notebooks/00*.ipynb
 	CUDA_VISIBLE_DEVICES= $(BIN)/python docs/execute.py $(or $(NOTEBOOKS),notebooks/[0-9]*.ipynb)
 
-full: setup ## Run the notebooks' cells in the full profile (hours on a CPU)
+full: setup ## Run the notebooks in the full profile (hours on a CPU)
 	PWLIB_PROFILE=full $(BIN)/python -m pytest $(NBVAL) --nbval-cell-timeout=14400 notebooks/[0-9]*.ipynb
 
-classroom: .venv-classroom/.ready ## Make .venv-classroom, with nbgrader, for the labs
+classroom: .venv-classroom/.ready ## Install nbgrader for the labs into .venv-classroom
 
 .venv-classroom/.ready: pyproject.toml .venv/.ready
 	test -x .venv-classroom/bin/python || $(PYTHON) -m venv .venv-classroom
 	.venv-classroom/bin/python -m pip install --quiet $(shell sed -n 's/^classroom = \[\(.*\)\]$$/\1/p' pyproject.toml)
 	@touch $@
 
-release: classroom ## Make the students' labs, without the answers: notebooks/labs/release (LAB=lab2: only that one)
+release: classroom ## Write the labs without solutions to notebooks/labs/release (LAB=lab2: only that one)
 	$(LABS) release $(LAB)
 
-grade: classroom ## Grade what was handed in: make grade SUBMITTED=folder (UNSAFE=1: without isolation)
+grade: classroom ## Grade submissions: make grade SUBMITTED=folder (UNSAFE=1: without isolation)
 	$(LABS) grade "$(SUBMITTED)" $(if $(UNSAFE),--unsafe)
 
-feedback: classroom ## Make the pages that go back to the students: notebooks/labs/feedback
+feedback: classroom ## Write the students' feedback pages to notebooks/labs/feedback
 	$(LABS) feedback $(LAB)
 
 classroom-test: classroom ## Test the labs: release, grade and return them with made-up students
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/classroom -n 2 --dist loadgroup -q
 
-html: .venv/.site ## Render the executed notebooks into one static site, build/html
+html: .venv/.site ## Build a static site from the executed notebooks: build/html
 	$(BIN)/python docs/build.py build/html
 
 lint: setup ## Check style (ruff), configuration, texts and stored notebooks
@@ -84,7 +84,7 @@ wheel: .venv/.notebooks ## Build the wheel that is installed without this folder
 	rm -rf build/lib build/bdist.*
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
-format: setup ## Rewrite the code in the project's style
+format: setup ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -1,7 +1,7 @@
-"""Build the site: `python docs/build.py OUTPUT [--sources FOLDER]`.
+"""Build the course's site: `python docs/build.py OUTPUT [--sources FOLDER]`.
 
-Copies the executed notebooks with what a page without a kernel needs: explorers as HTML, pictures with their alt text,
-remote badges as words; lays MathJax beside them; runs Sphinx.
+The script copies the executed notebooks in a form that needs no kernel (explorers as HTML, pictures with their
+alternative text, remote badges as words), adds MathJax, and runs Sphinx.
 """
 
 import argparse
@@ -23,7 +23,7 @@ SKILLS = re.compile(r"What you will be able to do\W*\n+((?:[-*] .*\n(?:  .*\n)*)
 
 
 def page(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The notebook as its page wants it."""
+    """Convert a notebook for the site."""
     notebook = embed_notebook(notebook)
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
@@ -41,7 +41,7 @@ def page(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def contents(notebooks: dict[str, nbformat.NotebookNode]) -> str:
-    """The contents page: every notebook with what it teaches, and the tree that Sphinx wants."""
+    """Return the contents page: every notebook with its learning goals, and Sphinx's table of contents."""
     lines = []
     for name, notebook in notebooks.items():
         text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
@@ -51,8 +51,8 @@ def contents(notebooks: dict[str, nbformat.NotebookNode]) -> str:
     return "\n".join([*lines, "", "```{toctree}", ":hidden:", *(f"notebooks/{name}" for name in notebooks), "```", ""])
 
 
-def lay_sources(folder: Path) -> None:
-    """Everything Sphinx reads, into an empty folder."""
+def write_sources(folder: Path) -> None:
+    """Write everything that Sphinx reads to a folder, which is emptied first."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "notebooks").mkdir(parents=True)
     notebooks = {path.stem: nbformat.read(path, 4) for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))}
@@ -73,10 +73,10 @@ def lay_sources(folder: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build the course's static site.")
     parser.add_argument("output", type=Path, help="the site's folder, build/html for example")
-    parser.add_argument("--sources", type=Path, help="where to lay Sphinx's sources (default: beside the output)")
+    parser.add_argument("--sources", type=Path, help="folder for Sphinx's sources (default: next to the output)")
     options = parser.parse_args()
     sources = options.sources or options.output.with_name(options.output.name + "-sources")
-    lay_sources(sources)
+    write_sources(sources)
     status = sphinx(["-q", "-b", "html", str(sources), str(options.output)])
     print(f"The site is {options.output / 'index.html'}" if status == 0 else "Sphinx failed")
     return status
