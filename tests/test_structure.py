@@ -27,6 +27,13 @@ def test_public_names():
             assert item.__doc__ and not item.__doc__.startswith(f"{name}("), f"{name} has no docstring"
 
 
+def test_there_is_no_import_cycle_and_the_library_imports_neither_cli_nor_course():
+    imports = structure.read_imports()
+    assert {"pwlib.crf", "pwlib.data.scenes", "pwlib.cli.parser", "pwlib.course.plots"} <= set(imports)
+    assert not structure.find_cycle(imports)
+    assert not structure.wrong_directions(imports)
+
+
 def test_imports_in_functions_and_of_submodules_are_found():
     source = """
 import torch
