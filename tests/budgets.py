@@ -1,9 +1,9 @@
-"""A pytest plugin for the notebooks' run: their minutes beside notebooks/budget.json, enforced loosely.
+"""A pytest plugin that compares the minutes each notebook takes with notebooks/budget.json.
 
     python -m pytest -p tests.budgets --nbval-lax notebooks
 
-Budgets are for two idle cores (cpu_minutes) or one GPU. A notebook fails the run at SLACK times its budget and GRACE
-seconds: enough for a busy machine, not for a cell that has become ten times slower.
+Budgets are for two idle cores (cpu_minutes) or one GPU (gpu_minutes). The run fails if a notebook takes more than SLACK
+times its budget plus GRACE seconds, which allows for a busy machine but not for a cell that is ten times slower.
 """
 
 import json
@@ -18,13 +18,13 @@ SLACK, GRACE = 4.0, 60.0
 
 
 def over_budget(seconds: dict[str, float], budget: dict[str, dict], device: str) -> list[str]:
-    """One sentence for each notebook (by stem) that took too long or has no budget."""
+    """Return one sentence for each notebook (by stem) that took too long or has no budget."""
     late = []
     for name, took in seconds.items():
         if name not in budget:
             late.append(f"{name} has no budget in {FILE.name}")
         elif took > (limit := SLACK * 60 * budget[name][f"{device}_minutes"] + GRACE):
-            late.append(f"{name} took {took:.0f} s; its budget allows {limit:.0f} s at the very most")
+            late.append(f"{name} took {took:.0f} s; its budget allows at most {limit:.0f} s")
     return late
 
 
@@ -55,5 +55,5 @@ class Clock:
 
 
 def pytest_configure(config):
-    if not hasattr(config, "workerinput"):  # under xdist the workers report to the one that keeps the clock
+    if not hasattr(config, "workerinput"):  # under xdist the workers report to the main process
         config.pluginmanager.register(Clock())

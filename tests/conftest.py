@@ -1,4 +1,4 @@
-"""Fixtures that all tests share: real images where they are, and functions pulled out of the notebooks."""
+"""Fixtures for all tests: CamVid where it is available, notebooks, and functions defined in notebooks."""
 
 import ast
 import math
@@ -19,7 +19,7 @@ NOTEBOOKS = ROOT / "notebooks"
 
 @pytest.fixture(scope="session")
 def camvid_root() -> Path:
-    """The folder that holds camvid/, from the environment variable PWLIB_DATA; skips where there is none."""
+    """The folder that holds camvid/, from the environment variable PWLIB_DATA; skips the test if there is none."""
     root = os.environ.get("PWLIB_DATA")
     if not root:
         pytest.skip("PWLIB_DATA is not set: it names the folder that holds camvid/")
@@ -30,7 +30,7 @@ def camvid_root() -> Path:
 
 @pytest.fixture(scope="session")
 def notebook() -> Callable[[str], nbformat.NotebookNode]:
-    """notebook("02") or notebook("02_crf_from_scratch"): the notebook as stored."""
+    """notebook("02") reads the stored notebook whose name starts with 02."""
 
     def load(name: str) -> nbformat.NotebookNode:
         (path,) = NOTEBOOKS.glob(f"{name}*.ipynb")
@@ -41,10 +41,9 @@ def notebook() -> Callable[[str], nbformat.NotebookNode]:
 
 @pytest.fixture(scope="session")
 def pull(notebook) -> Callable:
-    """pull("02", "mean_field"): the function that the notebook defines in a cell tagged `from-scratch`.
+    """pull("02", "mean_field") returns the function that the notebook defines in a cell tagged `from-scratch`.
 
-    What it needs comes along: the definitions in the notebook's other from-scratch cells, its imports, and constants
-    such as `VOID = 255`. Nothing else of the notebook is run.
+    Only the definitions in from-scratch cells, the imports, and constants such as `VOID = 255` are run.
     """
     given = {"torch": torch, "F": F, "nn": torch.nn, "np": np, "math": math}
     loaded: dict[str, dict] = {}
@@ -65,11 +64,11 @@ def pull(notebook) -> Callable:
 
 
 def run_definitions(source: str, namespace: dict, *, functions: bool) -> None:
-    """Run the imports and literal constants of a cell and, if asked, its functions and classes; nothing else."""
+    """Run only the imports and literal constants of a cell and, if `functions` is set, its functions and classes."""
     lines = ["" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines()]
     kept = []
     for node in ast.parse("\n".join(lines)).body:
-        # Names only: `table[0] = 1` changes a value that only the notebook's run has.
+        # Plain names only: `table[0] = 1` changes a value that exists only when the whole notebook runs.
         named = isinstance(node, ast.Assign) and not any(
             isinstance(t, ast.Subscript | ast.Attribute) for t in node.targets
         )

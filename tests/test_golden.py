@@ -1,4 +1,4 @@
-"""The library gives what it gave before it was restructured: `tests/golden.json`, made at commit a953982."""
+"""Results equal those of commit a953982, before the library was restructured (`tests/golden.json`)."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ STORED = json.loads((Path(__file__).parent / "golden.json").read_text())
 
 
 def numbers(tree) -> list[float]:
-    """All numbers of nested dicts and lists, in order; None counts as -1."""
+    """Return all numbers of nested dicts and lists in order; None becomes -1."""
     if isinstance(tree, dict):
         return [n for key in tree for n in numbers(tree[key])]
     if isinstance(tree, list):
@@ -20,7 +20,7 @@ def numbers(tree) -> list[float]:
     return [-1.0 if tree is None else float(tree)]
 
 
-def test_dense_crf_gives_the_stored_labels_and_marginals():
+def test_dense_crf_returns_the_stored_labels_and_marginals():
     for key, now in golden.marginals().items():
         was = STORED["dense_crf"][key]
         assert now["labels"] == was["labels"], key
@@ -28,7 +28,7 @@ def test_dense_crf_gives_the_stored_labels_and_marginals():
 
 
 @pytest.mark.slow
-def test_a_seeded_run_gives_the_stored_history(tmp_path):
+def test_a_seeded_run_has_the_stored_history(tmp_path):
     """Within a tolerance: rounding differs between processors. `python tests/golden.py check` compares every bit."""
     history = golden.training(tmp_path)["history"]
     now, was = history["stage1"][0]["loss"], STORED["history"]["stage1"][0]["loss"]

@@ -1,4 +1,4 @@
-"""What notebook 00 builds in the open, against the library and plain loops."""
+"""The functions of notebook 00 against the library and plain loops."""
 
 import math
 
@@ -49,11 +49,11 @@ def test_table_of_colour_and_height(pull):
 
 
 def test_agreement_is_the_share_of_equal_pairs(pull):
-    """Vertical stripes of width 8, coloured by class: pairs of like colour agree always, of unlike colour never."""
+    """Vertical stripes of width 8, coloured by class: pairs of similar colour always agree, others never."""
     stripes = (torch.arange(64) // 8 % 2).expand(2, 48, 64)
     image = stripes[:, None].expand(-1, 3, -1, -1).float()
     assert pull("00", "agreement")(stripes, image, 8) == (1.0, 0.0)
-    # In one colour: all pixels, all angles, those pairs that end inside.
+    # In one colour: all pixels and angles, and all pairs that end inside the image.
     alike, _ = pull("00", "agreement")(stripes, torch.zeros(2, 3, 48, 64), 5)
     equal = total = 0
     for degree in range(360):

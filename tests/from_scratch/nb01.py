@@ -1,4 +1,4 @@
-"""What notebook 01 builds in the open, against the library, torch and plain loops."""
+"""The functions of notebook 01 against the library, torch and plain loops."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def test_dilated_convolution(pull, name, dilation, padding, kernel):
     torch.testing.assert_close(pull("01", name)(x, weight, bias, dilation, padding), wanted)
 
 
-def test_large_fov_is_the_librarys(pull):
+def test_large_fov_equals_the_library(pull):
     library = DeepLabLargeFOV(6, width=0.0625, batch_norm=True).eval()
     network = pull("01", "large_fov")(6, width=0.0625).eval()
     for ours, theirs in zip(network.state_dict().values(), library.state_dict().values(), strict=True):
@@ -34,7 +34,7 @@ def test_upsample(pull, size):
     coarse = torch.randn(2, 5, -(-size[0] // 8), -(-size[1] // 8))
     ours = pull("01", "upsample")(coarse, size)
     torch.testing.assert_close(ours, resize_logits(coarse, size, stride=8))
-    # A ramp of cell centres comes back as the pixels' own coordinates wherever two cells surround a pixel.
+    # Between two cell centres, upsampling the centres' coordinates gives the coordinates of the pixels.
     centres = 8.0 * torch.arange(coarse.shape[2]) + 3.5
     ramp = pull("01", "upsample")(centres[None, None, :, None].expand(1, 1, -1, 2), (size[0], 16))[0, 0, :, 0]
     pixels = torch.arange(size[0]).float()

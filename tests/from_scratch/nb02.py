@@ -1,4 +1,4 @@
-"""Notebook 02's own functions against the library, on other problems than the notebook's."""
+"""The functions of notebook 02 against the library, on other problems than in the notebook."""
 
 import itertools
 import math
@@ -29,7 +29,7 @@ def test_gibbs_is_exact(pull):
     torch.testing.assert_close(torch.tensor(ours).double(), energies, rtol=1e-5, atol=1e-5)
 
 
-def test_free_energy_falls_in_turn_and_stays_above_minus_log_z(pull):
+def test_sequential_updates_lower_the_free_energy_and_it_exceeds_minus_log_z(pull):
     unary, edges = problem(6, 3)
     w, potts = 1.1, 1 - torch.eye(3, dtype=torch.float64)
     coupling = torch.zeros(6, 6, dtype=torch.float64)
@@ -42,7 +42,7 @@ def test_free_energy_falls_in_turn_and_stays_above_minus_log_z(pull):
     assert f[0] > f[-1] > -log_z
 
 
-def test_parallel_mean_field_and_free_energy_are_the_librarys_trace(pull):
+def test_parallel_mean_field_and_free_energy_equal_the_librarys_trace(pull):
     generator = torch.Generator().manual_seed(2)
     image, logits = torch.rand(3, 6, 7, generator=generator), 2 * torch.randn(4, 6, 7, generator=generator)
     options = dict(theta_alpha=3.0, theta_beta=60.0, theta_gamma=1.5, w_bilateral=2.0, w_spatial=0.7)

@@ -1,4 +1,4 @@
-"""Notebook 03's own functions against the library, on other problems than the notebook's."""
+"""The functions of notebook 03 against the library, on other problems than in the notebook."""
 
 import torch
 
@@ -11,7 +11,7 @@ def problem(points, d, seed=1):
     return 1.5 * torch.randn(points, d, generator=generator), torch.rand(points, 4, generator=generator)
 
 
-def test_attention_is_the_exact_filter(pull):
+def test_attention_equals_the_exact_filter(pull):
     features, values = problem(80, 5)
     exact = ExactFilter(features[None], normalization="none")
     wanted, n = exact(values[None])[0], exact.n[0, :, 0]
@@ -24,21 +24,21 @@ def test_attention_is_the_exact_filter(pull):
     torch.testing.assert_close(pull("03", "attend")(features, values), rows, rtol=1e-4, atol=1e-5)
 
 
-def test_separable_filter_is_the_librarys(pull):
+def test_separable_filter_equals_the_library(pull):
     values = torch.rand(6, 9, 3, generator=torch.Generator().manual_seed(2))
     library = SeparableFilter(GridPositions(6, 9, torch.tensor(2.3)), normalization="none")
     wanted = library(values.reshape(1, -1, 3)).reshape(values.shape)
     torch.testing.assert_close(pull("03", "separable_filter")(values, 2.3), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_lattice_filter_is_the_librarys(pull):
+def test_lattice_filter_equals_the_library(pull):
     for d in (1, 2, 3, 4, 6):
         features, values = problem(150, d, seed=d)
         wanted = LatticeFilter(features[None], normalization="none")(values[None])[0]
         torch.testing.assert_close(pull("03", "lattice_filter")(features, values), wanted, rtol=1e-3, atol=1e-4)
 
 
-def test_barycentric_weights_put_the_corners_together_to_the_point(pull):
+def test_the_point_is_the_mean_of_the_corners_with_barycentric_weights(pull):
     for d in (1, 2, 5):
         features, _ = problem(200, d, seed=10 + d)
         elevated = pull("03", "elevate")(features)

@@ -1,4 +1,4 @@
-"""Notebook 04's hand-written backward pass against autograd and against finite differences of the library's loss."""
+"""The backward pass of notebook 04 against autograd and against finite differences of the library's loss."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from pwlib import DenseCRF
 
 
-def test_the_backward_pass_is_autograds_and_the_libraries(pull):
+def test_the_backward_pass_equals_autograd_and_finite_differences(pull):
     generator = torch.Generator().manual_seed(1)
     image = torch.rand(1, 3, 5, 6, generator=generator, dtype=torch.float64)
     logits = 2 * torch.randn(1, 4, 5, 6, generator=generator, dtype=torch.float64)

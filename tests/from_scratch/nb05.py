@@ -1,4 +1,4 @@
-"""What notebook 05 builds in the open, against the library, enumeration and scipy."""
+"""The functions of notebook 05 against the library, enumeration and scipy."""
 
 import itertools
 
@@ -19,7 +19,7 @@ def random_crf(seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_piecewise_nll_is_the_librarys(pull, seed):
+def test_piecewise_nll_equals_the_library(pull, seed):
     unary, pair, labels = random_crf(seed)
     logits = -unary.T[None, :, None, :]
     ends = [labels[EDGES[:, side]][None] for side in (0, 1)]
@@ -41,7 +41,7 @@ def test_piecewise_nll_bounds_the_true_one(pull, seed):
 
 
 @pytest.mark.parametrize("n", [2, 5, 8])
-def test_paired_interval_is_students(pull, n):
+def test_paired_interval_agrees_with_scipy(pull, n):
     generator = torch.Generator().manual_seed(n)
     a, b = torch.randn(2, n, generator=generator, dtype=torch.float64)
     mean, half = pull("05", "paired_interval")(a, b)

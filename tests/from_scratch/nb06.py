@@ -1,4 +1,4 @@
-"""What notebook 06 builds in the open, against the library, enumeration and brute force, on other problems."""
+"""The functions of notebook 06 against the library, enumeration and brute force, on other problems."""
 
 import itertools
 
@@ -18,7 +18,7 @@ def random_crf(seed, nodes=4, labels=3, edges=GRID):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_score_and_log_partition_are_the_libraries_energy_and_log_z(pull, seed):
+def test_score_and_log_partition_equal_the_librarys_energy_and_log_z(pull, seed):
     unary, pair = random_crf(seed)
     wanted = graph.infer(-unary, GRID, -pair)
     torch.testing.assert_close(pull("06", "log_partition")(unary, GRID.tolist(), pair), wanted.log_z)
@@ -33,7 +33,7 @@ def test_score_and_log_partition_are_the_libraries_energy_and_log_z(pull, seed):
 
 
 @pytest.mark.parametrize("counting", context.COUNTING)
-def test_combine_makes_the_distribution_the_library_makes(pull, counting):
+def test_combine_gives_the_distribution_of_the_library(pull, counting):
     """On a 3x4 map of two labels: the same scores for all 4096 labellings, up to a constant."""
     torch.manual_seed(0)
     crf = ContextualCRF(2, 3, hidden=4, counting=counting).double()
@@ -55,12 +55,12 @@ def test_combine_makes_the_distribution_the_library_makes(pull, counting):
 @pytest.mark.parametrize("relation", context.RELATIONS)
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 5), (10, 13)])
 @pytest.mark.parametrize("reach", [0.4, 0.7])
-def test_edges_of_is_box_edges(pull, relation, size, reach):
+def test_edges_of_equals_box_edges(pull, relation, size, reach):
     wanted = context.box_edges(relation, *size, reach=reach).tolist()
     assert pull("06", "edges_of")(relation, *size, reach) == list(map(tuple, wanted))
 
 
-def test_pair_scores_by_loop_and_by_node_are_pairwise_net(pull):
+def test_pair_scores_by_loop_and_by_node_equal_pairwise_net(pull):
     torch.manual_seed(1)
     network = PairwiseNet(5, 3, 7).double()
     for parameter in network.parameters():
@@ -73,7 +73,7 @@ def test_pair_scores_by_loop_and_by_node_are_pairwise_net(pull):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_messages_and_mean_field_are_the_libraries(pull, seed):
+def test_messages_and_mean_field_equal_the_library(pull, seed):
     edges = torch.tensor([[0, 1], [1, 0], [1, 2], [3, 0], [3, 2], [0, 2]])
     unary, pair = random_crf(seed, edges=edges)
     q = torch.softmax(torch.randn(4, 3).double(), 1)

@@ -1,4 +1,4 @@
-"""What notebook 07 builds in the open, against the library, torchmetrics, scipy and loops."""
+"""The functions of notebook 07 against the library, torchmetrics, scipy and loops."""
 
 import math
 
@@ -10,7 +10,7 @@ from pwlib import metrics
 
 def labels(seed, *shape, classes=5):
     generator = torch.Generator().manual_seed(seed)
-    # Blobs, not noise, so that bands have an inside and an outside.
+    # Regions of 4x4 pixels, so that bands around borders have an inside and an outside.
     coarse = torch.randint(classes, (shape[0], shape[1] // 4, shape[2] // 4), generator=generator)
     fine = coarse.repeat_interleave(4, 1).repeat_interleave(4, 2)
     return fine.masked_fill(torch.rand(fine.shape, generator=generator) < 0.05, 255)
@@ -25,7 +25,7 @@ def scores(seed, n=2, classes=4, height=6, width=8):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_confusion_and_scores_are_the_librarys(pull, seed):
+def test_confusion_and_scores_equal_the_library(pull, seed):
     label, prediction = labels(seed, 2, 16, 24, classes=4), labels(seed + 9, 2, 16, 24).clamp(max=4)
     library = metrics.ConfusionMatrix(6)  # class 5 occurs nowhere, class 4 is predicted only
     library.update(prediction, label)
@@ -36,14 +36,14 @@ def test_confusion_and_scores_are_the_librarys(pull, seed):
 
 
 @pytest.mark.parametrize("width", [1, 2, 5])
-def test_band_is_the_librarys(pull, width):
+def test_band_equals_the_library(pull, width):
     label = labels(width, 2, 16, 24)
     ours = torch.stack([pull("07", "band")(x, width) for x in label])
     assert torch.equal(ours, metrics.boundary_mask(label, width))
     assert ours.any() and (width > 1 or not ours.all())
 
 
-def test_calibration_error_is_torchmetrics(pull):
+def test_calibration_error_agrees_with_torchmetrics(pull):
     torchmetrics = pytest.importorskip("torchmetrics.functional.classification")
     generator = torch.Generator().manual_seed(0)
     p = torch.rand(5000, generator=generator)
@@ -54,7 +54,7 @@ def test_calibration_error_is_torchmetrics(pull):
     assert pull("07", "calibration_error")(confidence, chosen == y, 15).item() == pytest.approx(wanted.item(), abs=1e-5)
 
 
-def test_reliability_by_hand(pull):
+def test_reliability_computed_by_hand(pull):
     confidence = torch.tensor([0.05, 0.15, 0.19, 1.0])
     share, mean, accuracy = pull("07", "reliability")(confidence, torch.tensor([False, True, False, True]), 10)
     assert share.tolist() == [0.25, 0.5, 0, 0, 0, 0, 0, 0, 0, 0.25]
@@ -63,7 +63,7 @@ def test_reliability_by_hand(pull):
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 6.0])
-def test_temperature_is_the_minimum(pull, scale):
+def test_temperature_minimises_the_loss(pull, scale):
     optimize = pytest.importorskip("scipy.optimize")
     logits, label = scores(1, n=4)
     label[:, 1:4] = logits.argmax(1)[:, 1:4]  # right more often than not, so that there is a finite best temperature

@@ -1,4 +1,4 @@
-"""Notebook 08's own reader of photographs against the library's, on files made here."""
+"""The image reader of notebook 08 against the library's, on files created in the test."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def picture():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_orientation_is_turned_as_the_library_turns_it(pull, tmp_path, orientation):
+def test_every_orientation_is_read_as_by_the_library(pull, tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(picture()).save(tmp_path / "turned.png", exif=exif)
@@ -23,7 +23,7 @@ def test_every_orientation_is_turned_as_the_library_turns_it(pull, tmp_path, ori
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "16 bits"])
-def test_every_mode_is_brought_to_rgb_as_the_library_does(pull, tmp_path, mode):
+def test_every_mode_is_converted_as_by_the_library(pull, tmp_path, mode):
     pixels = picture()
     if mode == "16 bits":
         image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
