@@ -108,6 +108,14 @@ def documents() -> Iterator[str]:
                 yield f"{name}: `python -m pwlib {line}` is not a valid command"
 
 
+def sources() -> Iterator[str]:
+    """Names of pwlib in the code, comments and docstrings of library, benchmarks and docs exist."""
+    for path in (path for folder in ("pwlib", "benchmarks", "docs") for path in sorted((ROOT / folder).rglob("*.py"))):
+        for name in sorted(set(notebook_rules.DOTTED.findall(path.read_text("utf-8")))):
+            if not notebook_rules.resolves(name):
+                yield f"{path.relative_to(ROOT)}: names {name}, which does not exist"
+
+
 def tables() -> Iterator[str]:
     """Tables and figures in READMEs are those of the stored results."""
     readme = (ROOT / "README.md").read_text("utf-8")
@@ -192,7 +200,8 @@ def exercises() -> Iterator[str]:
 
 
 def main() -> int:
-    rules = (environment, makefile, workflows, documents, tables, notebooks, budgets, requirements, exercises)
+    configuration = (environment, makefile, workflows, requirements, budgets)
+    rules = (*configuration, documents, sources, tables, notebooks, exercises)
     faults = [fault for rule in rules for fault in rule()]
     print("\n".join(faults) if faults else "Configuration, texts and stored notebooks agree.")
     return 1 if faults else 0
