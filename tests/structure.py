@@ -39,20 +39,31 @@ def count_lines() -> dict[str, int]:
 
 def read_imports() -> dict[str, set[str]]:
     """Return {module: the modules of pwlib that it imports} for every module, from the source."""
-    paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
-    paths = {name.removesuffix(".__init__"): path for name, path in paths.items()}
-    return {name: imported_by(ast.parse(path.read_text("utf-8")), set(paths)) for name, path in paths.items()}
+    paths = {}  # "pwlib.data.__init__" and "pwlib.data.camvid": both are in the package pwlib.data
+    for path in PACKAGE.rglob("*.py"):
+        paths[".".join(path.relative_to(ROOT).with_suffix("").parts)] = path
+    modules = {name.removesuffix(".__init__") for name in paths}
+    return {
+        name.removesuffix(".__init__"): imported_by(path.read_text("utf-8"), name.rpartition(".")[0], modules)
+        for name, path in paths.items()
+    }
 
 
-def imported_by(tree: ast.Module, modules: set[str]) -> set[str]:
-    """Return those of `modules` that a module's source imports; `from a import b` means a.b where that is a module."""
+def imported_by(source: str, package: str, modules: set[str]) -> set[str]:
+    """Return those of `modules` that a source file imports; `from a import b` means a.b where that is a module.
+
+    Args:
+        package: the package of the file, to which relative imports refer.
+    """
     found = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            found |= {name if name in modules else node.module for name in names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*parents, *filter(None, [node.module])])
+            names = [f"{base}.{alias.name}" for alias in node.names]
+            found |= {name if name in modules else base for name in names}
     return found & modules
 
 
