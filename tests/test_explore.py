@@ -21,7 +21,7 @@ from pwlib.crf import DenseCRF, Trace
 pytest.importorskip("anywidget")
 from ipywidgets.embed import embed_data
 
-from pwlib.course.explore import WIDGET_STATE, WIDGET_VIEW, Explorer, embed_html, embed_notebook, explore
+from pwlib.course.explorer import WIDGET_STATE, WIDGET_VIEW, Explorer, embed_html, embed_notebook, explore
 
 
 def make_trace(classes=4, height=10, width=13, iterations=5, **options) -> Trace:
@@ -228,9 +228,9 @@ def test_only_the_explorer_needs_widgets_and_it_says_so(monkeypatch):
     modules = Path(pwlib.__file__).parent.rglob("*.py")
     assert {path.name for path in modules if "anywidget" in path.read_text("utf-8")} == {"explore.py"}
     monkeypatch.setitem(sys.modules, "anywidget", None)
-    monkeypatch.delitem(sys.modules, "pwlib.course.explore")
+    monkeypatch.delitem(sys.modules, "pwlib.course.explorer")
     with pytest.raises(ImportError, match="the explorer is a widget and needs anywidget: pip install anywidget"):
-        importlib.import_module("pwlib.course.explore")
+        importlib.import_module("pwlib.course.explorer")
 
 
 # The static figure.

@@ -47,7 +47,7 @@ def make_trace(compatibility="potts", height=24, width=32, classes=4, iterations
 """
 NOTEBOOK = [
     MAKE_TRACE,
-    "from pwlib.course.explore import explore\n"
+    "from pwlib.course.explorer import explore\n"
     'explorer = explore(make_trace(), class_names=["sky", "sea", "land", "tree"], iteration=2, label=1)\nexplorer',
     "print(explorer.iteration, explorer.label, explorer.pixel, explorer.senders)",
     "explorer.iteration, explorer.pixel = 4, (3, 5)",

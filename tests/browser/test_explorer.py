@@ -15,7 +15,7 @@ sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
 
 from pwlib.context import ContextualCRF  # noqa: E402
-from pwlib.course.explore import embed_html, embed_notebook  # noqa: E402
+from pwlib.course.explorer import embed_html, embed_notebook  # noqa: E402
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -441,7 +441,7 @@ def test_an_exported_notebook_needs_no_kernel(executed, open_page, tmp_path, tra
     from traitlets.config import Config
 
     # nbconvert's own template asks a CDN for RequireJS and MathJax; here it is the explorer's turn to ask for nothing.
-    config = Config({"HTMLExporter": {"preprocessors": ["pwlib.course.explore.embed_notebook"]}})
+    config = Config({"HTMLExporter": {"preprocessors": ["pwlib.course.explorer.embed_notebook"]}})
     html, _ = HTMLExporter(config=config, require_js_url="", mathjax_url="").from_notebook_node(executed)
     path = tmp_path / "exported.html"
     path.write_text(html, encoding="utf-8")
