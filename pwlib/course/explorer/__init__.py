@@ -5,7 +5,7 @@
     explore(trace)                     a stored trace, for what the browser cannot compute (lattice, contextual CRF)
     explore(a, b)                      two of them side by side, with one cursor, one iteration and one class
 
-    Explorer          live: JupyterLab, VS Code, Colab; its traits follow the reader and can be set and observed in Python
+    Explorer          live: JupyterLab, VS Code, Colab; its traits follow the reader and can be set and observed
     embed_html        the same, as one self-contained piece of HTML: no kernel, no request to any host
     embed_notebook    a notebook with every explorer in it replaced by that HTML, for nbconvert or a site generator:
                       jupyter nbconvert --to html --HTMLExporter.preprocessors=pwlib.course.explorer.embed_notebook x
@@ -32,8 +32,9 @@ from torch import Tensor
 
 from pwlib.course.explorer.bundle import script
 from pwlib.course.explorer.packing import pack_problem, pack_trace
-from pwlib.crf import DenseCRF, Trace, probabilities_from_labels
+from pwlib.crf import DenseCRF, probabilities_from_labels
 from pwlib.data import VOID
+from pwlib.trace import Trace
 
 try:
     import anywidget

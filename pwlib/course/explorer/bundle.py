@@ -1,4 +1,4 @@
-"""The explorer's script: the ES modules of this folder joined into one, for anywidget and for pages without a kernel."""
+"""The explorer's script: the ES modules of this folder joined into one, for widgets and for pages without a kernel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IMPORT = re.compile(r"^import \{([^}]*)\} from \"\./(\w+)\.js\";\n", re.M)
 
 @functools.cache
 def script() -> str:
-    """The style and all modules in one, with `export default { render }` as its last line; comments and indentation are left out.
+    """Join the style and all modules without comments and indentation; the last line is `export default { render };`.
 
     Raises ValueError for an import that does not name what an earlier module exports.
     """

@@ -1,7 +1,7 @@
 """What an explorer's page gets: a JSON-ready description, and one gzip of named blocks.
 
-Each block's words are stored bytewise, all low bytes first, and those of a trace as differences from one iteration to the
-next: mean field converges, so most of them vanish. Nothing is lost except what float16 rounds.
+Each block's words are stored bytewise, all low bytes first, and those of a trace as differences from one iteration to
+the next: mean field converges, so most of them vanish. Nothing is lost except what float16 rounds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from pwlib.course.plots import label_colours, to_uint8
-from pwlib.crf import DenseCRF, Trace
+from pwlib.crf import DenseCRF
+from pwlib.trace import Trace
 
 
 def pack_trace(trace: Trace, class_names: Sequence[str] | None, palette: np.ndarray | None) -> tuple[dict, bytes]:
