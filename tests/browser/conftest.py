@@ -102,6 +102,24 @@ def open_page(browser) -> Iterator[Callable[[str], sync_api.Page]]:
     assert not errors, f"errors in the page: {errors}"
 
 
+@pytest.fixture
+def still(open_page, tmp_path):
+    """still(explorer or trace) -> a page with its explorer, no kernel behind it, drawn."""
+
+    from pages import PAGE, drawn
+
+    from pwlib.course.explorer import embed_html
+
+    def show(source, *, style="", width=940, height=1100, media=None, **options):
+        path = tmp_path / "page.html"
+        path.write_text(PAGE.format(style=style, html=embed_html(source, **options)), encoding="utf-8")
+        page = open_page(path.as_uri(), width=width, height=height, **(media or {}))
+        drawn(page)
+        return page
+
+    return show
+
+
 @pytest.fixture(scope="session")
 def make_trace() -> Callable:
     namespace: dict = {}

@@ -12,9 +12,9 @@ import torch
 
 pytest.importorskip("playwright.sync_api")
 
-import pwlib.course  # noqa: E402
-from pwlib.crf import DenseCRF, probabilities_from_labels  # noqa: E402
-from pwlib.data import VOID  # noqa: E402
+import pwlib.course
+from pwlib.crf import DenseCRF, probabilities_from_labels
+from pwlib.data import VOID
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -200,7 +200,7 @@ def test_strokes_are_pythons_unary(run, confidence):
 
 def by_hand(unary, coupling, iterations, in_turn):
     """Potts mean field on a graph, [iterations + 1, N, K] marginals and the free energies, in plain loops."""
-    nodes, labels = unary.shape
+    nodes = len(unary)
     q = torch.softmax(-unary, 1)
     history = [q]
     for _ in range(iterations):

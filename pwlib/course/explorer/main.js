@@ -173,7 +173,7 @@ async function render({ model, el }) {
     const [first, back, , step, end] = toolbar.querySelectorAll("button");
     first.disabled = back.disabled = t === 0;
     step.disabled = end.disabled = t === T;
-    Object.assign(root.dataset, { ready: Math.min(...panes.map((pane) => pane.trace.ready)), busy: busy() });
+    Object.assign(root.dataset, { asked: panes.map((pane) => pane.computer?.id), run: panes.map((pane) => pane.trace.run), ready: Math.min(...panes.map((pane) => pane.trace.ready)), busy: busy() });
   }
 
   let pending = false;

@@ -26,6 +26,7 @@ export class Painting {
   constructor(height, width, runs, onChange) {
     Object.assign(this, { height, width, onChange, strokes: fromRuns(runs, height * width), past: [], size: 1, erase: false, active: false, last: null });
   }
+  get empty() { return this.strokes.every((s) => s === NONE); }
   begin() { this.past.push(this.strokes.slice()); if (this.past.length > 50) this.past.shift(); this.last = null; }
   // A line of the brush's width from the last point of this stroke.
   to(y, x, label) {
@@ -43,7 +44,7 @@ export class Painting {
   }
   end() { if (this.last) { this.last = null; this.onChange(true); } }
   undo() { if (this.past.length) { this.last = null; this.strokes = this.past.pop(); this.onChange(true); } }
-  clear() { if (this.strokes.some((s) => s !== NONE)) { this.begin(); this.strokes.fill(NONE); this.onChange(true); } }
+  clear() { if (!this.empty) { this.begin(); this.strokes.fill(NONE); this.onChange(true); } }
   load(runs) { this.strokes = fromRuns(runs, this.height * this.width); }
 }
 

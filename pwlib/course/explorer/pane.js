@@ -29,7 +29,7 @@ export class Pane {
   get settings() { return this.app.model.get(this.trait); }
   get T() { return this.settable && !this.remote ? this.settings.iterations : this.trace.meta.iterations; }
   get t() { return clamp(this.app.state.t, 0, this.trace.ready); } // the iteration on show
-  painted() { return this.app.painting.strokes.some((s) => s !== 255); }
+  painted() { return !this.app.painting.empty; }
 
   change(changes, hard) {
     const { model } = this.app;
@@ -64,7 +64,7 @@ export class Pane {
   }
   receive({ id, done, ...step }) {
     if (done) { this.busy = false; return this.app.arrived(this, true); }
-    if (step.unary) this.incoming = new ComputedTrace(this.meta, this.problem, this.settings);
+    if (step.unary) this.incoming = new ComputedTrace(this.meta, this.problem, this.settings, id);
     this.incoming.add(step);
     // The trace before stays on show until there is a message to see.
     if (this.incoming.ready < Math.min(this.trace ? 1 : 0, this.app.state.t, this.settings.iterations)) return;

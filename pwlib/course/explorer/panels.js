@@ -2,10 +2,10 @@
 import { clamp, gradient, make, number, TABLES } from "./tools.js";
 
 // app: { height, width, N, K, names, palette, colours, shadow, state, point(y, x), painting, schedule() }
-// describe() gives { map, range, colours, sum } for a map, { rgba(i), text, chip } for a picture, { blank } for nothing.
+// describe() gives { map, range, colours, sum } for a map, { fill(rgba), text, chip } for a picture, { blank } for nothing.
 export class Panel {
   constructor(app, { key, title, symbol = "", badge = "", size = [app.height, app.width], groups = ["maps"], spoken, describe }) {
-    Object.assign(this, { app, key, groups, describe, size, spoken: spoken ?? title });
+    Object.assign(this, { app, key, groups, describe, size, spoken: spoken || title });
     const canvas = make("canvas", { width: size[1], height: size[0], role: "img", tabindex: -1, "data-panel": key });
     this.canvas = canvas;
     this.context = canvas.getContext("2d");
@@ -51,9 +51,9 @@ export class Panel {
     this.mark.style.top = `${((y + 0.5) / app.height) * 100}%`;
     this.blank.textContent = view.blank ?? "";
     let spoken = view.blank ?? view.text;
-    if (view.rgba || view.map) {
+    if (view.fill || view.map) {
       const picture = context.createImageData(width, height), out = picture.data;
-      if (view.rgba) for (let i = 0; i < height * width; i++) out.set(view.rgba(i), 4 * i);
+      if (view.fill) view.fill(out);
       else {
         const [low, high] = view.range, table = TABLES[view.colours], scale = high > low ? 255 / (high - low) : 0;
         for (let i = 0; i < app.N; i++) {
@@ -89,7 +89,8 @@ export function panelsOf(app, pane, letter) {
   const q = make("q", "marginal", "q", () => ({ map: trace().q(pane.t, state.c), range: [0, 1], colours: "viridis" }), { groups: both });
   const labels = make("labels", "labels", "argmax q", () => {
     const labels = trace().labels(pane.t);
-    return { rgba: (i) => palette[labels[i]], text: `here: ${names[labels[state.i]]}`, chip: colours[labels[state.i]] };
+    const fill = (out) => labels.forEach((k, i) => { const c = palette[k]; out[4 * i] = c[0]; out[4 * i + 1] = c[1]; out[4 * i + 2] = c[2]; out[4 * i + 3] = 255; });
+    return { fill, text: `here: ${names[labels[state.i]]}`, chip: colours[labels[state.i]] };
   }, { groups: both });
   const messages = pane.meta.kernels.map((name, m) => make(`message${m}`, name, "message", map("messages", "viridis", m), { spoken: `message of the ${name} kernel` }));
   const pairwise = make("pairwise", "pairwise", "energy", map("pairwise", "cividis"), { spoken: "pairwise energy" });
@@ -113,15 +114,19 @@ export function panelsOf(app, pane, letter) {
 
 // The image, with the strokes on it.
 export function imagePanel(app, pixels, [h, w], groups) {
-  const { height, width } = app;
+  const { height, width } = app, opaque = new Uint8ClampedArray(4 * h * w).map((_, at) => (at % 4 === 3 ? 255 : pixels[3 * (at >> 2) + (at % 4)]));
   return new Panel(app, { key: "image", title: "image", symbol: `${h} × ${w}`, size: [h, w], groups, describe() {
     const [y, x] = app.state.pixel, { strokes } = app.painting; // the image may be finer than the grid of labels
     const at = 3 * (Math.floor(((y + 0.5) * h) / height) * w + Math.floor(((x + 0.5) * w) / width));
-    const rgba = (i) => {
-      const painted = strokes[Math.floor(((Math.floor(i / w) + 0.5) / h) * height) * width + Math.floor((((i % w) + 0.5) / w) * width)];
-      return painted === 255 ? [pixels[3 * i], pixels[3 * i + 1], pixels[3 * i + 2], 255] : app.palette[painted];
+    const fill = (out) => {
+      out.set(opaque);
+      if (app.painting.empty) return;
+      for (let i = 0; i < h * w; i++) {
+        const painted = strokes[Math.floor(((Math.floor(i / w) + 0.5) / h) * height) * width + Math.floor((((i % w) + 0.5) / w) * width)];
+        if (painted !== 255) out.set(app.palette[painted], 4 * i);
+      }
     };
-    return { rgba, text: `here: RGB ${[...pixels.subarray(at, at + 3)].join(", ")}` };
+    return { fill, text: `here: RGB ${[...pixels.subarray(at, at + 3)].join(", ")}` };
   } });
 }
 
@@ -135,13 +140,14 @@ export function differencePanel(app, [a, b]) {
   return new Panel(app, { key: "difference", title: "q: B − A", groups: ["maps", "paint"], spoken: "difference of the marginals, B minus A", describe: difference });
 }
 
-// Columns and width of the pictures: as large as they may be in this width and height, in rows of `perRow` if they can.
+// Columns and width of the pictures: in rows of `perRow`, unless other rows make them much larger in this width and height.
 export function arrange(count, perRow, aspect, width, height) {
   const GAP = 10, TEXT = 40;
-  let best = { size: 0 };
+  let best = { worth: 0 };
   for (let columns = 1; columns <= count; columns++) {
     const rows = Math.ceil(count / columns), size = Math.floor(Math.min((width - GAP * (columns - 1)) / columns, (height / rows - TEXT) * aspect));
-    if (size > best.size || (size === best.size && columns === perRow)) best = { columns, size };
+    const worth = columns === perRow ? 1.3 * size : size;
+    if (worth > best.worth) best = { columns, size, worth };
   }
   return best;
 }

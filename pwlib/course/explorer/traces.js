@@ -119,9 +119,9 @@ const { features, couplings } = numerics();
 
 // A trace that the browser computes; it grows while its iterations arrive.
 export class ComputedTrace extends Trace {
-  constructor(meta, problem, settings) {
+  constructor(meta, problem, settings, run) {
     super(meta);
-    Object.assign(this, { frames: [], free: [], ready: -1, kernels: settings });
+    Object.assign(this, { frames: [], free: [], ready: -1, kernels: settings, run });
     if (problem.coupling) this.coupling = couplings(problem, settings);
     else {
       const grid = Float64Array.from({ length: 2 * this.N }, (_, at) => (at % 2 ? Math.floor(at / 2 / this.width) : (at / 2) % this.width) / settings.theta_gamma);
