@@ -1,4 +1,4 @@
-"""Checkpoints that survive: written beside the old one and swapped in whole, read without running anyone's code."""
+"""Checkpoints: written atomically, and read without running code that the file may contain."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ FORMAT = "pwlib checkpoint 1"
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors, numbers, strings, containers of these) so that `path` is always a whole checkpoint."""
+    """Write `state` (tensors, numbers, strings, and containers of these) to `path`, atomically."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
     write_atomically(path, buffer.getvalue())
 
 
 def save_json(path: str | Path, content: Any) -> None:
+    """Write `content` as JSON to `path`, atomically."""
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Replace `path` by `data`, or leave it as it is: a full disk or a kill in between cannot harm the old content.
+    """Replace the content of `path` by `data`, or raise OSError and leave it as it was.
 
-    The new content goes to a file beside it, is forced to the disk, and takes the name in one step. OSError if it
-    cannot be written.
+    The data go to a temporary file in the same folder and are synchronised with the disk; then the file is renamed.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with temporary.open("xb") as file:  # with the permissions that the umask leaves, as any new file
+        with temporary.open("xb") as file:  # with the permissions that the umask leaves
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -48,13 +48,13 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read what `save` wrote, to the CPU. FileNotFoundError, or ValueError for anything that is no pwlib checkpoint."""
+    """Read a checkpoint of `save` to the CPU; FileNotFoundError, or ValueError if the file is not one."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; expected a checkpoint")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # an arbitrary file makes the unpickler fail in arbitrary ways
+    except Exception as error:  # the unpickler raises errors of all kinds for an arbitrary file
         raise ValueError(f"{path} is damaged or not a checkpoint ({type(error).__name__} while reading it)") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this library; expected format {FORMAT!r}")
@@ -62,7 +62,7 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def load_model(path: str | Path, model: nn.Module) -> dict[str, Any]:
-    """Load a checkpoint's weights into `model`, and return the checkpoint; ValueError if it holds another model."""
+    """Load a checkpoint's weights into `model` and return the checkpoint; ValueError if the shapes differ."""
     state = load(path)
     expected, found = model.state_dict(), state["model"]
     for name in [*expected, *found]:

@@ -1,4 +1,4 @@
-"""Scoring a model over a data set: unary and CRF side by side."""
+"""Evaluation of a model on a data set: scores of the network and of the CRF."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pwlib.model import PiecewiseTrainedModel, kept_modes
 
 
 def best_record(records: list[dict[str, Any]], *, validated: bool = False) -> dict[str, Any]:
-    """The epoch a stage hands on: the one marked "kept"; else the highest validation mIoU, of the CRF where it was
-    scored (the first of equals); the last epoch where nothing was validated. validated: without regard to "kept"."""
+    """The record of the epoch whose weights a stage keeps: the one marked "kept" (unless `validated`), else the first
+    with the highest validation mIoU (of the CRF, if it was scored), else the last."""
 
-    def key(record: dict[str, Any]) -> float:
+    def miou(record: dict[str, Any]) -> float:
         scores = record["val"].get("crf") or record["val"]["unary"]
         return -1.0 if scores["miou"] is None else scores["miou"]
 
     if kept := [record for record in records if record.get("kept") and not validated]:
         return kept[-1]
     scored = [record for record in records if "val" in record]
-    return max(scored, key=key) if scored else records[-1]
+    return max(scored, key=miou) if scored else records[-1]
 
 
 @torch.no_grad()
@@ -34,27 +34,31 @@ def evaluate(
     *,
     apply_crf: bool = True,
     iterations: int | None = None,
-    class_names: tuple[str, ...] | None = None,
-    boundary_width: int = 3,
     bar: Callable[[Batches], Batches] = lambda batches: batches,
 ) -> dict[str, Any]:
-    """{"unary": scores, "crf": scores} over all the loader's images, ready for JSON (`SegmentationScores.result`).
+    """Score the outputs of a model over all images of a loader.
 
-    "crf" is left out without `apply_crf`; a model with a context has "context" between the two. Classes are named by
-    the loader's data set if it names them. In several processes each scores its share of the images, and all get the
-    scores over all of them. The model is put into evaluation mode and back.
+    Args:
+        model: its modules are in evaluation mode meanwhile.
+        loader: of batches (image [B, 3, H, W], label [B, H, W]); several processes score a part each.
+        apply_crf: whether to score the CRFs, too; iterations: of the dense CRF (None: the model's own number).
+        bar: wraps the loader, to show progress.
+
+    Returns:
+        {"unary": scores, "context": scores, "crf": scores}, ready for JSON (see `SegmentationScores.result`), the same
+        in every process; "context" only if the model has one, "unary" alone without `apply_crf`.
     """
     device = next(model.parameters()).device
-    loader = loaders.rebuilt(loader, even=False)
-    class_names = class_names or getattr(getattr(loader, "dataset", None), "class_names", None)
-    context = ("context",) if model.context is not None else ()
-    names = ("unary", *context, "crf") if apply_crf else ("unary",)
-    scores = {n: SegmentationScores(model.num_classes, class_names, boundary_width, device=device) for n in names}
+    class_names = getattr(getattr(loader, "dataset", None), "class_names", None)
+    if loaders.rank_and_world_size()[1] > 1:
+        loader = loaders.rebuilt(loader, even=False)
+    names = ("unary", *(("context",) if model.context else ()), "crf") if apply_crf else ("unary",)
+    scores = {name: SegmentationScores(model.num_classes, class_names, device=device) for name in names}
     with kept_modes(model):
         model.eval()
         for batch in bar(loader):
             image, label = loaders.read_batch(batch, device)
             outputs = model.outputs(image, iterations=iterations) if apply_crf else {"unary": model.unary_logits(image)}
             for name, part in scores.items():
-                part.update(outputs[name].argmax(1), label)
+                part.update(outputs[name].argmax(1), label)  # [B, H, W] both
     return {name: part.all_reduce().result() for name, part in scores.items()}

@@ -1,7 +1,7 @@
-"""Scores of a segmentation, all from one table: matrix[t, p] counts pixels of true class t predicted as class p.
+"""Scores of a segmentation, all computed from one confusion matrix: matrix[t, p] counts pixels of class t labelled p.
 
-Void pixels (label 255) are counted nowhere. A class absent from both sides, labels and predictions, has no score (nan)
-and is left out of every mean; one that is predicted but never true, or true but never predicted, scores 0 and stays in.
+Void pixels (label 255) are not counted. A class that occurs neither in labels nor in predictions has no score (nan) and
+is left out of every mean; one that occurs in only one of them scores 0 and stays in the means.
 """
 
 import math
@@ -17,10 +17,7 @@ from pwlib.losses import class_indices
 
 
 class ConfusionMatrix:
-    """Counts int64 [K, K], rows the truth, columns the prediction, gathered where the tensors are, by `bincount`.
-
-    device: where the counts live; by default where the first update's labels live. Two matrices add up with `+`.
-    """
+    """Counts `matrix`, int64 [K, K]: rows are true classes, columns predicted ones. device None: that of the labels."""
 
     def __init__(self, num_classes: int, *, device: torch.device | str | None = None):
         if num_classes < 2:
@@ -30,7 +27,7 @@ class ConfusionMatrix:
 
     @torch.no_grad()
     def update(self, prediction: Tensor, label: Tensor) -> None:
-        """Count class indices [B, H, W] (any equal shapes); label 255 is skipped, whatever is predicted there.
+        """Count class indices of any integer type and of equal shapes, such as [B, H, W]; label 255 is not counted.
 
         ValueError for unequal shapes, floats (take the argmax of scores first) and values that are no class.
         """
@@ -39,27 +36,16 @@ class ConfusionMatrix:
                 f"prediction has shape {tuple(prediction.shape)}, label {tuple(label.shape)}; expected both [B, H, W]"
             )
         device = self.device = self.device or label.device
-        prediction = class_indices("prediction", prediction).to(device)
-        label = class_indices("label", label).to(device)
+        classes = self.num_classes
+        label = class_indices("label", label.to(device), classes, void=True)
+        prediction = class_indices("prediction", prediction.to(device))
         counted = label != VOID
-        truth, guess = label[counted], prediction[counted]
-        _check_classes(truth, self.num_classes, "label", f" or {VOID} for void")
-        _check_classes(guess, self.num_classes, "prediction")
-        counts = torch.bincount(truth * self.num_classes + guess, minlength=self.num_classes**2)
-        self.matrix = self.matrix.to(device) + counts.view(self.num_classes, self.num_classes)
-
-    def __add__(self, other: "ConfusionMatrix") -> "ConfusionMatrix":
-        if other.num_classes != self.num_classes:
-            raise ValueError(f"cannot add confusion matrices of {self.num_classes} and {other.num_classes} classes")
-        total = ConfusionMatrix(self.num_classes, device=self.matrix.device)
-        total.matrix = self.matrix + other.matrix.to(self.matrix.device)
-        return total
+        truth, guess = label[counted], class_indices("prediction", prediction[counted], classes)
+        counts = torch.bincount(truth * classes + guess, minlength=classes**2)
+        self.matrix = self.matrix.to(device) + counts.view(classes, classes)
 
     def all_reduce(self) -> "ConfusionMatrix":
-        """The sum over all processes, the same on each, as a new matrix; a copy where nothing is distributed.
-
-        Every process has to call it. With NCCL the counts must live on the GPU: give `device`.
-        """
+        """The sum over all processes as a new matrix; every one has to call it, with counts on the GPU under NCCL."""
         total = ConfusionMatrix(self.num_classes, device=self.matrix.device)
         total.matrix = self.matrix.clone()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -67,16 +53,16 @@ class ConfusionMatrix:
         return total
 
     def scores(self) -> dict[str, Tensor]:
-        """All scores as float64 tensors on the CPU: per class [K] (nan where absent from both sides), and scalars.
+        """All scores, float64 on the CPU: [K] per class (nan where it occurs on neither side), the others scalars.
 
         With t true, p predicted and c correct pixels of a class, and T pixels in all:
         per_class_iou c / (t + p - c), per_class_precision c / p, per_class_recall c / t, per_class_f1 2c / (t + p);
         miou, precision, recall, f1: their means over the classes that occur on either side;
-        pixel_accuracy sum c / T; mean_class_accuracy: recall's mean over the classes that are true somewhere;
+        pixel_accuracy sum c / T; mean_class_accuracy: the mean recall of the classes that occur in the labels;
         frequency_weighted_iou sum t / T iou (Long, Shelhamer & Darrell, CVPR 2015, section 5). All nan without pixels.
         """
         matrix = self.matrix.cpu().double()
-        correct, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+        correct, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)  # [K] each
         occurs = true + predicted > 0
 
         def ratio(part: Tensor, whole: Tensor) -> Tensor:
@@ -99,34 +85,28 @@ class ConfusionMatrix:
         }
 
 
-def _check_classes(values: Tensor, num_classes: int, name: str, besides: str = "") -> None:
-    wrong = (values < 0) | (values >= num_classes)
-    if wrong.any():
-        raise ValueError(f"{name} holds {values[wrong][0].item()}; expected 0..{num_classes - 1}{besides}")
-
-
 def boundary_mask(label: Tensor, width: int = 3) -> Tensor:
-    """The band around label boundaries, bool [B, H, W]: pixels with a differently labelled one at most `width` px away.
+    """The band around label boundaries: pixels that have a differently labelled one at most `width` px away.
 
-    Distance is Chebyshev's (a square window), so the band is `width` px wide on either side. Void counts as a label of
-    its own here: where data sets draw a void strip between objects (VOC), the band reaches `width` px beyond the strip
-    on each side, as in Kraehenbuehl & Koltun's trimaps (NIPS 2011, section 6; after Kohli, Ladicky & Torr, IJCV 2009).
-    The image's frame is no boundary. Void pixels may lie in the band; the scores skip them.
+    label is of any integer type, [B, H, W], the result bool [B, H, W]. The distance is Chebyshev's, so that the band is
+    `width` px wide on either side. Void counts as a label of its own: where a data set draws a void strip between
+    objects (VOC), the band reaches `width` px beyond it on each side, as in Kraehenbuehl & Koltun's trimaps (NIPS 2011,
+    section 6; after Kohli, Ladicky & Torr, IJCV 2009). The border of the image is no boundary.
     """
     if width < 1:
         raise ValueError(f"boundary width is {width} px; expected at least 1")
     label, side = class_indices("label", label), 2 * width + 1
-    # A window holds two labels if and only if its largest differs from its smallest: dilation against erosion.
-    both = torch.stack([label, -label], dim=1).float()
+    # A window holds two labels if and only if its maximum differs from its minimum.
+    both = torch.stack([label, -label], dim=1).float()  # [B, 2, H, W]
     for window, padding in (((side, 1), (width, 0)), ((1, side), (0, width))):
         both = F.max_pool2d(both, window, stride=1, padding=padding)
     return both[:, 0] != -both[:, 1]
 
 
 class SegmentationScores:
-    """Scores of a whole data set, over all pixels and over the band around boundaries.
+    """Scores of a data set, over all pixels and over the band around boundaries.
 
-    Usage: `update(prediction, label)` a batch at a time, then `result()`; in several processes `all_reduce().result()`.
+    Call `update(prediction, label)` for each batch, then `result()`, or `all_reduce().result()` in several processes.
     """
 
     def __init__(
@@ -146,23 +126,23 @@ class SegmentationScores:
 
     @torch.no_grad()
     def update(self, prediction: Tensor, label: Tensor) -> None:
-        """prediction, label: class indices [B, H, W]; see `ConfusionMatrix.update`."""
+        """Count class indices [B, H, W]; see `ConfusionMatrix.update`."""
         label = class_indices("label", label)
         self.everywhere.update(prediction, label)
         band = boundary_mask(label, self.boundary_width)
         self.boundary.update(prediction, label.masked_fill(~band, VOID))
 
     def all_reduce(self) -> "SegmentationScores":
-        """The scores over all processes' pixels, as a new object."""
+        """The scores over the pixels of all processes, as a new object."""
         total = SegmentationScores(len(self.class_names), self.class_names, self.boundary_width)
         total.everywhere, total.boundary = self.everywhere.all_reduce(), self.boundary.all_reduce()
         return total
 
     def result(self) -> dict:
-        """`ConfusionMatrix.scores` as plain numbers, per class by name, with None for what no pixel decides.
+        """`ConfusionMatrix.scores` as plain numbers, per class by name; None where no pixel was counted.
 
-        boundary_iou and boundary_accuracy are miou and pixel_accuracy over the band alone ("trimap IoU"; not the
-        "Boundary IoU" of Cheng et al. 2021, which compares two bands). pixels: how many were counted.
+        Adds boundary_iou and boundary_accuracy, miou and pixel_accuracy over the band alone ("trimap IoU"; not the
+        "Boundary IoU" of Cheng et al. 2021, which compares two bands), and pixels, the number of pixels counted.
         """
         scores = self.everywhere.scores()
         band = self.boundary.scores()

@@ -1,27 +1,82 @@
-"""What each stage minimises, and how fast."""
+"""What decides a training run: its options, the loss of each stage, and the schedule of the learning rate."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from pwlib.loaders import summed
-from pwlib.losses import cross_entropy, structured
+from pwlib.loaders import all_reduce_sum
+from pwlib.losses import check_class_weights, cross_entropy, structured
 from pwlib.model import PiecewiseTrainedModel
 from pwlib.networks import cell_labels
 
-SCHEDULES = ("poly", "onecycle", "constant")
-CRF_LOSSES = ("marginal", "piecewise")
+
+@dataclass
+class TrainerOptions:
+    """The options of a run: validated, stored in every checkpoint, and compared when a run is resumed."""
+
+    num_classes: int = 21
+    learning_rate: float = 1e-3  # of the network in stage 1; in stage 3 times stage3_factor
+    crf_learning_rate: float | None = None  # of the CRF in stage 2, likewise; None: 0.1 for "sgd", 0.02 for "adamw"
+    stage3_factor: float = 0.1
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # SGD with a momentum of 0.9
+    schedule: Literal["poly", "onecycle", "constant"] = "poly"  # over each stage; see `schedule_factor`
+    weight_decay: float = 5e-4  # of the network's weights; never of biases, norms or the CRF
+    loss: str | Callable = "cross_entropy"  # of the network; or a function (logits, label) -> scalar
+    crf_loss: Literal["marginal", "piecewise"] = "marginal"  # of stage 2; see `Objective`
+    joint_pieces: bool = False  # train the context's pairwise networks with the network in stage 1, not in stage 2
+    class_weights: Tensor | Sequence[float] | None = None  # [K], of cross-entropy and of the context's pair loss
+    clip: float | None = 5.0  # largest norm of the gradient; None: any
+    train_iterations: int = 5  # of mean field, in training
+    test_iterations: int = 10  # of mean field, in evaluation
+    held_out: float = 0.25  # share of the training set that `train_piecewise` keeps for stage 2
+    stage1_keeps: Literal["best", "last"] = "best"  # by validation mIoU, or the last epoch, at the smallest rate
+    patience: int | None = None  # stop a stage after so many epochs without a better validation mIoU; None: never
+    seed: int = 0  # of order, dropout and augmentation
+
+    def __post_init__(self):
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(hint))}")
+        if self.crf_learning_rate is None:
+            self.crf_learning_rate = {"sgd": 0.1, "adamw": 0.02}[self.optimizer]
+        for name in ("learning_rate", "crf_learning_rate", "stage3_factor", "clip"):
+            value = getattr(self, name)
+            if not (value is None and name == "clip") and not value > 0:
+                raise ValueError(f"{name} is {value}; expected a positive number")
+        for name in ("weight_decay", "train_iterations", "test_iterations"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience is {self.patience}; expected at least 1 epoch, or None")
+        if self.class_weights is not None:
+            self.class_weights = check_class_weights(self.class_weights, self.num_classes)
+        if not callable(self.loss) and self.loss != "cross_entropy":
+            raise ValueError(
+                f"loss is {self.loss!r}; expected 'cross_entropy' or a function (logits, label) -> scalar "
+                "(the CRF's piecewise likelihood is crf_loss='piecewise')"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The options as plain numbers, strings, lists and dicts."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        if callable(self.loss):
+            plain["loss"] = "a function"
+        if self.class_weights is not None:
+            plain["class_weights"] = self.class_weights.tolist()
+        return plain
 
 
-def rate(schedule: str, progress: float) -> float:
-    """The learning rate as a share of its peak; `progress` runs from 0 to 1 over a stage's steps.
+def schedule_factor(schedule: str, progress: float) -> float:
+    """The learning rate as a share of its peak; `progress` goes from 0 to 1 over the steps of a stage.
 
-    "poly" is DeepLab's (1 - t)^0.9. "onecycle" rises from 1/25 to 1 in the first 30 %, then falls to nothing, along
-    half a cosine each (Smith & Topin 2018, as in torch's OneCycleLR). No state: a resumed run needs none.
+    "poly" is DeepLab's (1 - t)^0.9. "onecycle" rises from 1/25 to 1 in the first 30 % and then falls to almost 0, along
+    half a cosine each (Smith & Topin 2018, as torch's OneCycleLR). There is no state that a resumed run would need.
     """
     if schedule == "poly":
         return (1 - progress) ** 0.9
@@ -31,111 +86,101 @@ def rate(schedule: str, progress: float) -> float:
     return 1.0
 
 
-def calibrated(log_q: Tensor, label: Tensor, steps: int = 20) -> float:
-    """The temperature under which log-marginals [N, K] make the labels [N] likeliest; one number over all processes.
+def fit_temperature(log_q: Tensor, label: Tensor, steps: int = 20) -> float:
+    """The temperature T that minimises the negative log-likelihood of softmax(log_q / T), over all processes.
 
-    Temperature scaling (Guo et al., ICML 2017): -log softmax(log_q / T) is convex in 1 / T, so Newton's steps find it.
-    Kept between 1/20 and 20: where every label is right, the best T would be 0. 1 where there is no label.
+    log_q are log-marginals [N, K], label is int64 [N]. In temperature scaling (Guo et al., ICML 2017) the objective is
+    convex in 1 / T, so that Newton's method finds it. T is kept between 1/20 and 20, and is 1 without labels.
     """
-    sharpness = 1.0
+    inverse = 1.0
     for _ in range(steps):
-        p = torch.softmax(sharpness * log_q, dim=-1)
+        p = torch.softmax(inverse * log_q, dim=-1)  # [N, K]
         mean = (p * log_q).sum(-1)
         slope = (mean - log_q.gather(-1, label[:, None])[:, 0]).sum()
         curvature = (p * (log_q - mean[:, None]).square()).sum()
-        slope, curvature = summed(torch.stack([slope, curvature])).tolist()
+        slope, curvature = all_reduce_sum(torch.stack([slope, curvature])).tolist()
         if curvature <= 0:
             break
-        before, step = sharpness, sharpness - slope / curvature
-        sharpness = min(max(step, sharpness / 2, 1 / 20), sharpness * 2, 20.0)
-        if abs(sharpness - before) < 1e-5:
+        before, step = inverse, inverse - slope / curvature
+        inverse = min(max(step, inverse / 2, 1 / 20), inverse * 2, 20.0)
+        if abs(inverse - before) < 1e-5:
             break
-    return 1 / sharpness
-
-
-def frozen_modules(module: nn.Module) -> list[nn.Module]:
-    """Sub-modules that were frozen on purpose: in evaluation mode, with parameters, none of which wants a gradient."""
-    return [
-        part
-        for part in module.modules()
-        if not part.training and any(True for _ in part.parameters())
-        if not any(parameter.requires_grad for parameter in part.parameters())
-    ]
+    return 1 / inverse
 
 
 class Objective(nn.Module):
-    """What a stage minimises: (image, label) -> (loss, scores). One module, so that it can be wrapped for several GPUs.
+    """The loss of a stage: (image, label) -> (loss, scores), a module that DistributedDataParallel can wrap.
 
-    stage 1   loss(logits)
-    stage 2   -log softmax(log q / T)(label), or the piecewise likelihood; no gradient reaches the network
-    stage 3   -log q(label) + loss(logits): the second term keeps the unary a classifier in its own right
+        stage 1   loss(logits)
+        stage 2   -log softmax(log_q / T)(label), or the piecewise likelihood; the network gets no gradient
+        stage 3   -log q(label) + loss(logits), so that the network alone stays a good classifier
 
-    `temperature`, T, is `calibrated`'s. Mean field's marginals are surer than they are right, since nothing in them
-    knows that pixels err together, and where the network is frozen a likelihood could mend that only by weakening the
-    kernels. T changes no label and is no part of the model; in stage 3 the network can learn to be less sure itself.
+    T is the attribute `temperature`, see `fit_temperature`. Mean-field marginals are overconfident, because the errors
+    of neighbouring pixels are correlated and the model treats them as independent. With a frozen network the likelihood
+    could correct this only by weakening the kernels. T changes no label and is not part of the model.
 
-    Where the model has a context, its pieces' likelihood is added in stages 2 and 3. In stage 2 the dense CRF refines
-    what inference makes of the pieces as they are: -log q(label) then teaches the pieces nothing, only how much they
-    count. With `joint_pieces` the pieces' likelihood is added in stage 1 instead of stage 2, which leaves the pieces as
-    they are. More steps on the held-out images changed a point of mIoU on Scenes, up with one network and down with
-    another, and cost five to eight on CamVid, where these are other stretches of road.
+    With a contextual CRF its pair loss is added in stages 2 and 3, or with `joint_pieces` in stages 1 and 3. The
+    gradient of -log q(label) does not reach its pairwise networks in stage 2, only its weights and its temperature.
     """
 
     def __init__(
-        self,
-        model: PiecewiseTrainedModel,
-        stage: int,
-        loss: Callable,
-        crf_loss: str,
-        iterations: int,
-        amp: torch.dtype | None,
-        class_weights: Tensor | None = None,
-        joint_pieces: bool = False,
+        self, model: PiecewiseTrainedModel, stage: int, options: TrainerOptions, amp: torch.dtype | None = None
     ):
         super().__init__()
-        self.model, self.stage, self.loss, self.crf_loss = model, stage, loss, crf_loss
-        self.iterations, self.amp, self.class_weights = iterations, amp, class_weights
+        self.model, self.stage, self.options, self.amp = model, stage, options, amp
         self.temperature = 1.0
-        self.frozen: list[nn.Module] = []  # the user's: see `frozen_modules`
-        self.pieces = model.context is not None and (stage > 1 or joint_pieces)
-        self.learn_pieces = self.pieces and not (stage == 2 and joint_pieces)
+        self.has_pairs = model.context is not None and (stage > 1 or options.joint_pieces)
+        self.learns_pairs = self.has_pairs and not (stage == 2 and options.joint_pieces)
+        # Frozen by the user: in evaluation mode, with parameters, none of which requires a gradient. In a model that is
+        # in evaluation mode as a whole, the mode is that of an earlier evaluation.
+        self.frozen = [
+            module
+            for module in model.modules()
+            if model.training and not module.training and [*module.parameters()]
+            if not any(parameter.requires_grad for parameter in module.parameters())
+        ]
 
     def train(self, mode: bool = True) -> Objective:
         super().train(mode)
-        if self.stage == 2:
-            self.model.unary.eval()  # frozen means batch norm's running statistics, too
-        for module in self.frozen:
-            module.eval()
+        for module in [self.model.unary, *self.frozen] if self.stage == 2 else self.frozen:
+            module.eval()  # its batch-norm statistics are frozen, too
         return self
 
     def forward(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """image [B, 3, H, W] and label int64 [B, H, W] -> the loss, and the scores [B, K, H, W] of the stage."""
+        model, options, size = self.model, self.options, image.shape[-2:]
         with torch.autocast(image.device.type, dtype=self.amp, enabled=self.amp is not None):
             with torch.set_grad_enabled(self.stage != 2):
-                if self.pieces:
-                    features, coarse = self.model.maps(image)
-                    logits = self.model.to_pixels(coarse, image.shape[-2:])
+                if self.has_pairs:
+                    features, coarse = model.maps(image)  # [B, C, h, w], [B, K, h, w]
+                    logits = model.to_pixels(coarse, size)  # [B, K, H, W]
                 else:
-                    logits = self.model.unary_logits(image)
+                    logits = model.unary_logits(image)  # [B, K, H, W]
         logits = logits.float()
-        pieces = self._pair_loss(features, coarse, label) if self.learn_pieces else 0.0
+        pair_loss = self._pair_loss(features, coarse, label) if self.learns_pairs else 0.0
         if self.stage == 1:
-            return self.loss(logits, label) + pieces, logits
-        if self.stage == 2 and self.crf_loss == "piecewise":
-            return structured(logits, label, image, self.model.crf) + pieces + self._untouched(), logits
-        evidence = logits
-        if self.pieces:
-            marginals = self.model.contextual(coarse, features, frozen=self.stage == 2)
-            evidence = self.model.to_pixels(marginals, image.shape[-2:])
-        log_q = self.model.refine(evidence, image, iterations=self.iterations)
-        likelihood = cross_entropy(log_q / self.temperature, label) + pieces
-        return (likelihood if self.stage == 2 else likelihood + self.loss(logits, label)), log_q
+            return self._network_loss(logits, label) + pair_loss, logits
+        if self.stage == 2 and options.crf_loss == "piecewise":
+            return structured(logits, label, image, model.crf) + pair_loss + self._unused(), logits
+        scores = logits
+        if self.has_pairs:
+            marginals = model.contextual(coarse, features, frozen=self.stage == 2)  # [B, K, h, w]
+            scores = model.to_pixels(marginals, size)
+        log_q = model.refine(scores, image, iterations=options.train_iterations)  # [B, K, H, W]
+        likelihood = cross_entropy(log_q / self.temperature, label) + pair_loss
+        return (likelihood if self.stage == 2 else likelihood + self._network_loss(logits, label)), log_q
+
+    def _network_loss(self, logits: Tensor, label: Tensor) -> Tensor:
+        if callable(self.options.loss):
+            return self.options.loss(logits, label)
+        return cross_entropy(logits, label, class_weights=self.options.class_weights)
 
     def _pair_loss(self, features: Tensor, coarse: Tensor, label: Tensor) -> Tensor:
-        context = self.model.context
-        label = cell_labels(label, coarse.shape[-2:], cell_size=self.model.unary.cell_size)
-        return context.pair_loss(coarse, features, label, class_weights=self.class_weights) + self._untouched()
+        label = cell_labels(label, coarse.shape[-2:], cell_size=self.model.unary.cell_size)  # [B, h, w]
+        weights = self.options.class_weights
+        return self.model.context.pair_loss(coarse, features, label, class_weights=weights) + self._unused()
 
-    def _untouched(self) -> Tensor | float:
-        """Nothing, but part of the graph: DistributedDataParallel wants a gradient for every parameter."""
+    def _unused(self) -> Tensor | float:
+        """0, as a function of parameters that the loss may not use: DistributedDataParallel needs all gradients."""
         context = self.model.context
         return 0.0 if context is None else 0 * (context.log_weight.sum() + context.log_temperature)

@@ -17,7 +17,7 @@ from pwlib import checkpoints
 from pwlib.cli.parser import main
 from pwlib.crf import DenseCRF
 from pwlib.data import load
-from pwlib.losses import make_loss
+from pwlib.losses import cross_entropy
 from pwlib.model import PiecewiseTrainedModel
 from pwlib.networks import DeepLabLargeFOV
 from pwlib.trainer import PiecewiseTrainer
@@ -97,7 +97,7 @@ def test_invalid_images(image):
         ({"optimizer": "adam"}, "optimizer is 'adam'; expected one of sgd, adamw"),
         ({"schedule": "step"}, "schedule is 'step'; expected one of poly, onecycle, constant"),
         ({"crf_loss": "joint"}, "crf_loss is 'joint'; expected one of marginal, piecewise"),
-        ({"loss": "hinge"}, "unknown loss 'hinge'"),
+        ({"loss": "hinge"}, "loss is 'hinge'; expected 'cross_entropy' or a function"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0; expected a positive number"),
         ({"patience": 0}, "patience is 0"),
         ({"class_weights": torch.ones(3)}, "class_weights are .*; expected 10 finite"),
@@ -361,7 +361,6 @@ def test_a_full_disk_ends_training_with_1_and_a_run_to_resume(pictures, tmp_path
 
 
 def test_losses_reject_probabilities_in_training():
-    loss = make_loss("cross_entropy")
-    trainer = trainer_of(tiny_model(), loss=lambda scores, label: loss(scores.softmax(1), label))
+    trainer = trainer_of(tiny_model(), loss=lambda scores, label: cross_entropy(scores.softmax(1), label))
     with pytest.raises(ValueError, match="look like probabilities"):
         trainer.train_stage1(batches(), 1)

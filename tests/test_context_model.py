@@ -1,4 +1,4 @@
-"""The contextual CRF as a part of the model: what each stage trains, what survives on disk, the command line."""
+"""The contextual CRF as a part of the model: what each stage trains, resuming, the command line."""
 
 import json
 
@@ -18,7 +18,7 @@ from pwlib.crf import DenseCRF
 from pwlib.data import load
 from pwlib.model import PiecewiseTrainedModel
 from pwlib.networks import DeepLabLargeFOV, FeatMapNet, cell_labels, resize_logits
-from pwlib.objective import Objective
+from pwlib.objective import Objective, TrainerOptions
 from pwlib.trainer import PiecewiseTrainer
 
 SIZE, K = (24, 36), 10
@@ -53,8 +53,8 @@ def names(model, *parts):
 
 
 @pytest.mark.parametrize("unary", [None, "deeplab"])
-def test_parts_follow_one_another(unary):
-    """Network, context on its map, resize, dense CRF; at a size that is no whole number of cells."""
+def test_outputs_are_those_of_the_parts_in_order(unary):
+    """Network, context on its map, resize, dense CRF, at a size that is not a whole number of cells."""
     model = model_of(unary and DeepLabLargeFOV(K, width=1 / 32)).eval()
     model.context.networks["surrounding"].scores.bias.data.normal_()
     image = torch.rand(2, 3, 27, 37)
@@ -76,7 +76,7 @@ def test_parts_follow_one_another(unary):
         torch.testing.assert_close(model.predict(image[0], apply_crf=False), outputs["unary"][0].softmax(0))
 
 
-def test_a_context_for_another_network_is_refused():
+def test_a_context_for_another_network_is_rejected():
     context = ContextualCRF(K, 7)
     for unary, says in [(FeatMapNet(K, width=1 / 64), "gives 72 for 10"), (nn.Conv2d(3, K, 1), "gives none for 10")]:
         with pytest.raises(ValueError, match=says):
@@ -84,17 +84,17 @@ def test_a_context_for_another_network_is_refused():
 
 
 @pytest.mark.parametrize("joint", [False, True])
-def test_stage_1_trains_the_pieces_only_if_told(joint):
+def test_stage_1_trains_the_pairwise_networks_with_joint_pieces_only(joint):
     model = model_of()
     found = changed(model, lambda: trainer_of(model, joint_pieces=joint).train_stage1(scenes(), 1))
     assert found == names(model, "unary.", "context.networks" if joint else "unary.")
 
 
 @pytest.mark.parametrize("crf_loss", ["marginal", "piecewise"])
-def test_stage_2_trains_pieces_and_crfs_and_not_a_bit_of_the_network(crf_loss, monkeypatch):
+def test_stage_2_trains_both_crfs_and_not_the_network(crf_loss, monkeypatch):
     model = model_of()
     expected = names(model, "context.", "crf.")
-    if crf_loss == "piecewise":  # without inference: none is run, and what only inference teaches stays
+    if crf_loss == "piecewise":  # runs no inference, and does not train what only inference depends on
         expected -= {"context.log_weight", "context.log_temperature"}
         monkeypatch.setattr(ContextualCRF, "forward", lambda *_: pytest.fail("inference was run"))
         monkeypatch.setattr(DenseCRF, "forward", lambda *_: pytest.fail("inference was run"))
@@ -102,7 +102,7 @@ def test_stage_2_trains_pieces_and_crfs_and_not_a_bit_of_the_network(crf_loss, m
 
 
 @pytest.mark.parametrize("crf_loss", ["marginal", "piecewise"])
-def test_stage_2_leaves_the_pieces_alone_that_stage_1_learned(crf_loss):
+def test_stage_2_keeps_the_pairwise_networks_that_stage_1_trained(crf_loss):
     model = model_of()
     expected = names(model, "crf.") | (
         {"context.log_weight", "context.log_temperature"} if crf_loss == "marginal" else set()
@@ -119,9 +119,9 @@ def test_stage_3_trains_everything():
     }
 
 
-def test_what_the_pieces_teach_the_features():
-    """In stage 1 the gradient of the joint loss is the network's own plus the pieces'; in stage 2 the pieces' networks
-    learn from the pieces alone, whatever the marginals say."""
+def test_gradients_of_the_pair_loss():
+    """In stage 1 the gradient of the joint loss is that of the network's loss plus that of the pair loss. In stage 2
+    the pairwise networks get the gradient of the pair loss alone, and none from the marginals."""
     image, label = (torch.stack(part) for part in zip(*load("scenes", "train", size=SIZE, length=2), strict=True))
     weights = torch.linspace(0.5, 2, K)
 
@@ -136,21 +136,22 @@ def test_what_the_pieces_teach_the_features():
         return F.cross_entropy(logits, label, ignore_index=255)
 
     def objective(stage, joint=False):
-        return Objective(model, stage, network_loss, "marginal", 2, None, weights, joint).eval()
+        options = {"loss": network_loss, "train_iterations": 2, "class_weights": weights, "joint_pieces": joint}
+        return Objective(model, stage, TrainerOptions(K, **options)).eval()
 
     alone = gradient(model, objective(1)(image, label)[0])
     both = gradient(model, objective(1, joint=True)(image, label)[0])
     features, logits = model.maps(image)
     cells = cell_labels(label, logits.shape[-2:])
-    pieces = gradient(model, model.context.pair_loss(logits, features, cells, class_weights=weights))
+    pairs = gradient(model, model.context.pair_loss(logits, features, cells, class_weights=weights))
     for name, total in both.items():
-        expected = sum(part.get(name, torch.zeros_like(total)) for part in (alone, pieces))
+        expected = sum(part.get(name, torch.zeros_like(total)) for part in (alone, pairs))
         torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-4)
-    assert pieces["unary.blocks.0.0.weight"].abs().max() > 0 and "unary.head.0.weight" not in pieces
+    assert pairs["unary.blocks.0.0.weight"].abs().max() > 0 and "unary.head.0.weight" not in pairs
     stage2 = gradient(model, objective(2)(image, label)[0])
     assert not any(name.startswith("unary.") for name in stage2)
     for name in names(model, "context.networks"):
-        torch.testing.assert_close(stage2[name], pieces[name], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(stage2[name], pairs[name], atol=1e-6, rtol=1e-4)
     assert stage2["context.log_weight"].abs().max() > 0
     left = gradient(model, objective(2, joint=True)(image, label)[0])
     assert not any(left[name].any() for name in names(model, "context.networks") & left.keys())
@@ -195,5 +196,5 @@ def test_the_command_line_trains_scores_and_predicts_with_context(pictures, tmp_
     assert main(["predict", run, str(picture), "--out", str(tmp_path / "out")]) == 0
     label = np.asarray(Image.open(tmp_path / "out" / f"{picture.stem}-label.png"))
     assert label.shape == (24, 36) and label.max() < len(CLASSES)
-    assert main(["train", "--out", run, "--resume", "--quiet"]) == 0  # nothing is left to do, and the folder says all
+    assert main(["train", "--out", run, "--resume", "--quiet"]) == 0  # nothing is left to train
     assert capsys.readouterr().out.count("stage2 context") == 1

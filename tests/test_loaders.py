@@ -7,39 +7,46 @@ from itertools import chain
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, TensorDataset, WeightedRandomSampler
 
 from pwlib import checkpoints, loaders
 
 DATA = TensorDataset(torch.rand(8, 3, 4, 6), torch.zeros(8, 4, 6, dtype=torch.int64))
 
 
+def epoch(loader, *seed):
+    """The indices of an epoch, as the loader's batches have them."""
+    loaders.start_epoch(loader, loaders.derive_seed(*seed))
+    return torch.cat([indices for (indices,) in loader]).tolist()
+
+
+def indices(length, **options):
+    return DataLoader(TensorDataset(torch.arange(length)), batch_size=3, **options)
+
+
 def test_order_depends_on_the_seed_and_covers_everything():
-    sampler = loaders.EpochSampler(20, shuffle=True, even=True)
-    orders = {}
-    for stage, epoch in ((1, 1), (1, 2), (2, 1)):
-        sampler.seed = loaders.derive_seed(0, stage, epoch)
-        orders[stage, epoch] = list(sampler)
-        assert sorted(orders[stage, epoch]) == list(range(20))
-        assert list(sampler) == orders[stage, epoch]
-    assert len(set(map(tuple, orders.values()))) == 3
+    loader = loaders.rebuilt(indices(20, shuffle=True))
+    orders = {seed: epoch(loader, *seed) for seed in ((0, 1, 1), (0, 1, 2), (0, 2, 1), (1, 1, 1))}
+    assert all(sorted(order) == list(range(20)) for order in orders.values())
+    assert len(set(map(tuple, orders.values()))) == 4
+    assert epoch(loader, 0, 1, 1) == orders[0, 1, 1] == epoch(loaders.rebuilt(loader), 0, 1, 1)
 
 
 def test_processes_share_an_epoch_without_overlap(monkeypatch):
-    def shares(length, even):
+    """Together they see in each step what one process sees with batches three times as large."""
+
+    def shares(**options):
         result = []
         for rank in range(3):
-            monkeypatch.setattr(loaders, "process", lambda rank=rank: (rank, 3))
-            sampler = loaders.EpochSampler(length, shuffle=True, even=even)
-            assert len(sampler) == len(list(sampler))
-            result.append(list(sampler))
+            monkeypatch.setattr(loaders, "rank_and_world_size", lambda rank=rank: (rank, 3))
+            loader = loaders.rebuilt(indices(20, shuffle=True), **options)
+            result.append(epoch(loader, 0))
+            assert len(loader) == -(-len(result[-1]) // 3)
         return result
 
-    every = shares(20, even=False)
-    assert sorted(chain(*every)) == list(range(20))
-    even = shares(20, even=True)
-    assert [len(share) for share in even] == [6, 6, 6] and len(set(chain(*even))) == 18
-    assert [share[0] for share in every] == [share[0] for share in even]
+    whole = epoch(loaders.rebuilt(indices(20, shuffle=True)), 0)
+    assert [list(step) for step in zip(*shares(), strict=True)] == [whole[i : i + 3] for i in range(0, 18, 3)]
+    assert sorted(chain(*shares(even=False))) == list(range(20))
 
 
 def collate(items):
@@ -47,7 +54,7 @@ def collate(items):
 
 
 def test_a_rebuilt_loader_keeps_every_option_but_the_order():
-    """The generator alone is replaced: order and workers' seeds follow from the trainer's seed."""
+    """Only the generator is replaced: the order and the workers' seeds follow from the trainer's seed."""
     options = {
         "batch_size": 3,
         "num_workers": 1,
@@ -80,18 +87,19 @@ class Reversed(DataLoader):
         DataLoader(DATA, sampler=RandomSampler(DATA, replacement=True)),
         DataLoader(DATA, sampler=RandomSampler(DATA, num_samples=4)),
         DataLoader(DATA, sampler=WeightedRandomSampler([1.0] * 8, 5)),
+        DataLoader(DATA, sampler=DistributedSampler(DATA, num_replicas=4, rank=1)),
         Reversed(DATA),
         [(torch.rand(2, 3, 4, 6), torch.zeros(2, 4, 6).long())],
     ],
 )
-def test_an_order_of_ones_own_is_left_alone(loader, monkeypatch):
+def test_another_sampler_is_left_alone(loader, monkeypatch):
     assert loaders.rebuilt(loader) is loader
-    monkeypatch.setattr(loaders, "process", lambda: (0, 2))
+    monkeypatch.setattr(loaders, "rank_and_world_size", lambda: (0, 2))
     with pytest.raises(ValueError, match="expected a DataLoader without a sampler="):
         loaders.rebuilt(loader)
 
 
-def test_a_plain_loader_shuffles_or_not_as_before():
+def test_a_rebuilt_loader_shuffles_if_the_given_one_does():
     for shuffle in (True, False):
         rebuilt = loaders.rebuilt(DataLoader(DATA, shuffle=shuffle))
         loaders.start_epoch(rebuilt, 5)

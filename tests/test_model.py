@@ -1,4 +1,4 @@
-"""The model as a whole: what goes in, what comes out, in which precision and at which scale."""
+"""The model as a whole: inputs, outputs, precision, scale."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def tiny(num_classes=3, **crf):
 
 
 class Fixed(nn.Module):
-    """A unary network that answers what it was told."""
+    """A unary network with given logits [1, K, H, W]."""
 
     def __init__(self, logits):
         super().__init__()
@@ -30,7 +30,7 @@ class Fixed(nn.Module):
         return self.logits.expand(len(image), -1, -1, -1)
 
 
-def test_the_call_of_the_issue():
+def test_the_call_returns_logits_and_log_marginals():
     model = tiny()
     image = torch.rand(2, 3, 19, 27)
     unary, crf = model(image)
@@ -40,7 +40,7 @@ def test_the_call_of_the_issue():
     assert none is None and torch.equal(again, unary)
 
 
-def test_the_constructors_number_of_iterations_is_the_one_that_runs():
+def test_crf_iterations_of_the_constructor_are_used():
     model = PiecewiseTrainedModel(3, crf_iterations=0, unary=Fixed(torch.randn(1, 3, 8, 9)), crf=DenseCRF(3, **CRF))
     image = torch.rand(1, 3, 8, 9)
     unary, crf = model(image)
@@ -50,7 +50,7 @@ def test_the_constructors_number_of_iterations_is_the_one_that_runs():
     torch.testing.assert_close(one, model.crf(unary, image, iterations=1))
 
 
-def test_the_default_parts_are_the_papers():
+def test_the_default_parts_are_deeplab_and_a_dense_crf():
     model = PiecewiseTrainedModel(num_classes=21, crf_iterations=10)
     assert isinstance(model.unary, DeepLabLargeFOV) and isinstance(model.crf, DenseCRF)
     assert model.unary.width == 1 and model.crf_iterations == 10
@@ -65,7 +65,7 @@ def test_under_autocast_the_crf_computes_in_float32():
     torch.testing.assert_close(crf, model.crf(unary.float(), image), rtol=0, atol=0)
 
 
-def test_a_torchvision_network_takes_the_unarys_place():
+def test_a_torchvision_network_can_be_the_unary():
     torch.manual_seed(0)
     network = torchvision.models.segmentation.lraspp_mobilenet_v3_large(
         weights=None, weights_backbone=None, num_classes=4
@@ -78,8 +78,8 @@ def test_a_torchvision_network_takes_the_unarys_place():
 
 
 def test_predict_scales_bandwidths_with_the_image():
-    """An image enlarged n times is the same picture: its labels are the small image's, n times as large. Had
-    theta_alpha and theta_gamma stayed what they are in pixels, the CRF would see a smaller neighbourhood."""
+    """The labels of an enlarged image are those of the small one, enlarged. With theta_alpha and theta_gamma as they
+    were, in pixels, the CRF would smooth over a smaller neighbourhood."""
     scene, _ = load("scenes", "val", size=(24, 36), length=1)[0]
     torch.manual_seed(1)
     coarse = torch.randn(1, 4, 3, 4)
@@ -101,19 +101,19 @@ def test_predict_scales_bandwidths_with_the_image():
     assert (unscaled == expected).float().mean() < agreement() - 0.01
 
 
-def test_predict_gives_probabilities_at_the_images_own_size():
+def test_predict_gives_probabilities_at_the_size_of_the_image():
     model, image = tiny().train(), torch.rand(3, 50, 71)
     for options in ({}, {"short_side": 24}, {"short_side": 24, "crf_long_side": 40}, {"apply_crf": False}):
         probability = model.predict(image, **options)
         assert probability.shape == (3, 50, 71)
         torch.testing.assert_close(probability.sum(0), torch.ones(50, 71))
-    assert model.training, "predict left the model in another mode"
+    assert model.training, "predict changed the mode of the model"
     torch.testing.assert_close(
         tiny().predict(image, apply_crf=False), tiny()(image[None], False)[0].softmax(1)[0].detach()
     )
 
 
-def test_scaled_bandwidths_leaves_the_crf_alone():
+def test_scaled_bandwidths_returns_a_copy():
     crf = DenseCRF(3, **CRF)
     other = scaled_bandwidths(crf, 2.0)
     torch.testing.assert_close(other.log_theta_alpha.exp(), torch.tensor(12.0))
@@ -133,7 +133,7 @@ def places_and_colours(image):
     return torch.cat([positions(image), 255 * image.flatten(2).transpose(1, 2)], -1)
 
 
-def test_scaled_bandwidths_knows_which_bandwidths_of_a_kernel_are_pixels():
+def test_scaled_bandwidths_scales_the_bandwidths_of_kernels_that_are_in_pixels():
     kernels = [
         Kernel("places", positions, 4.0, in_pixels=True),
         Kernel("colours", lambda image: image.flatten(2).transpose(1, 2), 4.0),
@@ -170,7 +170,7 @@ def test_an_enlarged_image_has_the_same_marginals(normalization):
     assert changes[True] < 0.01 and changes[False] > 2 * changes[True], changes
 
 
-def test_predict_leaves_every_module_in_its_mode():
+def test_predict_restores_the_mode_of_every_module():
     model = tiny().train()
     model.unary.eval()
     modes = {name: module.training for name, module in model.named_modules()}
@@ -182,7 +182,7 @@ def test_predict_leaves_every_module_in_its_mode():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_model_in_half_precision_is_told_to_use_autocast(dtype):
+def test_a_model_in_half_precision_is_rejected(dtype):
     model = tiny().to(dtype)
     message = rf"the model's parameters are {dtype}; expected torch\.float32.*autocast"
     for image in (torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16, dtype=dtype)):

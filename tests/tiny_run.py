@@ -17,7 +17,7 @@ SIZE, K = (16, 24), 10
 
 
 class Counted:
-    """A transform that counts the images asked for, and at the `limit`-th does `then`."""
+    """A transform that counts the images it is applied to, and calls `then` at the `limit`-th."""
 
     def __init__(self, limit, then):
         self.left, self.then = limit, then
@@ -44,7 +44,7 @@ def tiny_model(batch_norm=True, dropout=0.5):
 
 
 def run(out=None, *, stop_at=0, then=die, batch=3, batch_norm=True, dropout=0.5, augment=True, **options):
-    """Two epochs a stage: 8 images an epoch in stage 1, 4 in stage 2 (and 4 before), 12 in stage 3."""
+    """Two epochs per stage, with 8 images in stage 1, 4 in stage 2 (read twice, for the temperature), 12 in stage 3."""
     scenes = load("scenes", "train", size=SIZE, length=12)
     counted = Counted(stop_at, then)
     transform = counted(Augment() if augment else lambda image, label: (image, label))
@@ -61,7 +61,29 @@ def run(out=None, *, stop_at=0, then=die, batch=3, batch_norm=True, dropout=0.5,
     return trainer
 
 
-PLAIN = {"batch_norm": False, "dropout": 0.0, "augment": False}  # what two processes do as one does
+def weights(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def changed(before, model):
+    """Names of the parameters and buffers that are not bit-identical to `before`."""
+    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def untimed(history):
+    """A history without timings."""
+    clock = ("seconds", "images_per_second")
+    return {
+        stage: [{k: v for k, v in record.items() if k not in clock} for record in records]
+        for stage, records in history.items()
+    }
+
+
+PLAIN = {
+    "batch_norm": False,
+    "dropout": 0.0,
+    "augment": False,
+}  # without batch norm and random numbers, two processes compute what one does
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()

@@ -23,7 +23,7 @@ from pwlib.cli.commands import load_split
 from pwlib.crf import DenseCRF
 from pwlib.data import VOID, hold_out
 from pwlib.metrics import ConfusionMatrix, boundary_mask
-from pwlib.objective import rate
+from pwlib.objective import schedule_factor
 from pwlib.runs import build_model, read_config
 
 # (optimizer, learning rate, whether class biases b are fitted besides the temperature: -log softmax(log q / T + b))
@@ -86,7 +86,7 @@ def learn(crf: DenseCRF, frames: Frames, which: list[int], make, peak: float, bi
         for first in range(0, len(order), BATCH):
             part = order[first : first + BATCH]
             for group in optimizer.param_groups:
-                group["lr"] = peak * rate("onecycle", step / (EPOCHS * steps))
+                group["lr"] = peak * schedule_factor("onecycle", step / (EPOCHS * steps))
             step += 1
             optimizer.zero_grad()
             for i in part:

@@ -38,13 +38,13 @@ def train(args: argparse.Namespace) -> None:
     out = Path(args.out)
     config = _configuration(args, out)
     settings, epochs = config["settings"], config["settings"]["epochs"]
-    main = loaders.process()[0] == 0
+    main = loaders.rank_and_world_size()[0] == 0
     device = _device(args.device)
 
     train_set = load_split(config, "train", root=args.root, download=args.download)
     val_set = load_split(config, "val", root=args.root)
     config["classes"], config["palette"] = list(train_set.class_names), train_set.palette.tolist()
-    loaders.wait()  # every process has found the folder empty before the first one writes into it
+    loaders.barrier()  # every process has found the folder empty before the first one writes into it
     if main and not args.resume:
         out.mkdir(parents=True, exist_ok=True)
         checkpoints.save_json(out / "config.json", config)
