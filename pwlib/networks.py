@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pwlib.data import VOID
-from pwlib.pretrained import download_vgg, load_vgg_blocks, load_vgg_fc6, load_vgg_fc7
+from pwlib.pretrained import has_fc, load_vgg_blocks, load_vgg_fc6, load_vgg_fc7, read_vgg
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # channels and number of 3x3 convolutions of each block
@@ -111,8 +111,8 @@ class VGGNetwork(nn.Module):
         num_classes: K, at least 2.
         width: multiplies the number of channels of every layer (0.25 trains on a laptop).
         batch_norm: whether batch norm follows every convolution except the classifier.
-        weights: "imagenet" downloads torchvision's VGG-16 (with batch norm: VGG-16-BN) and needs width=1. None: random
-            weights (He initialisation).
+        weights: "imagenet" or a file with VGG-16's weights, see `pwlib.pretrained.read_vgg`; needs width=1. None:
+            random weights (He initialisation).
     """
 
     cell_size: int | None  # px per cell of `coarse`; None: the map covers the image exactly, whatever its size
@@ -123,10 +123,8 @@ class VGGNetwork(nn.Module):
             raise ValueError(f"num_classes is {num_classes}; expected at least 2 classes to choose between")
         if not width > 0:
             raise ValueError(f"width is {width}; expected a positive multiplier of VGG's channels")
-        if weights not in (None, "imagenet"):
-            raise ValueError(f'weights is {weights!r}; expected "imagenet" or None')
         if weights and width != 1:
-            raise ValueError(f"width is {width}; ImageNet weights exist for width=1 only (or pass weights=None)")
+            raise ValueError(f"width is {width}; VGG-16's weights need width=1 (or pass weights=None)")
         self.num_classes, self.width, self.batch_norm, self.output_stride = (
             num_classes,
             width,
@@ -139,7 +137,7 @@ class VGGNetwork(nn.Module):
     def _finish(self, weights: str | None) -> None:
         self.to(memory_format=torch.channels_last)  # 10 to 30 % faster on CPUs, and the layout of tensor cores
         if weights:
-            self.load_vgg(download_vgg(self.batch_norm))
+            self.load_vgg(read_vgg(weights, batch_norm=self.batch_norm))
 
     def coarse(self, image: Tensor) -> Tensor:
         """Logits of the cells, before resizing: [B, K, h, w]."""
@@ -191,13 +189,15 @@ class DeepLabLargeFOV(VGGNetwork):
         return self.fc7(self.fc6(self.blocks(self.normalize(image))))
 
     def load_vgg(self, state: Mapping[str, Tensor]) -> None:
-        """Load the state dict of torchvision's vgg16 (or vgg16_bn); only the classifier keeps its random weights.
+        """Load the state dict of torchvision's vgg16 (or vgg16_bn); the classifier keeps its random weights.
 
         VGG's fc6 reads 7x7 cells, 32 px apart. Every third is kept: 3x3 taps, 96 px apart (dilation 12 at 8 px a cell).
+        fc6 and fc7 keep their random weights if the state dict has the convolutions only.
         """
         load_vgg_blocks(self.blocks, state)
-        load_vgg_fc6(self.fc6[0], state)
-        load_vgg_fc7(self.fc7[0], state)
+        if has_fc(state):
+            load_vgg_fc6(self.fc6[0], state)
+            load_vgg_fc7(self.fc7[0], state)
 
 
 class FeatMapNet(VGGNetwork):
@@ -276,9 +276,9 @@ class FeatMapNet(VGGNetwork):
         return torch.cat([joined, *(pool(joined) for pool in self.pools)], dim=1)
 
     def load_vgg(self, state: Mapping[str, Tensor]) -> None:
-        """Load torchvision's vgg16 (or vgg16_bn) state dict: blocks 1 to 5, and the first layer of each block 6."""
+        """Load torchvision's vgg16 (or vgg16_bn) state dict: blocks 1 to 5, and block 6's first layer if it has fc6."""
         load_vgg_blocks(self.blocks, state)
-        for block6 in self.block6:
+        for block6 in self.block6 if has_fc(state) else ():
             load_vgg_fc6(block6[0], state)
 
 

@@ -1,11 +1,12 @@
-"""VGG-16 weights trained on ImageNet: download them, and copy them into the layers of `pwlib.networks`.
+"""VGG-16 weights: read them from a file or download them, and copy them into the layers of `pwlib.networks`.
 
 Names are torchvision's: "features.N" are the convolutions (and batch norms), "classifier.0" and "classifier.3" the
 fully connected layers fc6 and fc7. DeepLab decimates these two: it keeps every third of fc6's 7x7 taps and every fourth
-channel of both. Nothing is rescaled.
+channel of both. Nothing is rescaled. A file may contain the thirteen convolutions only, and float16 values.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
@@ -50,8 +51,35 @@ def load_vgg_fc7(convolution: nn.Conv2d, state: Mapping[str, Tensor]) -> None:
     _copy(convolution.bias, _entry(state, "classifier.3.bias")[::4], "classifier.3.bias")
 
 
-def download_vgg(batch_norm: bool = False) -> Mapping[str, Tensor]:
-    """The state dict of torchvision's VGG-16 (-BN), 528 MB, from its cache or the network; OSError without either."""
+def has_fc(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict contains fully connected layers besides the convolutions."""
+    return any(name.startswith("classifier.") for name in state)
+
+
+def read_vgg(weights: str | Path, *, batch_norm: bool = False) -> Mapping[str, Tensor]:
+    """Read the state dict of torchvision's vgg16 or vgg16_bn, or of its convolutions only.
+
+    Args:
+        weights: "imagenet" (528 MB from torchvision's cache or the network), or a file written by `torch.save`.
+        batch_norm: whether "imagenet" means VGG-16-BN.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it is not such a state dict. OSError: no download.
+    """
+    if weights == "imagenet":
+        return _download(batch_norm)
+    if not Path(weights).is_file():
+        raise FileNotFoundError(f'weights {weights}: no such file; expected "imagenet", or a state dict of vgg16')
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception as error:  # an arbitrary file makes the unpickler fail in arbitrary ways
+        raise ValueError(f"weights {weights}: damaged or not written by torch.save ({type(error).__name__})") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"weights {weights}: not a state dict; expected that of torchvision's vgg16")
+    return state
+
+
+def _download(batch_norm: bool) -> Mapping[str, Tensor]:
     from torchvision.models import VGG16_BN_Weights, VGG16_Weights
 
     weights = (VGG16_BN_Weights if batch_norm else VGG16_Weights).IMAGENET1K_V1
@@ -60,7 +88,7 @@ def download_vgg(batch_norm: bool = False) -> Mapping[str, Tensor]:
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:  # no network; wrong hash; a broken cached file
         raise OSError(
             f"cannot get ImageNet weights from {weights.url} ({error}); put the file into "
-            f"{torch.hub.get_dir()}/checkpoints, or start from random weights with weights=None"
+            f"{torch.hub.get_dir()}/checkpoints, give a file with --weights, or random weights with weights=None"
         ) from error
 
 

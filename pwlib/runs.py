@@ -61,10 +61,10 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
     return Run(model.to(device).eval(), tuple(config["classes"]), palette, min(size) if size else None)
 
 
-def build_model(settings: dict[str, Any], num_classes: int, *, imagenet: bool = False) -> PiecewiseTrainedModel:
-    """Build the model that a run's settings describe, with fresh weights."""
+def build_model(settings: dict[str, Any], num_classes: int, *, weights: str | None = None) -> PiecewiseTrainedModel:
+    """Build the model that a run's settings describe, with random weights or those of `pwlib.pretrained.read_vgg`."""
     options = {key: settings[key] for key in ("width", "batch_norm", "dropout")}
-    options["weights"] = "imagenet" if imagenet else None
+    options["weights"] = weights
     crf = DenseCRF(num_classes, **settings["crf"])
     if not settings.get("context"):
         return PiecewiseTrainedModel(num_classes, unary=DeepLabLargeFOV(num_classes, **options), crf=crf)
@@ -85,6 +85,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     if missing := {"arguments", "data", "settings", "seed", "classes", "palette"} - set(config):
         raise ValueError(f"{path} is not a run's configuration: it has no {min(missing)!r}")
     return config
+
+
+def label_options(data: dict[str, Any]) -> dict[str, Any]:
+    """The options of `load` that say what the labels of a "folder" data set mean, from config.json."""
+    options = dict(data.get("labels", {}))
+    if options.get("values") is not None:
+        options["values"] = dict(options["values"])
+    return options
 
 
 def trained_stages(folder: Path) -> list[str]:

@@ -241,6 +241,13 @@ def fails(capsys, *arguments, code=2):
         (["train", "--data", "folder", "--root", "MISSING", "--out", "OUT"], "is not a folder"),
         (["train", "--data", "scenes", "--device", "cuda:99", "--out", "OUT"], "--device cuda:99 cannot be used here"),
         (["train", "--data", "scenes", "--device", "toaster", "--out", "OUT"], "--device toaster cannot be used here"),
+        (["train", "--data", "scenes", "--batch", "0", "--out", "OUT"], "'0' is not a whole number of at least 1"),
+        (["train", "--data", "scenes", "--learning-rate", "inf", "--out", "OUT"], "'inf' is not a positive number"),
+        (["train", "--data", "scenes", "--weights", "MISSING", "--out", "OUT"], "no such file"),
+        (["train", "--data", "scenes", "--classes", "a,b", "--out", "OUT"], "class_names belong to --data folder"),
+        (["train", "--data", "folder", "--values", "0=x", "--out", "OUT"], "'0=x' is not a mapping of label values"),
+        (["train", "--data", "folder", "--void", "all", "--out", "OUT"], "'all' is not a label value or none"),
+        (["labels", "MISSING"], "is not a folder"),
         (["train", "--out", "MISSING", "--resume"], "is not a run folder"),
         (["evaluate", "MISSING"], "is not a run folder"),
         (["predict", "MISSING", "a.png", "--out", "OUT"], "is not a run folder"),
@@ -260,8 +267,8 @@ def test_training_into_a_folder_in_use(finished, pictures, tmp_path, capsys):
 
 
 WORK = {  # what each command does first that takes time
-    "train": "pwlib.cli.commands.load_split",
-    "evaluate": "pwlib.cli.commands.read_config",
+    "train": "pwlib.tools.training.train",
+    "evaluate": "pwlib.tools.scoring.score_run",
     "predict": "pwlib.cli.commands.load_run",
 }
 

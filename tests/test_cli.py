@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from cli_fixtures import CLASSES, python
 from PIL import Image
+from torchvision.models import vgg
 
 from pwlib.cli.parser import main
 from pwlib.cli.profiles import PROFILES
-from pwlib.data import voc_palette
+from pwlib.data import load, voc_palette
 from pwlib.runs import build_model
 
 # ---------------------------------------------------------------------------------------------------------------- train
@@ -102,6 +104,87 @@ def test_an_interrupted_run_is_resumed_from_its_folder(pictures, finished, tmp_p
     assert table == expected
 
 
+def offline(error):
+    def urlopen(*args, **options):
+        raise error
+
+    return urlopen
+
+
+@pytest.mark.parametrize("error", [OSError("no network"), KeyboardInterrupt()])
+def test_a_run_that_failed_before_its_first_checkpoint_starts_again(error, pictures, tmp_path, capsys, monkeypatch):
+    """`--resume` must not train from random weights when the download of the wanted ones failed."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setattr(torch.hub, "urlopen", offline(error))
+    out, code = tmp_path / "run", 1 if isinstance(error, OSError) else 130
+    command = ["train", "--data", "folder", "--root", str(pictures), "--size", "16x24", "--weights", "imagenet"]
+    assert main([*command, "--epochs", "1,0,0", "--out", str(out)]) == code
+    assert {path.name for path in out.iterdir()} == {"config.json"}
+    assert main(["train", "--out", str(out), "--resume"]) == code
+    assert "no checkpoint yet and starts from the beginning" in capsys.readouterr().err
+    assert not list(out.glob("*.pt"))
+
+
+def test_a_restarted_run_reads_its_classes_again(pictures, tmp_path, capsys):
+    root, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(pictures, root)
+    names = (root / "classes.txt").read_text()
+    (root / "classes.txt").write_text(names.replace("boat", "bat"))
+    command = ["train", "--data", "folder", "--root", str(root), "--size", "16x24", "--epochs", "1,0,0", "--quiet"]
+    assert main([*command, "--out", str(out)]) == 0
+    for path in out.glob("stage*"):
+        path.unlink()
+    (root / "classes.txt").write_text(names)
+    assert main(["train", "--out", str(out), "--resume", "--quiet"]) == 0
+    assert json.loads((out / "config.json").read_text())["classes"] == list(CLASSES)
+    capsys.readouterr()
+    assert main(["evaluate", str(out)]) == 0
+
+
+@pytest.mark.parametrize("change", ["classes", "images"])
+def test_a_resumed_run_needs_the_data_it_was_started_with(change, pictures, tmp_path, capsys):
+    root, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(pictures, root)
+    command = ["train", "--data", "folder", "--root", str(root), "--size", "16x24", "--epochs", "1,1,0", "--quiet"]
+    assert main([*command, "--out", str(out)]) == 0
+    (out / "stage2-last.pt").unlink()
+    if change == "classes":
+        (root / "classes.txt").write_text((root / "classes.txt").read_text().replace("boat", "bat"))
+    else:
+        for part in ("images", "labels"):
+            first = min((root / "train" / part).iterdir())
+            shutil.copy(first, first.with_name(f"new{first.suffix}"))
+    capsys.readouterr()
+    assert main(["train", "--out", str(out), "--resume", "--quiet"]) == 2
+    assert f"the {change} of the training set have changed" in capsys.readouterr().err
+
+
+def test_weights_learning_rate_and_batch(pictures, tmp_path):
+    """`--weights FILE` implies full width and the file's batch norm; a learning rate of almost 0 keeps the weights."""
+    torch.manual_seed(0)
+    state = vgg.make_layers(vgg.cfgs["D"]).state_dict()
+    torch.save({f"features.{name}": value.half() for name, value in state.items()}, tmp_path / "vgg16.pt")
+    command = ["train", "--data", "folder", "--root", str(pictures), "--size", "8x8", "--epochs", "1,0,0", "--quiet"]
+    command += ["--weights", str(tmp_path / "vgg16.pt"), "--batch", "5", "--learning-rate", "1e-12"]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    assert (settings["width"], settings["batch_norm"], settings["batch"]) == (1.0, False, 5)
+    assert settings["learning_rate"] == 1e-12 and settings["weights"] == str(tmp_path / "vgg16.pt")
+    model = torch.load(tmp_path / "run" / "stage1-best.pt", weights_only=True)["model"]
+    torch.testing.assert_close(model["unary.blocks.0.0.weight"], state["0.weight"].half().float())
+
+
+def test_help_shows_what_each_profile_sets(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for (data, name), profile in PROFILES.items():
+        (line,) = [line for line in lines if line.split()[:2] == [data, name]]
+        assert ",".join(map(str, profile.epochs)) in line and f"{profile.learning_rate:g}" in line
+        assert (profile.weights or "random") in line and str(profile.width) in line
+
+
 # ------------------------------------------------------------------------------------------------------------- evaluate
 
 
@@ -171,11 +254,94 @@ def test_predict_agrees_with_the_model_with_and_without_crf(finished, photograph
     assert (one != other).any()
 
 
+# --------------------------------------------------------------------------------------------------------------- labels
+
+
+def binary_masks(root, count=6):
+    """Photographs of a bright disc on a dark background, and masks with the values 0 and 255."""
+    random = np.random.default_rng(0)
+    y, x = np.mgrid[:24, :32]
+    for index in range(count):
+        disc = (y - random.integers(8, 16)) ** 2 + (x - random.integers(8, 24)) ** 2 < 36
+        photo = (60 + 120 * disc[..., None] + random.integers(0, 30, (24, 32, 3))).astype(np.uint8)
+        for part, pixels in (("images", photo), ("labels", (255 * disc).astype(np.uint8))):
+            (root / part).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(root / part / f"{index}.png")
+    return root
+
+
+def test_labels_summarises_a_data_set(pictures, tmp_path, capsys):
+    sheet = tmp_path / "labels.png"
+    assert main(["labels", str(pictures), "--sheet", str(sheet)]) == 0
+    out = capsys.readouterr().out
+    assert "train: 10 images, 24x36 (10)" in out and "val: 4 images" in out
+    counts = load("folder", "train", pictures).pixel_counts()
+    (line,) = [line for line in out.splitlines() if line.startswith("sea ")]
+    assert float(line.split()[1]) == pytest.approx(100 * float(counts[1] / counts.sum()), abs=0.006)
+    assert Image.open(sheet).size[1] > 8 * 100
+
+
+def test_binary_masks_are_rejected_until_their_values_are_mapped(tmp_path, capsys):
+    root, out = binary_masks(tmp_path / "data"), tmp_path / "run"
+    assert main(["labels", str(root)]) == 2
+    assert "--values 0=0,255=1" in capsys.readouterr().out
+    command = ["train", "--data", "folder", "--root", str(root), "--size", "24x32", "--quiet", "--out", str(out)]
+    assert main(command) == 2
+    assert "--values 0=0,255=1" in capsys.readouterr().err and not out.exists()
+    mapping = ["--values", "0=0,255=1", "--classes", "ground,disc"]
+    assert main(["labels", str(root), *mapping]) == 0
+    assert main([*command, *mapping, "--epochs", "12,1,0", "--batch", "2"]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(out)]) == 0
+    scores = json.loads(capsys.readouterr().out)["stage1"]["unary"]
+    assert scores["per_class_iou"].keys() == {"ground", "disc"} and scores["per_class_iou"]["disc"] > 0.3
+    assert main(["predict", str(out), str(root / "images" / "0.png"), "--out", str(tmp_path / "labels")]) == 0
+    assert set(np.unique(Image.open(tmp_path / "labels" / "0-label.png"))) == {0, 1}
+
+
+@pytest.mark.parametrize("where", ["classes.txt", "--palette", "--classes"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_colour_masks(where, mode, tmp_path, capsys):
+    root = binary_masks(tmp_path / "data")
+    for path in (root / "labels").iterdir():
+        index = np.asarray(Image.open(path)) // 255
+        Image.fromarray(np.array([[0, 0, 0], [250, 50, 83]], np.uint8)[index]).convert(mode).save(path)
+    assert main(["labels", str(root)]) == 2
+    assert "list the colours in classes.txt" in capsys.readouterr().out
+    colours = (root if where == "classes.txt" else tmp_path) / "classes.txt"
+    colours.write_text("background:0,0,0::\ndisc:250,50,83::\n")
+    options = [] if where == "classes.txt" else [where, str(colours)]
+    assert main(["labels", str(root), *options]) == 0
+    command = ["train", "--data", "folder", "--root", str(root), "--size", "24x32", "--epochs", "1,0,0", "--quiet"]
+    assert main([*command, *options, "--out", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    assert json.loads(capsys.readouterr().out)["stage1"]["unary"]["per_class_iou"].keys() == {"background", "disc"}
+    palette = json.loads((tmp_path / "run" / "config.json").read_text())["palette"]
+    assert palette[:2] == [[0, 0, 0], [250, 50, 83]]
+
+
+def test_a_split_with_fewer_classes_is_scored_with_the_classes_of_the_run(pictures, tmp_path, capsys):
+    """Without classes.txt the number of classes is that of the labels, which may be fewer in another folder."""
+    root, other = tmp_path / "data", tmp_path / "other"
+    shutil.copytree(pictures, root)
+    (root / "classes.txt").unlink()
+    command = ["train", "--data", "folder", "--root", str(root), "--size", "16x24", "--epochs", "1,0,0", "--quiet"]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    shutil.copytree(root / "val", other / "val")
+    for path in (other / "val" / "labels").iterdir():
+        Image.fromarray(np.minimum(np.asarray(Image.open(path)), 3)).save(path)
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run"), "--root", str(other)]) == 0
+    scores = json.loads(capsys.readouterr().out)["stage1"]["unary"]["per_class_iou"]
+    assert len(scores) == 10 and scores["class 9"] in (None, 0.0)
+
+
 # ------------------------------------------------------------------------------------------------------------ the rest
 
 
 def test_help_shows_examples_and_exit_codes(capsys):
-    for command in ("train", "evaluate", "predict"):
+    for command in ("train", "evaluate", "predict", "labels"):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         text = capsys.readouterr().out

@@ -133,12 +133,13 @@ def test_colour_labels_need_their_palette(tmp_path):
     palette = voc_palette(3)
     path = save(tmp_path / "colour.png", palette[index])
     assert np.array_equal(read_label(path, palette), np.where(index == 3, VOID, index))
-    with pytest.raises(ValueError, match=r"colour\.png: a label map in mode RGB"):
+    with pytest.raises(ValueError, match=r"colour\.png: a label map in colour without a palette"):
         read_label(path)
-    with pytest.raises(ValueError, match=r"colour\.png: colour \(\d+, \d+, \d+\) is not in the palette"):
+    other = np.isin(index, (2, 3)).sum()
+    with pytest.raises(
+        ValueError, match=rf"colour\.png: 2 colours of {other} pixels are not in the palette; .* colour \("
+    ):
         read_label(path, palette[:2])
-    with pytest.raises(ValueError, match=r"rgba\.png: a label map in mode RGBA"):
-        read_label(save(tmp_path / "rgba.png", np.dstack([PIXELS, GREY])), palette)
     with pytest.raises(ValueError, match=r"deep\.png: label values reach 300"):
         read_label(save(tmp_path / "deep.png", np.full((5, 7), 300, np.uint16)))
 
@@ -233,7 +234,7 @@ def test_faults_that_are_found_when_an_item_is_read(tmp_path):
             look()
     data = (tmp_path / "images" / "c.jpg").read_bytes()
     (tmp_path / "images" / "c.jpg").write_bytes(data[:-40])
-    with pytest.raises(ValueError, match=r"c\.jpg: cannot be read whole"):
+    with pytest.raises(ValueError, match=r"c\.jpg: cannot be read completely"):
         dataset[2]
 
 

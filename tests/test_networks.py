@@ -10,7 +10,7 @@ from torchvision.models import vgg
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 from pwlib import networks
-from pwlib.networks import DeepLabLargeFOV, as_unary, receptive_field, resize_logits, vgg_blocks
+from pwlib.networks import DeepLabLargeFOV, FeatMapNet, as_unary, receptive_field, resize_logits, vgg_blocks
 from pwlib.pretrained import load_vgg_blocks
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -52,7 +52,6 @@ def test_parameters_and_dilations_are_deeplabs():
     [
         ({"num_classes": 1}, "num_classes is 1"),
         ({"width": 0.0}, "width is 0.0"),
-        ({"weights": "coco"}, "'coco'"),
         ({"weights": "imagenet", "width": 0.5}, "width is 0.5"),
     ],
 )
@@ -228,7 +227,7 @@ def test_weights_of_another_network_are_rejected():
         with pytest.raises(ValueError, match=r"VGG weights .*features\.\d+\."):
             load_vgg_blocks(blocks, state)
     with pytest.raises(ValueError, match=r"lack 'classifier.0.weight'"):
-        DeepLabLargeFOV(2).load_vgg(plain)
+        DeepLabLargeFOV(2).load_vgg(plain | {"classifier.3.weight": torch.zeros(4096, 4096)})
 
 
 def test_fc6_and_fc7_are_decimated_vgg_layers():
@@ -274,6 +273,54 @@ def test_a_broken_cached_download_is_reported(monkeypatch, tmp_path):
     cached.write_bytes(b"half a file")
     with pytest.raises(OSError, match="cannot get ImageNet weights"):
         DeepLabLargeFOV(2, weights="imagenet")
+
+
+def convolutions(dtype=torch.float32, batch_norm=False):
+    """torchvision's names and random values, for the convolutional layers only."""
+    torch.manual_seed(5)
+    state = vgg.make_layers(vgg.cfgs["D"], batch_norm=batch_norm).state_dict()
+    return {f"features.{name}": value.to(dtype) for name, value in state.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", [DeepLabLargeFOV, FeatMapNet])
+def test_a_file_with_the_thirteen_convolutions(dtype, kind, tmp_path):
+    """They fill blocks 1 to 5; the other layers keep their random weights, and every weight stays float32."""
+    state = convolutions(dtype)
+    torch.save(state, tmp_path / "vgg16.pt")
+    torch.manual_seed(6)
+    net = kind(2, weights=tmp_path / "vgg16.pt")
+    torch.manual_seed(6)
+    other = kind(2)
+    found = [layer for layer in net.blocks.modules() if isinstance(layer, nn.Conv2d)]
+    assert len(found) == 13
+    for layer, name in zip(found, [name for name in state if name.endswith("weight")], strict=True):
+        assert torch.equal(layer.weight, state[name].float())
+    rest = {name: value for name, value in net.state_dict().items() if not name.startswith("blocks.")}
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in rest.items())
+    assert all(value.dtype == torch.float32 for value in net.state_dict().values())
+
+
+def test_a_file_of_vgg_with_batch_norm(tmp_path):
+    torch.save(convolutions(batch_norm=True), tmp_path / "vgg16_bn.pt")
+    DeepLabLargeFOV(2, weights=tmp_path / "vgg16_bn.pt", batch_norm=True)
+    with pytest.raises(ValueError, match=r"VGG weights .*features\.\d+\."):
+        DeepLabLargeFOV(2, weights=tmp_path / "vgg16_bn.pt")
+
+
+@pytest.mark.parametrize("kind", ["missing", "text", "list", "half", "other"])
+def test_files_without_vgg_weights_are_rejected(kind, tmp_path):
+    path, state = tmp_path / "vgg.pt", convolutions()
+    if kind == "text":
+        path.write_text("weights")
+    elif kind != "missing":
+        half = {name: state[name] for name in list(state)[:10]}
+        torch.save({"list": [1, 2], "half": half, "other": {"layer.weight": torch.zeros(3)}}[kind], path)
+    message = {"missing": "no such file", "text": "damaged or not", "list": "not a state dict"}.get(
+        kind, "weights lack"
+    )
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        DeepLabLargeFOV(2, weights=path)
 
 
 # ------------------------------------------------------------------------------------------------------------- training

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+from pwlib.cli.profiles import summary
+
+COMMANDS = ("train", "evaluate", "predict", "labels", "bench")
 DATA = ("scenes", "camvid", "voc2012", "folder")
 WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 EXIT_CODES = "exit codes: 0 done, 1 failed while running, 2 wrong usage or input, 130 interrupted"
@@ -20,11 +26,18 @@ TRAIN_EXAMPLES = """examples:
   python -m pwlib train --data scenes --context --out runs/paper
   python -m pwlib train --data folder --root my_images --size 96x128 --epochs 30,4,4 --out runs/mine
   python -m pwlib train --out runs/camvid --resume                    after a kill or Ctrl-C
+  python -m pwlib train --data folder --root my_images --weights vgg16.pt --out runs/pretrained
   torchrun --nproc-per-node=2 -m pwlib train --data voc2012 --profile full --out runs/voc
+
+profiles (image size in px; crops where images keep their size; epochs of the three stages; learning rate):
 """
 EVALUATE_EXAMPLES = """examples:
   python -m pwlib evaluate runs/scenes --split test
   python -m pwlib evaluate runs/camvid --data camvid --root data --split val --json scores.json
+"""
+LABELS_EXAMPLES = """examples:
+  python -m pwlib labels my_images --sheet labels.png
+  python -m pwlib labels my_images --classes background,leaf --values 0=0,255=1
 """
 PREDICT_EXAMPLES = """examples:
   python -m pwlib predict runs/camvid street.jpg --out predictions
@@ -32,26 +45,45 @@ PREDICT_EXAMPLES = """examples:
 """
 
 
-def size(text: str) -> tuple[int, int]:
-    """Parse HxW, for example 90x120."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not match or not all(int(side) for side in match.groups()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; expected height x width in pixels, like 90x120")
-    return int(match[1]), int(match[2])
+def argument(expected: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """An argument type; texts for which `parse` raises ValueError or returns None are not `expected`."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = parse(text)
+        except ValueError:
+            value = None
+        if value is None:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+        return value
+
+    return convert
 
 
-def epochs(text: str) -> tuple[int, int, int]:
-    """Parse a,b,c: the epochs of stages 1, 2 and 3."""
-    if not re.fullmatch(r"\d+,\d+,\d+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not three numbers of epochs; expected, for example, 20,5,10")
-    return tuple(int(part) for part in text.split(","))
+def integers(pattern: str, text: str, least: int = 0) -> tuple[int, ...] | None:
+    """The groups of a pattern as integers, if the whole text matches and none is below `least`."""
+    match = re.fullmatch(pattern, text)
+    numbers = tuple(map(int, match.groups())) if match else None
+    return numbers if numbers and min(numbers) >= least else None
 
 
-def natural(text: str) -> int:
-    """Parse a whole number of at least 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
+def values(text: str) -> list[tuple[int, int]]:
+    """Parse `--values`: pairs of label value and class."""
+    from pwlib.annotations.classes import parse_values
+
+    return sorted(parse_values(text).items())
+
+
+size = argument("a size; expected height x width in pixels, like 90x120", lambda t: integers(r"(\d+)x(\d+)", t, 1))
+epochs = argument(
+    "three numbers of epochs; expected, for example, 20,5,10", lambda t: integers(r"(\d+),(\d+),(\d+)", t)
+)
+natural = argument("a whole number of at least 0", lambda t: int(t) if t.isdecimal() else None)
+positive = argument("a whole number of at least 1", lambda t: int(t) if t.isdecimal() and int(t) else None)
+rate = argument("a positive number", lambda t: float(t) if 0 < float(t) < math.inf else None)
+void = argument("a label value or none", lambda t: t if t == "none" or t.isdecimal() else None)
+mapping = argument("a mapping of label values to classes; expected, for example, 0=0,255=1,128=void", values)
+place = argument("a path", lambda t: str(Path(t).resolve()) if Path(t).is_file() else t)
 
 
 def parser(argv: list[str]) -> argparse.ArgumentParser:
@@ -59,16 +91,16 @@ def parser(argv: list[str]) -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m pwlib", description="Train, score and use a CNN + CRF segmenter.", epilog=EXIT_CODES
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="train | evaluate | predict | bench")
+    commands = top.add_subparsers(dest="command", required=True, metavar=" | ".join(COMMANDS))
 
     def command(name: str, text: str, examples: str = "") -> argparse.ArgumentParser:
         options = {"epilog": f"{examples}\n{EXIT_CODES}", "formatter_class": argparse.RawDescriptionHelpFormatter}
         sub = commands.add_parser(name, help=text, description=text, **options)
-        if name != "bench":
+        if name in ("train", "evaluate", "predict"):
             sub.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
         return sub
 
-    train = command("train", "Train in three stages and print the scores of each.", TRAIN_EXAMPLES)
+    train = command("train", "Train in three stages and print the scores of each.", TRAIN_EXAMPLES + summary())
     train.add_argument("--data", choices=DATA, help="data set (needed, unless resuming)")
     train.add_argument("--root", metavar="DIR", help="folder of the data set (default: data; scenes need none)")
     train.add_argument("--profile", choices=("quick", "full"), help="quick: for two CPUs (default); full: for a GPU")
@@ -79,6 +111,10 @@ def parser(argv: list[str]) -> argparse.ArgumentParser:
     text = "the paper's model: FeatMap-Net and a contextual CRF before the dense one"
     train.add_argument("--context", action="store_const", const=True, help=text)
     train.add_argument("--epochs", type=epochs, metavar="A,B,C", help="of stages 1, 2, 3 (default: the profile's)")
+    train.add_argument("--batch", type=positive, metavar="N", help="images per step (default: the profile's)")
+    train.add_argument("--learning-rate", type=rate, metavar="R", help="of the network (default: the profile's)")
+    text = "start from VGG-16 at full width: imagenet (528 MB), or a file with its state dict or its convolutions"
+    train.add_argument("--weights", type=place, metavar="FILE|imagenet", help=text)
 
     evaluate = command("evaluate", "Score every stage of a run; JSON on standard output.", EVALUATE_EXAMPLES)
     evaluate.add_argument("run", metavar="RUN", help="run folder")
@@ -86,6 +122,22 @@ def parser(argv: list[str]) -> argparse.ArgumentParser:
     evaluate.add_argument("--root", metavar="DIR", help="folder of the data set (default: the run's)")
     evaluate.add_argument("--split", default="val", help="train, val or test (default: val)")
     evaluate.add_argument("--json", metavar="FILE", help="write the scores there instead")
+
+    labels = command("labels", "Check and summarise a folder of images and labels.", LABELS_EXAMPLES)
+    labels.add_argument(
+        "root", metavar="ROOT", help="folder with train/images, train/labels, val/..., or images, labels"
+    )
+    labels.add_argument("--sheet", metavar="FILE", help="write a picture of images with their labels there")
+    for sub in (train, labels):
+        group = sub.add_argument_group("the meaning of label files (--data folder)")
+        group.add_argument(
+            "--classes", type=place, metavar="A,B,C|FILE", help="class names (default: ROOT/classes.txt)"
+        )
+        group.add_argument("--palette", type=place, metavar="FILE", help="lines `name r g b`: colours of colour masks")
+        group.add_argument(
+            "--values", type=mapping, metavar="V=K,...", help="label values to classes: 0=0,255=1,9=void"
+        )
+        group.add_argument("--void", type=void, metavar="V|none", help="label value that is void (default: 255)")
 
     for sub in (train, evaluate):
         sub.add_argument("--download", action="store_true", help="fetch camvid or voc2012 if it is not in the root")
@@ -118,7 +170,7 @@ def benchmark() -> ModuleType:
 
 def check_outputs(args: argparse.Namespace) -> None:
     """Raise an error if --json or --out cannot be written, before a command starts to work."""
-    for option, is_folder in (("json", False), ("out", True)):
+    for option, is_folder in (("json", False), ("sheet", False), ("out", True)):
         if (name := getattr(args, option, None)) is None:
             continue
         path = Path(name).absolute()
@@ -142,11 +194,10 @@ def main(argv: list[str] | None = None) -> int:
             return benchmark().run(args) or 0
         from pwlib.cli import commands
 
-        run = {"train": commands.train, "evaluate": commands.evaluate_run, "predict": commands.predict}
-        run[args.command](args)
-        return 0
+        return getattr(commands, args.command)(args) or 0
     except KeyboardInterrupt:
-        hint = f"; continue with: python -m pwlib train --out {args.out} --resume" if args.command == "train" else ""
+        begun = args.command == "train" and (Path(args.out) / "config.json").is_file()
+        hint = f"; continue with: python -m pwlib train --out {args.out} --resume" if begun else ""
         print(f"interrupted{hint}", file=sys.stderr)
         return 130
     except (ValueError, *WRONG_PATH) as error:

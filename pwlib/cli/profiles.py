@@ -17,7 +17,7 @@ class Profile:
     colour: float = 0.2
     width: float = 0.25
     batch_norm: bool = True
-    imagenet: bool = False
+    weights: str | None = None  # "imagenet", or a file; see `pwlib.pretrained.read_vgg`
     dropout: float = 0.5
     optimizer: str = "adamw"
     schedule: str = "onecycle"
@@ -47,7 +47,7 @@ _LARGE = Profile(
     crop=(321, 321),
     width=1.0,
     batch_norm=False,
-    imagenet=True,
+    weights="imagenet",
     optimizer="sgd",
     schedule="poly",
     learning_rate=1e-3,
@@ -76,3 +76,24 @@ PROFILES: dict[tuple[str, str], Profile] = {
     ("folder", "quick"): Profile(size=(96, 128), epochs=(40, 4, 4), crf=SMALL_CRF),
     ("folder", "full"): _LARGE,
 }
+
+
+def pretrained(settings: dict, weights: str, *, batch_norm: bool) -> dict:
+    """The settings that change if a profile starts from VGG-16's weights: full width, and a smaller learning rate."""
+    rate = settings["learning_rate"] if settings["weights"] else 2e-4
+    return {"weights": weights, "width": 1.0, "batch_norm": batch_norm, "learning_rate": rate}
+
+
+def summary() -> str:
+    """A table of what each profile sets, for `train --help`."""
+    lines = [
+        f"  {'data':8} {'profile':8} {'image (crop)':13} {'epochs':10} {'batch':5} {'width':5} {'weights':9} {'rate':6}"
+    ]
+    for (data, name), p in PROFILES.items():
+        size = "x".join(map(str, p.size)) if p.size else "({}x{})".format(*p.crop)
+        stages = ",".join(map(str, p.epochs))
+        lines.append(
+            f"  {data:8} {name:8} {size:13} {stages:10} {p.batch:<5} {p.width:<5} {p.weights or 'random':9} "
+            f"{p.learning_rate:<6g} {p.optimizer}"
+        )
+    return "\n".join(lines)

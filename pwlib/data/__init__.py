@@ -4,7 +4,7 @@ train = load("scenes", "train", transform=Augment())
 image, label = train[0]          # float32 [3, H, W] in [0, 1]; int64 [H, W], 255 = void
 """
 
-from . import camvid, folder, scenes, voc
+from . import camvid, scenes, voc
 from .dataset import SegmentationDataset, hold_out
 from .images import VOID, read_image, read_label
 from .palettes import colorize, voc_palette
@@ -27,7 +27,7 @@ def load(name: str, split: str, root="data", *, download=False, size=None, trans
         size: (H, W) in px to which items are resized; None: as stored (scenes: drawn at 64x96).
         transform: function (image, label) -> (image, label), for example `Augment()`.
         options: `cache` (keep decoded items in memory) for every set; `length`, `seed` for scenes; `sbd` for voc2012
-            (add SBD's labels to train); `class_names`, `num_classes`, `palette` for folder.
+            (add SBD's labels to train); those of `pwlib.annotations.folder.load` for folder.
 
     Raises:
         ValueError: unknown name or split. FileNotFoundError: missing files. TypeError: unknown option.
@@ -36,6 +36,8 @@ def load(name: str, split: str, root="data", *, download=False, size=None, trans
     if name == "scenes":
         return scenes.load(split, **options)
     if name == "folder":
+        from pwlib.annotations import folder  # it imports this package
+
         return folder.load(root, split, **options)
     if name in ("camvid", "voc2012"):
         return (camvid if name == "camvid" else voc).load(root, split, download=download, **options)

@@ -1,12 +1,12 @@
 """Folders of images and labels, paired by stem (the file name without its suffix)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .images import IMAGE_SUFFIXES, read_image_uint8, read_label
+from .images import IMAGE_SUFFIXES, LABEL_SUFFIXES, read_image_uint8, read_label
 
 
 @dataclass
@@ -21,6 +21,15 @@ class LabelledFiles:
         return read_image_uint8(self.images[index]), self.read(self.labels[index])
 
 
+def list_files(folder, suffixes: Iterable[str]) -> list[Path]:
+    """The files of a folder with one of the suffixes, in any case, sorted by name.
+
+    Hidden files and the resource forks of macOS (`._name.png`) are left out, and folders (`__MACOSX`) are not entered.
+    """
+    paths = sorted(Path(folder).iterdir())
+    return [p for p in paths if p.suffix.lower() in suffixes and not p.name.startswith(".") and p.is_file()]
+
+
 def pair_files(image_folder, label_folder, name: str) -> tuple[list[Path], list[Path]]:
     """Find the images and the labels of the same stem, in the order of the stems.
 
@@ -28,11 +37,13 @@ def pair_files(image_folder, label_folder, name: str) -> tuple[list[Path], list[
     """
     image_folder, label_folder = Path(image_folder), Path(label_folder)
     images = _by_stem(image_folder, "images", name, IMAGE_SUFFIXES)
-    labels = _by_stem(label_folder, "label maps", name, (".png",))
+    labels = _by_stem(label_folder, "label maps", name, LABEL_SUFFIXES)
     for stem in sorted(images.keys() ^ labels.keys()):
-        if stem in images:
-            raise FileNotFoundError(f"{name}: {images[stem]} has no label {label_folder / stem}.png")
-        raise FileNotFoundError(f"{name}: {labels[stem]} has no image {image_folder / stem}.*")
+        if stem in labels:
+            raise FileNotFoundError(f"{name}: {labels[stem]} has no image {image_folder / stem}.*")
+        jpeg = list_files(label_folder, (".jpg", ".jpeg")) if label_folder.is_dir() else []
+        remedy = "; JPEG changes the values of labels: save them as PNG" if jpeg else ""
+        raise FileNotFoundError(f"{name}: {images[stem]} has no label {label_folder / stem}.png{remedy}")
     stems = sorted(images)
     return [images[stem] for stem in stems], [labels[stem] for stem in stems]
 
@@ -41,12 +52,12 @@ def _by_stem(folder: Path, what: str, name: str, suffixes: tuple[str, ...]) -> d
     if not folder.is_dir():
         raise FileNotFoundError(f"{name}: {folder} is not a folder; expected the {what} there")
     files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in suffixes or path.name.startswith("."):
-            continue
+    for path in list_files(folder, suffixes):
         if path.stem in files:
             raise ValueError(f"{name}: {files[path.stem]} and {path} have the same stem; expected one file per stem")
         files[path.stem] = path
     if not files:
-        raise FileNotFoundError(f"{name}: {folder} contains no {what} (looked for {', '.join(suffixes)})")
+        found = sorted({path.suffix for path in folder.iterdir() if path.suffix})
+        found = f"; found {', '.join(found)}" if found else ""
+        raise FileNotFoundError(f"{name}: {folder} contains no {what} (looked for {', '.join(suffixes)}{found})")
     return files

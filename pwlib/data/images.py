@@ -1,6 +1,8 @@
 """Read images and label maps from files; errors name the file."""
 
+import importlib
 import struct
+import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,59 +10,116 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torchvision.io import decode_png
 from torchvision.transforms.v2 import functional as F
 
 VOID = 255
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif")
+LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".pgm", ".ppm")  # formats without loss
+IMAGE_SUFFIXES = (*LABEL_SUFFIXES, ".jpg", ".jpeg", ".avif", ".heic", ".heif")
+ORIENTATION = 0x0112  # EXIF tag
 
 # The exceptions of Pillow's decoders for truncated files and files that are not images.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 _BROKEN += (Image.DecompressionBombError,)
 
 
-def _decode(path, what: str, upright: bool) -> Image.Image:
-    """Decode a file, rotated by its EXIF tag if `upright`; FileNotFoundError if missing, ValueError if broken."""
+def _open(path, what: str, *, header_only: bool = False) -> Image.Image:
+    """Decode a file with Pillow; FileNotFoundError if it is missing, ValueError if it cannot be read."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected {what}")
+    if path.suffix.lower() in (".heic", ".heif"):
+        try:
+            importlib.import_module("pillow_heif").register_heif_opener()
+        except ImportError as error:
+            raise ValueError(f"{path}: HEIC needs `pip install pillow-heif`; or convert it to JPEG") from error
     try:
         with Image.open(path) as picture:
-            picture.load()
-            return ImageOps.exif_transpose(picture) if upright else picture
+            picture.getexif() if header_only else picture.load()
+            return picture
     except _BROKEN as error:
-        raise ValueError(f"{path}: cannot be read whole as {what} ({error})") from error
+        raise ValueError(f"{path}: cannot be read completely as {what} ({error})") from error
 
 
-def _eight_bits(picture: Image.Image, path) -> Image.Image:
-    """Convert greyscale of more than 8 bits to 8 bits; other modes are returned unchanged."""
+def _eight_bits(picture: Image.Image, path, bits: int | None) -> Image.Image:
+    """Convert an image of more than 8 bits per channel to 8 bits; other images are returned unchanged."""
     if picture.mode == "F":
         raise ValueError(f"{path}: floating-point pixels have no defined range; expected 8- or 16-bit integers")
-    if picture.mode.startswith("I"):
+    file = b""
+    if picture.format == "PNG":
+        with open(path, "rb") as stream:
+            file = stream.read(26)
+            file += stream.read() if file[24] == 16 else b""
+    if file[24:25] == b"\x10" and file[25] != 0:  # 16-bit colour, of which Pillow keeps the high bytes only
+        deep = decode_png(torch.frombuffer(bytearray(file), dtype=torch.uint8)).int().permute(1, 2, 0).numpy()
+    elif picture.mode.startswith("I"):
         deep = np.asarray(picture).astype(np.int64)
-        if deep.size and (deep.min() < 0 or deep.max() > 65535):
-            raise ValueError(f"{path}: grey values are {deep.min()}..{deep.max()}; expected 8 or 16 bits per pixel")
-        return Image.fromarray((deep / 257).round().astype(np.uint8))
-    return picture
+    else:
+        return picture
+    if deep.size and (deep.min() < 0 or deep.max() > 65535):
+        raise ValueError(f"{path}: values are {deep.min()}..{deep.max()}; expected 8 or 16 bits per channel")
+    if bits is None:
+        stated = file.find(b"sBIT", 0, file.find(b"IDAT"))  # a PNG may state its significant bits
+        bits = file[stated + 4] if stated > 0 else 8 if deep.max() < 256 else 12 if deep.max() < 4096 else 16
+        if bits == 12 and stated <= 0:
+            warnings.warn(
+                "16-bit images with values below 4096 are read as 12-bit data (bits=16: as dark)", stacklevel=2
+            )
+    white = min(2**bits - 1, 65535)
+    grey = (deep / (white / 255)).round().clip(0, 255).astype(np.uint8)  # [H, W] or [H, W, C]
+    shallow = Image.fromarray(grey[..., 0] if grey.shape[2:] == (1,) else grey)
+    shallow.getexif()[ORIENTATION] = picture.getexif().get(ORIENTATION, 1)
+    return shallow
 
 
-def read_image_uint8(path) -> torch.Tensor:
+def read_image_uint8(path, *, bits: int | None = None) -> torch.Tensor:
     """Read an image as `read_image` does, but uint8 [3, H, W]."""
-    picture = _eight_bits(_decode(path, "an image", upright=True), path)
+    picture = ImageOps.exif_transpose(_eight_bits(_open(path, "an image"), path, bits))
     if picture.has_transparency_data:
         page = Image.new("RGBA", picture.size, (255, 255, 255, 255))
         picture = Image.alpha_composite(page, picture.convert("RGBA"))
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
-def read_image(path) -> torch.Tensor:
+def read_image(path, *, bits: int | None = None) -> torch.Tensor:
     """Read any image that Pillow opens: float32 RGB [3, H, W] in [0, 1].
 
-    The image is rotated by its EXIF tag. Grey becomes three equal channels, and 16 bits become 8. Transparent pixels
-    are drawn over white, as by a viewer: their own colours are arbitrary. Of an animation, the first frame is read.
+    The image is rotated by its EXIF tag, and grey becomes three equal channels. Transparent pixels are drawn over
+    white, as by a viewer: their own colours are arbitrary. Of an animation, the first frame is read.
 
-    FileNotFoundError if the file is missing; ValueError if it is truncated, no image, or floating-point.
+    Args:
+        bits: significant bits of a 16-bit image. None: as the PNG states; else 12 if all values are below 4096 (with a
+            warning: 12-bit data would otherwise be almost black), 8 if they are below 256, and 16 in all other cases.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it is truncated, no image, or floating-point.
     """
-    return read_image_uint8(path).float() / 255
+    return read_image_uint8(path, bits=bits).float() / 255
+
+
+def read_label_values(path, *, colours: bool = False) -> np.ndarray:
+    """Read the stored values of a label file, rotated by its EXIF tag: integers [H, W] or uint8 colours [H, W, 3 or 4].
+
+    A colour image with three equal channels counts as grey. A palette image gives its values, or with `colours` its
+    colours. ValueError if the file is broken, or compressed with loss, which changes values at borders.
+    """
+    picture = _open(path, "a label map")
+    file = Path(path).read_bytes() if picture.format == "WEBP" else b""
+    lossy_webp = 0 < file.find(b"VP8 ") < (file.find(b"VP8L") % (len(file) + 1))
+    if picture.format in ("JPEG", "MPO", "AVIF", "HEIF") or lossy_webp or picture.info.get("compression") == "jpeg":
+        raise ValueError(f"{path}: lossy compression changes labels; expected PNG, TIFF, BMP, GIF or lossless WebP")
+    is_gif, picture = picture.format == "GIF", ImageOps.exif_transpose(picture)
+    if picture.mode == "P" and (colours or is_gif):
+        shown = picture.convert("RGB")  # a grey GIF is stored as a palette image in any order
+        picture = shown if colours or (np.ptp(np.array(shown), axis=2) == 0).all() else picture
+    values = np.array(picture)
+    if values.ndim == 3 and picture.mode in ("LA", "RGBA") and (values[..., -1] == 255).all():
+        values = values[..., :-1]
+    if values.ndim == 3 and (values.shape[2] == 1 or (values[..., :1] == values).all()):
+        values = values[..., 0]
+    if picture.mode not in ("1", "L", "P", "LA", "RGB", "RGBA") and not picture.mode.startswith("I"):
+        raise ValueError(f"{path}: a label map in mode {picture.mode}; expected grey, palette or RGB")
+    return values.astype(np.uint8) if values.dtype == bool else values
 
 
 def read_label(path, palette=None) -> torch.Tensor:
@@ -70,40 +129,44 @@ def read_label(path, palette=None) -> torch.Tensor:
     image is decoded with `palette`, uint8 [K + 1, 3] with void last. ValueError if the file is broken, has values above
     255, is a colour image without a palette, or contains a colour that is not in the palette.
     """
-    picture = _decode(path, "a label map", upright=False)
-    if picture.mode in ("L", "P", "1") or picture.mode.startswith("I"):
-        index = np.array(picture)
-        if index.dtype == bool:
-            index = index.astype(np.uint8)
-        if index.size and (index.min() < 0 or index.max() > 255):
-            raise ValueError(f"{path}: label values reach {index.max()}; expected class numbers, or {VOID} for void")
-        return torch.from_numpy(index.astype(np.uint8))
-    if picture.mode != "RGB" or palette is None:
-        raise ValueError(
-            f"{path}: a label map in mode {picture.mode}; expected one channel of class numbers (grey or palette)"
-        )
-    colour = np.array(picture).astype(np.int64) @ (65536, 256, 1)
+    values = read_label_values(path)
+    if values.ndim == 3:
+        if palette is None:
+            raise ValueError(f"{path}: a label map in colour without a palette; expected one channel of class numbers")
+        values = decode_colours(values, palette, path)
+    if values.size and (values.min() < 0 or values.max() > 255):
+        raise ValueError(f"{path}: label values reach {values.max()}; expected class numbers, or {VOID} for void")
+    return torch.from_numpy(values.astype(np.uint8))
+
+
+def decode_colours(colours: np.ndarray, palette, path) -> np.ndarray:
+    """Convert colours, uint8 [H, W, 3 or 4], to the row numbers of a palette, uint8 [H, W]; the last row is void.
+
+    Transparent pixels of an unknown colour are void. ValueError with counts if other pixels have an unknown colour.
+    """
     codes = np.asarray(palette).astype(np.int64) @ (65536, 256, 1)
     # Reversed, so that a class wins that has the same colour as void.
     lookup = {code: VOID if row == len(codes) - 1 else row for row, code in reversed(list(enumerate(codes.tolist())))}
-    values, inverse = np.unique(colour, return_inverse=True)
-    unknown = [value for value in values.tolist() if value not in lookup]
-    if unknown:
-        red, rest = divmod(unknown[0], 65536)
-        raise ValueError(f"{path}: colour {(red, *divmod(rest, 256))} is not in the palette")
-    table = np.array([lookup[value] for value in values.tolist()], np.uint8)
-    return torch.from_numpy(table[inverse.reshape(colour.shape)])
+    values, inverse = np.unique(colours[..., :3].astype(np.int64) @ (65536, 256, 1), return_inverse=True)
+    table = np.array([lookup.get(value, -1) for value in values.tolist()])
+    index = table[inverse.reshape(colours.shape[:2])]  # [H, W], -1: unknown
+    if colours.shape[2] == 4:
+        index[(index < 0) & (colours[..., 3] == 0)] = VOID
+    if (unknown := index < 0).any():
+        found, counts = np.unique(colours[unknown][:, :3], axis=0, return_counts=True)
+        colour = tuple(found[counts.argmax()].tolist())
+        raise ValueError(
+            f"{path}: {len(found)} colours of {unknown.sum()} pixels are not in the palette; the most frequent is "
+            f"colour {colour} ({counts.max()} pixels)"
+        )
+    return index.astype(np.uint8)
 
 
 def image_size(path) -> tuple[int, int]:
     """(H, W) of the image that `read_image` returns, from the header; ValueError if Pillow cannot open the file."""
-    try:
-        with Image.open(path) as picture:
-            width, height = picture.size
-            turned = picture.getexif().get(0x0112, 1) >= 5
-    except _BROKEN as error:
-        raise ValueError(f"{path}: is not an image Pillow can open ({error})") from error
-    return (width, height) if turned else (height, width)
+    picture = _open(path, "an image", header_only=True)
+    width, height = picture.size
+    return (width, height) if picture.getexif().get(ORIENTATION, 1) >= 5 else (height, width)
 
 
 def check_size(size, name: str) -> tuple[int, int]:

@@ -9,7 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from pwlib.data import VOID, SegmentationDataset, colorize
+from pwlib.annotations.check import Report
+from pwlib.data import VOID, SegmentationDataset, colorize, read_image
 
 GAP = 6  # px between the parts of a picture
 
@@ -92,6 +93,14 @@ def sheet(
         top += line[0].height + GAP
     page.paste(strip, (0, top))
     return page
+
+
+def label_sheet(report: Report, count: int = 8) -> Image.Image:
+    """A sheet of images with their labels drawn over them, for `count` files spread over a checked data set."""
+    chosen = np.linspace(0, len(report.files) - 1, min(count, len(report.files))).round().astype(int)
+    pairs = [report.files[k] for k in chosen]
+    rows = [(read_image(image), {"label": report.reader(label).long()}) for image, label in pairs]
+    return sheet(rows, report.palette, report.class_names, overlays=True)
 
 
 @torch.no_grad()

@@ -1,0 +1,234 @@
+"""Check the files of a "folder" data set: find labels that cannot be trained on, and count its classes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pwlib.annotations.classes import LabelReader, read_classes
+from pwlib.annotations.folder import find_split, split_names
+from pwlib.data.files import pair_files
+from pwlib.data.images import ORIENTATION, VOID, image_size, read_image, read_label_values
+from pwlib.data.palettes import voc_palette
+
+FLIPS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE"}
+FLIPS |= {8: "ROTATE_90"}
+
+
+@dataclass
+class Report:
+    """What was found in a data set.
+
+    Attributes:
+        errors, warnings: (file or split, sentence).
+        class_names: K names; palette: uint8 [K + 1, 3], void last.
+        pixels: {split: int64 [K + 1], pixels per class, void last}. images: {split: int64 [K], images with the class}.
+        sizes: {split: {(H, W): number of images}}.
+        files: the pairs of image and label without an error. reader: what read the labels.
+    """
+
+    errors: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[tuple[str, str]] = field(default_factory=list)
+    class_names: tuple[str, ...] = ()
+    palette: np.ndarray = field(default_factory=lambda: voc_palette(0))
+    pixels: dict[str, np.ndarray] = field(default_factory=dict)
+    images: dict[str, np.ndarray] = field(default_factory=dict)
+    sizes: dict[str, Counter] = field(default_factory=dict)
+    files: list[tuple[Path, Path]] = field(default_factory=list)
+    reader: LabelReader = field(default_factory=LabelReader)
+
+    def raise_errors(self, root: Path) -> None:
+        """ValueError with the first error, if there is one."""
+        if self.errors:
+            place, text = self.errors[0]
+            more = f" (and {len(self.errors) - 1} more: python -m pwlib labels {root})" if len(self.errors) > 1 else ""
+            raise ValueError(f"{place}: {text}{more}")
+
+    def __str__(self) -> str:
+        lines = []
+        for split, sizes in self.sizes.items():
+            common = ", ".join(f"{h}x{w} ({n})" for (h, w), n in sizes.most_common(3))
+            more = f" and {len(sizes) - 3} other sizes" if len(sizes) > 3 else ""
+            lines.append(f"{split}: {sum(sizes.values())} images, {common}{more}")
+        width = max([5, *map(len, self.class_names)])
+        lines.append(f"\n{'class':{width}}" + "".join(f" {split + ' %':>9} {'images':>7}" for split in self.pixels))
+        for k, name in enumerate((*self.class_names, "void")):
+            cells = ""
+            for split, counts in self.pixels.items():
+                share = 100 * counts[k] / max(counts.sum(), 1)
+                cells += f" {share:9.2f} {self.images[split][k] if k < len(self.class_names) else '':>7}"
+            lines.append(f"{name:{width}}{cells}")
+        for kind, problems in (("error", self.errors), ("warning", self.warnings)):
+            lines += [""] * bool(problems) + [f"{kind}: {place}: {text}" for place, text in problems]
+        return "\n".join(lines) + ("" if self.errors or self.warnings else "\n\nno problems found")
+
+
+def check_folder(
+    root: str | Path,
+    *,
+    class_names: Sequence[str] | None = None,
+    palette: np.ndarray | None = None,
+    values: Mapping[int, int] | None = None,
+    void: int | None = VOID,
+    decode_images: bool = False,
+) -> Report:
+    """Read every label of a "folder" data set once, and report what prevents or endangers training.
+
+    Args:
+        class_names, palette, values, void: as in `pwlib.annotations.folder.load`.
+        decode_images: also decode every image completely, not only its header.
+
+    Raises:
+        FileNotFoundError, ValueError: the folders cannot be paired, or classes.txt cannot be read.
+    """
+    root, report = Path(root), Report()
+    if class_names is None and (root / "classes.txt").is_file():
+        class_names, colours = read_classes(root / "classes.txt")
+        palette = colours if palette is None else palette
+    reader, stored, found = LabelReader(palette, values, void), set(), {}
+    report.reader = reader
+    splits = split_names(root)
+    for split in splits:
+        base, _ = find_split(root, split)
+        report.sizes[split], found[split] = Counter(), []
+        for image, label in zip(*pair_files(base / "images", base / "labels", "folder"), strict=True):
+            try:
+                classes, raw = _check_pair(image, label, reader, report, split, decode_images)
+            except ValueError as error:
+                report.errors.append((str(label), str(error).removeprefix(f"{label}: ")))
+                continue
+            found[split].append((label, np.bincount(classes.reshape(-1), minlength=256)))
+            stored |= raw
+            report.files.append((image, label))
+    occurring = sorted({k for rows in found.values() for _, row in rows for k in np.flatnonzero(row).tolist()} - {VOID})
+    named = class_names is not None or palette is not None
+    count = (
+        len(class_names) if class_names is not None else len(palette) - 1 if named else max(occurring, default=0) + 1
+    )
+    report.class_names = tuple(class_names or (f"class {k}" for k in range(count)))
+    report.palette = voc_palette(count) if palette is None else np.asarray(palette)
+    for split, rows in found.items():
+        table = np.array([row for _, row in rows], np.int64).reshape(-1, 256)  # [images, 256]
+        report.pixels[split] = np.append(table[:, :count].sum(0), table[:, VOID].sum())
+        report.images[split] = (table[:, :count] > 0).sum(0)
+        for label, row in rows:
+            if row[count:VOID].any():
+                wrong = count + int(np.flatnonzero(row[count:VOID])[0])
+                report.errors.append((str(label), f"value {wrong} is outside the {count} classes; {_hint(stored)}"))
+            elif not row[:VOID].any():
+                report.warnings.append((str(label), "every pixel is void"))
+    _check_classes(report, occurring, stored, named, splits[0])
+    return report
+
+
+def _check_pair(image: Path, label: Path, reader: LabelReader, report: Report, split: str, decode: bool):
+    """Check an image and its label; return the classes [H, W] and the set of values in the file."""
+    values = read_label_values(label, colours=reader.palette is not None)
+    if values.ndim == 2 and reader.values is None and _looks_blended(values):
+        raise ValueError(
+            f"{label}: many values occur only in single pixels between other values, as anti-aliasing makes them; "
+            "export the mask without smoothing"
+        )
+    try:
+        classes = reader.classes(values, label)
+    except ValueError as error:
+        blended = values.ndim == 3 and _looks_blended(values[..., :3].astype(np.int64) @ (65536, 256, 1))
+        remedy = "; export the mask without smoothing (anti-aliasing)" if blended else ""
+        raise ValueError(f"{error}{remedy}") from None
+    size = image_size(image)
+    if classes.shape != size:
+        raw = "; it is rotated as the stored pixels of the photo, whose EXIF tag the label must follow"
+        rotated = classes.shape == size[::-1] and _orientation(image) >= 5
+        raise ValueError(
+            f"{label}: the label is {classes.shape[0]}x{classes.shape[1]} and its image {image.name} "
+            f"{size[0]}x{size[1]} (height x width){raw if rotated else ''}"
+        )
+    report.sizes[split][size] += 1
+    if decode or _orientation(image) > 1:
+        pixels = read_image(image)
+        if (warning := _raw_orientation(pixels, classes, _orientation(image))) is not None:
+            report.warnings.append((str(label), warning))
+    return classes, set(np.unique(values).tolist()) if values.ndim == 2 else set()
+
+
+def _check_classes(report: Report, occurring: list[int], stored: set[int], named: bool, first: str) -> None:
+    """Add the problems that concern the whole data set: classes that never occur, and masks that look binary."""
+    count = len(report.class_names)
+    if report.errors:
+        return
+    if len(occurring) < 2:
+        what = f"only class {occurring[0]} occurs" if occurring else "no class occurs"
+        report.errors.append(("labels", f"{what}, so there is nothing to learn; {_hint(stored)}"))
+    elif not named and len(occurring) < count / 2:
+        report.errors.append(
+            (
+                "labels",
+                f"{count - len(occurring)} of {count} classes never occur; {_hint(stored)} or list them in classes.txt",
+            )
+        )
+    for k, name in enumerate(() if report.errors else report.class_names):
+        splits = [split for split, images in report.images.items() if images[k]]
+        if not splits:
+            report.warnings.append(("labels", f"{name} (class {k}) never occurs"))
+        elif first not in splits:
+            report.warnings.append(("labels", f"{name} (class {k}) occurs in {splits[0]} but not in {first}"))
+
+
+def _hint(stored: set[int]) -> str:
+    """Suggest a mapping of the values that occur in the label files."""
+    values = sorted(stored)
+    if len(values) > 12:
+        return "expected class numbers; map other values with --values"
+    binary = " (a black-and-white mask? 255 is void unless it is mapped)" if values == [0, VOID] else ""
+    pairs = ",".join(f"{v}={'void' if v == VOID and not binary else k}" for k, v in enumerate(values))
+    return f"the files contain the values {', '.join(map(str, values))}{binary}; map them with --values {pairs}"
+
+
+def _looks_blended(values: np.ndarray) -> bool:
+    """Whether five or more rare values [H, W] occur mostly in isolated pixels, as anti-aliasing makes them."""
+    found, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    rare = counts < 0.01 * values.size + 1
+    if rare.sum() < 5:
+        return False
+    inverse = np.pad(inverse.reshape(values.shape), 1, constant_values=-1)  # [H + 2, W + 2]
+    inner = inverse[1:-1, 1:-1]
+    neighbours = (inverse[:-2, 1:-1], inverse[2:, 1:-1], inverse[1:-1, :-2], inverse[1:-1, 2:])
+    isolated = np.logical_and.reduce([inner != other for other in neighbours])
+    alone = np.bincount(inner.ravel(), isolated.ravel(), len(found)) / counts  # share of isolated pixels per value
+    return (alone[rare] > 0.5).sum() >= 5 and isolated.mean() < 0.3
+
+
+def _orientation(image: Path) -> int:
+    with Image.open(image) as picture:
+        return picture.getexif().get(ORIENTATION, 1)
+
+
+def _raw_orientation(pixels: torch.Tensor, classes: np.ndarray, orientation: int) -> str | None:
+    """Compare the contrast at the borders of a label before and after the rotation in its photo's EXIF tag."""
+    if orientation not in FLIPS:
+        return None
+    turned = np.asarray(Image.fromarray(classes).transpose(getattr(Image.Transpose, FLIPS[orientation])))
+    if turned.shape != classes.shape:
+        return None
+    grey = pixels.mean(0).numpy()  # [H, W]
+    contrast = np.zeros_like(grey)
+    contrast[:, :-1] += np.abs(np.diff(grey, axis=1))
+    contrast[:-1] += np.abs(np.diff(grey, axis=0))
+    scores = []
+    for label in (classes, turned):
+        border = np.zeros(label.shape, bool)
+        border[:, :-1] |= label[:, 1:] != label[:, :-1]
+        border[:-1] |= label[1:] != label[:-1]
+        scores.append(255 * float(contrast[border].mean()) if border.any() else 0.0)
+    if scores[1] <= 1.25 * scores[0]:
+        return None
+    return (
+        f"the borders fit the photo better after its EXIF rotation (mean contrast {scores[1]:.0f} instead of "
+        f"{scores[0]:.0f} grey levels): the label seems to have the orientation of the stored pixels"
+    )

@@ -1,0 +1,58 @@
+"""Score the checkpoints of a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from pwlib import checkpoints
+from pwlib.evaluation import evaluate
+from pwlib.runs import build_model, read_config, trained_stages
+from pwlib.tools.training import COLUMNS, load_split
+
+
+def score_run(
+    run: Path,
+    split: str = "val",
+    *,
+    data: str | None = None,
+    root: str | None = None,
+    device: torch.device | str = "cpu",
+    download: bool = False,
+    workers: int = 0,
+) -> dict[str, Any]:
+    """Score every stage that has a checkpoint: {stage: {"unary": scores, "crf": scores}}, ready for JSON.
+
+    Args:
+        data, root: another data set or folder than the run's. Its classes must be those of the run; a folder without
+            classes.txt may contain fewer.
+    """
+    config = read_config(run)
+    stages = trained_stages(run)
+    other = data is not None and data != config["data"]["name"]
+    config["data"] |= {"name": data or config["data"]["name"], "root": root or config["data"]["root"]}
+    labels = {} if other else dict(config["data"].get("labels", {}))
+    if config["data"]["name"] == "folder" and not (Path(config["data"]["root"]) / "classes.txt").is_file():
+        labels.setdefault("class_names", config["classes"])
+    config["data"]["labels"] = labels
+    dataset = load_split(config, split, download=download)
+    if list(dataset.class_names) != config["classes"]:
+        raise ValueError(
+            f"{config['data']['name']} has the classes {', '.join(dataset.class_names)}; "
+            f"{run} was trained on {', '.join(config['classes'])}"
+        )
+    model = build_model(config["settings"], dataset.num_classes).to(device)
+    batch = config["settings"]["batch"] if config["settings"]["size"] else 1
+    loader = DataLoader(dataset, batch_size=batch, num_workers=workers)
+    keys = [key for key, _ in COLUMNS] + ["per_class_iou"]
+    result = {}
+    for stage in stages:
+        checkpoints.load_model(run / f"{stage}-best.pt", model)
+        scores = evaluate(model, loader)
+        if stage == "stage1":  # its CRF still has the parameters that the run started with
+            scores["untuned_crf"] = scores.pop("crf")
+        result[stage] = {part: {key: values[key] for key in keys} for part, values in scores.items()}
+    return result
