@@ -103,7 +103,7 @@ def parameters(module: nn.Module | None) -> int:
 
 def build(name: str, profile: Profile, classes: int) -> PiecewiseTrainedModel:
     options = {key: getattr(profile, key) for key in ("width", "batch_norm", "dropout")}
-    options["weights"] = "imagenet" if profile.imagenet else None
+    options["weights"] = profile.weights
     unary = FeatMapNet(classes, **options, **profile.context["network"], **NETWORKS[name])
     context = None
     if name == "context":
