@@ -14,7 +14,7 @@ import mathjax
 import nbformat
 from sphinx.cmd.build import main as sphinx
 
-from pwlib.course.explore import embed_notebook
+from pwlib.course.explorer import embed_notebook
 
 HERE = Path(__file__).parent
 NOTEBOOKS = HERE.parent / "notebooks"

@@ -16,12 +16,14 @@ import torch
 
 import pwlib
 from pwlib.course import plots
-from pwlib.crf import DenseCRF, Trace
+from pwlib.crf import DenseCRF, probabilities_from_labels
+from pwlib.data import VOID
+from pwlib.trace import Trace
 
 pytest.importorskip("anywidget")
 from ipywidgets.embed import embed_data
 
-from pwlib.course.explore import WIDGET_STATE, WIDGET_VIEW, Explorer, embed_html, embed_notebook, explore
+from pwlib.course.explorer import WIDGET_STATE, WIDGET_VIEW, Explorer, embed_html, embed_notebook, explore
 
 
 def make_trace(classes=4, height=10, width=13, iterations=5, **options) -> Trace:
@@ -40,7 +42,7 @@ def trace() -> Trace:
 def decode(explorer: Explorer) -> dict[str, np.ndarray]:
     """The format undone, from its description alone: bytes by significance, then sums along the iterations."""
     raw, at, blocks = gzip.decompress(explorer.data), 0, {}
-    for block in explorer.meta["blocks"]:
+    for block in explorer.meta["panes"][0]["blocks"]:
         kind = np.dtype(block["dtype"])
         count = int(np.prod(block["shape"]))
         planes = np.frombuffer(raw, np.uint8, count * kind.itemsize, at).reshape(kind.itemsize, count)
@@ -95,7 +97,7 @@ def test_a_trace_made_by_hand_needs_neither_features_nor_a_free_energy(trace):
     bare = {"features": (), "sums": None, "free_energy": None, "weights": None}
     one = replace(trace, kernels=("above",), messages=trace.messages[:, :1], **bare)
     explorer = explore(one)
-    assert explorer.meta["free_energy"] == [] and "sums" not in decode(explorer)
+    assert explorer.meta["panes"][0]["free_energy"] == [] and "sums" not in decode(explorer)
 
 
 def test_every_slider_value_reaches_the_callbacks(trace):
@@ -140,8 +142,146 @@ def test_names_palettes_and_parts_that_do_not_fit_are_refused(trace):
 
 def test_a_palette_may_end_with_void(trace):
     palette = np.arange(15, dtype=np.uint8).reshape(5, 3)
-    assert explore(trace, palette=palette).meta["colours"] == ["#000102", "#030405", "#060708", "#090a0b"]
-    assert len(set(explore(make_trace(classes=21, iterations=1)).meta["colours"])) == 21
+    assert explore(trace, palette=palette).meta["panes"][0]["colours"] == ["#000102", "#030405", "#060708", "#090a0b"]
+    assert len(set(explore(make_trace(classes=21, iterations=1)).meta["panes"][0]["colours"])) == 21
+
+
+# Problems that the browser solves: what is stored, and what comes back to Python.
+
+
+def make_problem(classes=3, height=6, width=5, **options):
+    generator = torch.Generator().manual_seed(2)
+    image = torch.rand(3, height, width, generator=generator)
+    logits = 3 * torch.randn(classes, height, width, generator=generator)
+    crf = DenseCRF(classes, theta_alpha=5, theta_beta=60, theta_gamma=2, filtering="exact", iterations=4, **options)
+    return image, logits, crf
+
+
+def test_a_problem_stores_only_image_and_logits():
+    image, logits, crf = make_problem()
+    explorer = explore(image, logits, crf)
+    blocks = decode(explorer)
+    assert set(blocks) == {"image", "logits"}
+    np.testing.assert_array_equal(blocks["logits"], logits.half().numpy())
+    np.testing.assert_array_equal(blocks["image"], image.half().permute(1, 2, 0).numpy())
+    grey = (255 * image).round() / 255  # a photograph's eight bits stay eight bits
+    assert decode(explore(grey, logits, crf))["image"].dtype == np.uint8
+    assert explorer.settings["theta_beta"] == 60 and explorer.iteration == 4
+
+
+def test_settings_go_on_in_python():
+    """What the page changes and sends as JSON is what `crf`, `logits`, `image` and `trace()` then have."""
+    image, logits, crf = make_problem()
+    explorer = explore(image, logits, crf)
+    plain = crf.trace(logits.half().float(), image.half().float(), iterations=4)
+    torch.testing.assert_close(explorer.trace().q, plain.q, rtol=1e-4, atol=1e-5)
+    change = {"theta_beta": 20.0, "normalization": "row", "self_message": False, "iterations": 2, "temperature": 2.0}
+    explorer.set_state({"settings": json.loads(json.dumps(explorer.settings | change))})
+    other = DenseCRF(
+        3, theta_alpha=5, theta_beta=20, theta_gamma=2, filtering="exact", normalization="row", self_message=False
+    )
+    expected = other.trace(logits.half().float() / 2, image.half().float(), iterations=2)
+    torch.testing.assert_close(explorer.trace().messages, expected.messages, rtol=1e-4, atol=1e-5)
+
+
+def test_strokes_become_the_unary_of_probabilities_from_labels():
+    image, logits, crf = make_problem()
+    explorer = explore(image, torch.zeros_like(logits), crf)
+    labels = torch.full((6, 5), VOID)
+    labels[1, 1:4], labels[4, 4], labels[5, 0] = 2, 0, 0
+    explorer.strokes = [[2, 6, 3], [0, 24, 2]]
+    assert torch.equal(explorer.painted, labels)
+    expected = probabilities_from_labels(labels, 3, confidence=0.7)
+    torch.testing.assert_close(torch.softmax(explorer.logits, 0), expected)
+    explorer = explore(image, logits, crf)
+    explorer.strokes = [[2, 6, 3], [0, 24, 2]]
+    torch.testing.assert_close(explorer.logits[:, labels == VOID], logits.half().float()[:, labels == VOID])
+
+
+@pytest.mark.parametrize(
+    ("compatibility", "wrong"), [("potts", torch.eye(3)), (torch.tensor([[0.0, 1, 3], [1, 0, 2], [3, 2, 0]]), None)]
+)
+def test_the_wrong_sign_rewards_disagreement(compatibility, wrong):
+    image, logits, crf = make_problem(compatibility=compatibility)
+    explorer = explore(image, logits, crf)
+    explorer.settings = explorer.settings | {"sign": "reward"}
+    expected = 3 - compatibility if wrong is None else wrong
+    assert torch.equal(explorer.crf.compatibility.detach(), expected)
+
+
+def test_a_graph_keeps_its_coupling():
+    coupling = torch.tensor([[0.0, 3.0], [3.0, 0.0]])
+    explorer = explore(torch.rand(3, 1, 2), torch.randn(2, 1, 2), coupling)
+    explorer.settings = explorer.settings | {"scale": 2.0, "self_weight": 1.0}
+    assert explorer.coupling.tolist() == [[1, 6], [6, 1]]
+    explorer.settings = explorer.settings | {"edges": [[0, 1, -0.5]]}
+    assert explorer.coupling.tolist() == [[1, -0.5], [-0.5, 1]]
+
+
+@pytest.mark.parametrize(
+    ("sources", "sentence"),
+    [
+        (lambda i, z, c: (i, z), "cannot explore a Tensor; expected a Trace or"),
+        (lambda i, z, c: (i, z[:2], c), r"logits have shape \[2, 6, 5\]; expected \[3, 6, 5\]"),
+        (
+            lambda i, z, c: (i, z, torch.zeros(4, 4)),
+            r"the coupling matrix has shape \[4, 4\]; expected a symmetric \[30, 30\]",
+        ),
+        (lambda i, z, c: ((i, z, c), (i[:, :5], z[:, :5], c)), "the two sources differ in size or labels"),
+        (lambda i, z, c: (i,) * 4, "explore got 4 sources; expected image, logits, crf, or one or two traces"),
+    ],
+)
+def test_sources_that_do_not_fit_are_refused(sources, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        explore(*sources(*make_problem()))
+
+
+def test_settings_have_their_names():
+    explorer = explore(*make_problem())
+    with pytest.raises(ValueError, match="settings differ in theta; change values, not names"):
+        explorer.settings = explorer.settings | {"theta": 1.0}
+
+
+def test_a_large_image_is_computed_by_the_kernel_on_request():
+    image, logits, crf = make_problem(height=81, width=80)
+    explorer, sent = explore(image, logits, crf), []
+    explorer.send = lambda content, buffers=None: sent.append((content, buffers))
+    assert explorer.meta["panes"][0]["remote"] and "messages" in decode(explorer)
+    explorer.settings = explorer.settings | {"w_bilateral": 0.5, "iterations": 1}
+    explorer._handle_custom_msg({"kind": "compute", "pane": 0}, [])
+    ((content, buffers),) = sent
+    assert content["meta"]["iterations"] == 1 and content["meta"]["weights"][1] == pytest.approx(0.5)
+    assert buffers[0][:2] == b"\x1f\x8b"  # gzip
+
+
+def test_a_pair_shares_one_block_of_data(trace):
+    explorer = explore(trace, trace, titles=("one", "other"))
+    (start, length), (next_start, next_length) = (pane["bytes"] for pane in explorer.meta["panes"])
+    assert (start, next_start) == (0, length) and len(explorer.data) == length + next_length
+    assert "beside other" in repr(explorer)
+
+
+def test_where_no_widget_can_be_shown_the_reader_is_told_to_run_the_cell(trace):
+    bundle = explore(trace)._repr_mimebundle_()
+    data = bundle[0] if isinstance(bundle, tuple) else bundle
+    assert "Run this cell" in data["text/html"] and WIDGET_VIEW in data
+
+
+def test_the_script_is_small_and_complete():
+    from pwlib.course.explorer import bundle
+
+    assert len(bundle.script()) < 90_000
+    assert not re.search(r"^\s*(import|export) (?!default)", bundle.script(), re.M)
+    folder = Path(bundle.__file__).parent
+    assert {path.stem for path in folder.glob("*.js")} == set(bundle.MODULES)
+    tops = [
+        n
+        for path in folder.glob("*.js")
+        for n in re.findall(
+            r"^(?:export )?(?:async )?(?:function\*?|const|let|class) (\w+)", path.read_text("utf-8"), re.M
+        )
+    ]
+    assert len(tops) == len(set(tops)), "two modules use one name at their top level"
 
 
 def test_the_repr_is_for_people(trace):
@@ -175,7 +315,9 @@ def test_a_notebook_becomes_one_without_widgets(trace):
     for cell, explorer in zip(converted.cells, (first, second), strict=True):
         data = cell.outputs[0].data
         assert set(data) == {"text/html", "text/plain"}
-        assert data["text/html"] == embed_html(explorer) == explorer.to_html()
+        alone = explorer is first  # the script is in the page once
+        assert data["text/html"] == embed_html(explorer, code=alone)
+    assert first.to_html() == embed_html(first)
     nbformat.validate(converted)
     assert embed_notebook(notebook, {"some": 1})[1] == {"some": 1}
 
@@ -226,11 +368,11 @@ def test_the_size_promised():
 
 def test_only_the_explorer_needs_widgets_and_it_says_so(monkeypatch):
     modules = Path(pwlib.__file__).parent.rglob("*.py")
-    assert {path.name for path in modules if "anywidget" in path.read_text("utf-8")} == {"explore.py"}
+    assert {path.parent.name for path in modules if "import anywidget" in path.read_text("utf-8")} == {"explorer"}
     monkeypatch.setitem(sys.modules, "anywidget", None)
-    monkeypatch.delitem(sys.modules, "pwlib.course.explore")
+    monkeypatch.delitem(sys.modules, "pwlib.course.explorer")
     with pytest.raises(ImportError, match="the explorer is a widget and needs anywidget: pip install anywidget"):
-        importlib.import_module("pwlib.course.explore")
+        importlib.import_module("pwlib.course.explorer")
 
 
 # The static figure.

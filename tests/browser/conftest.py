@@ -47,7 +47,7 @@ def make_trace(compatibility="potts", height=24, width=32, classes=4, iterations
 """
 NOTEBOOK = [
     MAKE_TRACE,
-    "from pwlib.course.explore import explore\n"
+    "from pwlib.course.explorer import explore\n"
     'explorer = explore(make_trace(), class_names=["sky", "sea", "land", "tree"], iteration=2, label=1)\nexplorer',
     "print(explorer.iteration, explorer.label, explorer.pixel, explorer.senders)",
     "explorer.iteration, explorer.pixel = 4, (3, 5)",
@@ -100,6 +100,24 @@ def open_page(browser) -> Iterator[Callable[[str], sync_api.Page]]:
     away = [u for u in away if urlsplit(u).hostname not in {"127.0.0.1", "localhost"}]
     assert not away, f"requests to other hosts: {away}"
     assert not errors, f"errors in the page: {errors}"
+
+
+@pytest.fixture
+def still(open_page, tmp_path):
+    """still(explorer or trace) -> a page with its explorer, no kernel behind it, drawn."""
+
+    from pages import PAGE, drawn
+
+    from pwlib.course.explorer import embed_html
+
+    def show(source, *, style="", width=940, height=1100, media=None, **options):
+        path = tmp_path / "page.html"
+        path.write_text(PAGE.format(style=style, html=embed_html(source, **options)), encoding="utf-8")
+        page = open_page(path.as_uri(), width=width, height=height, **(media or {}))
+        drawn(page)
+        return page
+
+    return show
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,8 @@
 """The explorer in a real browser: a page without a kernel, and JupyterLab with one. The oracle is the trace itself."""
 
 import math
-import re
 from dataclasses import replace
 
-import matplotlib
 import nbformat
 import numpy as np
 import pytest
@@ -14,13 +12,14 @@ pytest.importorskip("anywidget")
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
 
+from pages import CLOSE, colours, drawn, expected, hover, iteration, numbers, painted, table, where  # noqa: E402
+
 from pwlib.context import ContextualCRF  # noqa: E402
-from pwlib.course.explore import embed_html, embed_notebook  # noqa: E402
+from pwlib.course.explorer import embed_notebook  # noqa: E402
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 NAMES = ["sky", "sea", "land", "tree"]
-PAGE = '<!doctype html><html lang="en"><meta charset="utf-8"><title>Explorer</title><body style="{style}">{html}'
 
 
 @pytest.fixture(scope="module")
@@ -29,91 +28,8 @@ def trace(make_trace):
 
 
 @pytest.fixture
-def still(open_page, tmp_path):
-    """still(trace) -> a page with its explorer, no kernel behind it, drawn."""
-
-    def show(trace, *, style="", width=940, media=None, **options):
-        path = tmp_path / "page.html"
-        path.write_text(PAGE.format(style=style, html=embed_html(trace, **options)), encoding="utf-8")
-        page = open_page(path.as_uri(), width=width, **(media or {}))
-        drawn(page)
-        return page
-
-    return show
-
-
-@pytest.fixture
 def page(still, trace):
     return still(trace, class_names=NAMES, iteration=2, label=1, pixel=(5, 7))
-
-
-def drawn(page) -> None:
-    """Wait until the explorer is there and has drawn its last change."""
-    page.wait_for_selector(".explorer canvas[aria-label]")
-    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
-
-
-def numbers(text: str) -> float:
-    return float(text.replace("−", "-"))
-
-
-def table(page) -> np.ndarray:
-    """[K, columns] as the reader sees it; a dash is nan."""
-    drawn(page)
-    rows = page.locator(".explorer tbody tr").evaluate_all(
-        "rows => rows.map(row => [...row.querySelectorAll('td')].map(cell => cell.textContent))"
-    )
-    return np.array([[math.nan if cell == "–" else numbers(cell) for cell in row] for row in rows])
-
-
-def expected(trace, t: int, row: int, column: int) -> np.ndarray:
-    """The same from the trace: unary, a message a kernel, pairwise, unary + pairwise, q."""
-    at = (..., row, column)
-    unary, q = trace.unary[at], trace.q[t][at]
-    if t == 0:
-        none = torch.full((trace.messages.shape[1] + 1, len(q)), math.nan)
-        return torch.stack([unary, *none, unary, q], 1).numpy()
-    pairwise = trace.pairwise[t - 1][at]
-    return torch.stack([unary, *trace.messages[t - 1][at], pairwise, unary + pairwise, q], 1).numpy()
-
-
-# Half precision, and three decimals (fewer above 10) on the page.
-CLOSE = {"rtol": 2e-3, "atol": 2e-3}
-
-
-def where(page) -> tuple[int, int]:
-    drawn(page)
-    row, column = re.search(r"pixel \((\d+), (\d+)\)", page.locator(".explorer caption").inner_text()).groups()
-    return int(row), int(column)
-
-
-def iteration(page) -> int:
-    drawn(page)
-    return int(re.search(r"iteration (\d+) of", page.locator(".explorer output").inner_text()).group(1))
-
-
-def hover(page, panel: str, trace, row: int, column: int, click: bool = False) -> None:
-    height, width = trace.q.shape[-2:]
-    box = page.locator(f"canvas[data-panel={panel}]").bounding_box()
-    x, y = box["x"] + (column + 0.5) * box["width"] / width, box["y"] + (row + 0.5) * box["height"] / height
-    page.mouse.move(x, y)
-    if click:
-        page.mouse.click(x, y)
-    drawn(page)
-
-
-def colours(page, panel: str) -> np.ndarray:
-    """The panel's pixels, uint8 [H, W, 3]."""
-    drawn(page)
-    width, height, data = page.locator(f"canvas[data-panel={panel}]").evaluate(
-        "c => [c.width, c.height, [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]]"
-    )
-    return np.array(data, np.uint8).reshape(height, width, 4)[..., :3]
-
-
-def painted(values, low: float, high: float, cmap: str) -> np.ndarray:
-    scaled = (np.asarray(values, np.float64) - low) / (high - low)
-    return (255 * matplotlib.colormaps[cmap](scaled)[..., :3]).round()
 
 
 # Without a kernel.
@@ -232,10 +148,10 @@ def test_the_keyboard_does_it_all(page, trace):
     for _ in range(12):
         page.keyboard.press("Tab")
         order.append(at_focus())
-    assert order[:8] == [
-        "First iteration", "Step back", "Play", "Step forward", "Last iteration", "Iteration", "Class shown", "image"
+    assert order[:7] == [
+        "First iteration", "Step back", "Play", "Step forward", "Last iteration", "Iteration", "Class shown"
     ]  # fmt: skip
-    assert order[8:11] == ["weight × q", "weight", "Keys, and how to read this"]
+    assert order[7:12] == ["weight × q", "weight", "image", "Energy", "Numbers of the marked pixel"]
     page.locator("canvas[data-panel=image]").focus()
     for key, by in {"ArrowRight": (0, 1), "ArrowDown": (1, 0), "ArrowLeft": (0, -1), "ArrowUp": (-1, 0)}.items():
         row, column = where(page)
@@ -441,7 +357,7 @@ def test_an_exported_notebook_needs_no_kernel(executed, open_page, tmp_path, tra
     from traitlets.config import Config
 
     # nbconvert's own template asks a CDN for RequireJS and MathJax; here it is the explorer's turn to ask for nothing.
-    config = Config({"HTMLExporter": {"preprocessors": ["pwlib.course.explore.embed_notebook"]}})
+    config = Config({"HTMLExporter": {"preprocessors": ["pwlib.course.explorer.embed_notebook"]}})
     html, _ = HTMLExporter(config=config, require_js_url="", mathjax_url="").from_notebook_node(executed)
     path = tmp_path / "exported.html"
     path.write_text(html, encoding="utf-8")

@@ -1,0 +1,153 @@
+// The pictures: one canvas each, the same pixel marked on all of them.
+import { clamp, gradient, make, number, TABLES } from "./tools.js";
+
+// app: { height, width, N, K, names, palette, colours, shadow, state, point(y, x), painting, schedule() }
+// describe() gives { map, range, colours, sum } for a map, { fill(rgba), text, chip } for a picture, { blank } for nothing.
+export class Panel {
+  constructor(app, { key, title, symbol = "", badge = "", size = [app.height, app.width], groups = ["maps"], spoken, describe }) {
+    Object.assign(this, { app, key, groups, describe, size, spoken: spoken || title });
+    const canvas = make("canvas", { width: size[1], height: size[0], role: "img", tabindex: -1, "data-panel": key });
+    this.canvas = canvas;
+    this.context = canvas.getContext("2d");
+    this.mark = make("span", { class: "mark", "aria-hidden": "true" });
+    this.blank = make("span", { class: "blank" });
+    this.legend = make("div", { class: "legend" });
+    this.node = make("figure", { class: `panel ${key}` },
+      make("figcaption", {}, ...(badge ? [make("span", { class: "badge" }, badge)] : []), make("b", {}, title), " ", make("span", { class: "symbol" }, symbol)),
+      make("div", { class: "stage", style: `aspect-ratio: ${app.width} / ${app.height}` }, canvas, this.mark, this.blank), this.legend);
+    canvas.addEventListener("pointermove", (event) => this.move(event));
+    canvas.addEventListener("pointerdown", (event) => this.down(event));
+    canvas.addEventListener("pointerup", () => app.painting.end());
+    canvas.addEventListener("pointercancel", () => app.painting.end());
+  }
+  find(event) {
+    const box = this.canvas.getBoundingClientRect(), { height, width } = this.app;
+    return [clamp(Math.floor(((event.clientY - box.top) / box.height) * height), 0, height - 1), clamp(Math.floor(((event.clientX - box.left) / box.width) * width), 0, width - 1)];
+  }
+  move(event) {
+    const { app } = this, { painting } = app, [y, x] = this.find(event);
+    if (painting.active && event.buttons & 1) {
+      painting.to(y, x, app.state.c);
+      app.point(y, x);
+    } else if (!app.pinned) app.point(y, x);
+  }
+  down(event) {
+    const { app } = this, { painting } = app, [y, x] = this.find(event);
+    app.focusable(this);
+    this.canvas.focus({ preventScroll: true });
+    if (painting.active) {
+      this.canvas.setPointerCapture(event.pointerId);
+      painting.begin();
+      painting.to(y, x, app.state.c);
+      event.preventDefault();
+    } else app.pinned = event.pointerType === "touch" || !app.pinned;
+    app.point(y, x);
+    app.schedule();
+  }
+  draw() {
+    const view = this.describe(), { app, context } = this, { state, names } = app, [y, x] = state.pixel, [height, width] = this.size;
+    this.node.classList.toggle("empty", "blank" in view);
+    this.mark.style.left = `${((x + 0.5) / app.width) * 100}%`;
+    this.mark.style.top = `${((y + 0.5) / app.height) * 100}%`;
+    this.blank.textContent = view.blank ?? "";
+    let spoken = view.blank ?? view.text;
+    if (view.fill || view.map) {
+      const picture = context.createImageData(width, height), out = picture.data;
+      if (view.fill) view.fill(out);
+      else {
+        const [low, high] = view.range, table = TABLES[view.colours], scale = high > low ? 255 / (high - low) : 0;
+        for (let i = 0; i < app.N; i++) {
+          const colour = table[clamp(Math.round((view.map[i] - low) * scale), 0, 255)];
+          out[4 * i] = colour[0]; out[4 * i + 1] = colour[1]; out[4 * i + 2] = colour[2]; out[4 * i + 3] = 255;
+        }
+        const here = view.map[state.i], notch = make("i", { style: `left: ${clamp(((here - low) * scale) / 2.55, 0, 100)}%` });
+        this.legend.replaceChildren(number(low), make("span", { class: "bar", style: `background: ${gradient(view.colours)}` }, notch), number(high),
+          ...(view.sum === undefined ? [] : [make("span", { class: "sum", title: "the sum over all pixels: the message" }, `Σ ${number(view.sum)}`)]));
+        spoken = `from ${number(low)} to ${number(high)}; ${number(here)} at the marked pixel${view.sum === undefined ? "" : `; the sum is ${number(view.sum)}`}`;
+      }
+      context.putImageData(picture, 0, 0);
+    } else context.clearRect(0, 0, width, height);
+    if (!view.map) this.legend.replaceChildren(...(view.chip ? [make("span", { class: "swatch", style: `background: ${view.chip}` })] : []), view.text ?? "");
+    const of = ["image", "labels", "entropy"].some((name) => this.key.startsWith(name)) ? "" : `, class ${names[state.c]}`;
+    this.canvas.setAttribute("aria-label", `${this.spoken}${of}, iteration ${state.t}: ${spoken}`);
+  }
+}
+
+const NOTHING = { blank: "no message yet" };
+
+// The panels of one pane. letter: "" alone, "A" or "B" beside another one; the keys of B's end in "-b".
+export function panelsOf(app, pane, letter) {
+  const { state, names, colours, palette } = app, { M, K, N } = pane, single = !letter, end = letter === "B" ? "-b" : "";
+  const make = (key, title, symbol, describe, more = {}) => new Panel(app, { key: key + end, title, symbol: single ? symbol : "", badge: letter, describe, spoken: letter && `${title}, ${letter}`, ...more, ...(more.spoken && letter ? { spoken: `${more.spoken}, ${letter}` } : {}) });
+  const trace = () => pane.trace, both = ["maps", "paint"];
+  const map = (name, colours, m) => () => {
+    const t = pane.t;
+    if (t === 0 && (name === "messages" || name === "pairwise")) return NOTHING;
+    return { map: trace().plane(name, t, state.c, m), range: trace().range(name, state.c, m), colours };
+  };
+  const unary = make("unary", "unary", "energy", map("unary", "cividis"), { spoken: "unary energy" });
+  const q = make("q", "marginal", "q", () => ({ map: trace().q(pane.t, state.c), range: [0, 1], colours: "viridis" }), { groups: both });
+  const labels = make("labels", "labels", "argmax q", () => {
+    const labels = trace().labels(pane.t);
+    const fill = (out) => labels.forEach((k, i) => { const c = palette[k]; out[4 * i] = c[0]; out[4 * i + 1] = c[1]; out[4 * i + 2] = c[2]; out[4 * i + 3] = 255; });
+    return { fill, text: `here: ${names[labels[state.i]]}`, chip: colours[labels[state.i]] };
+  }, { groups: both });
+  const messages = pane.meta.kernels.map((name, m) => make(`message${m}`, name, "message", map("messages", "viridis", m), { spoken: `message of the ${name} kernel` }));
+  const pairwise = make("pairwise", "pairwise", "energy", map("pairwise", "cividis"), { spoken: "pairwise energy" });
+  if (!single) return { unary, messages, pairwise, q, labels };
+  const entropy = make("entropy", "entropy", "nats", () => ({ map: trace().entropy(pane.t), range: [0, Math.log(K)], colours: "cividis" }));
+  const exact = pane.meta.coupling ? [make("exact", "exact", "P", () => {
+    const { exact } = trace();
+    return exact ? { map: exact.subarray(state.c * N, (state.c + 1) * N), range: [0, 1], colours: "viridis" } : { blank: "too many labellings" };
+  }, { spoken: "exact marginal by enumeration" })] : [];
+  const senders = pane.hasSenders ? pane.meta.kernels.map((name, m) => make(`senders${m}`, name, "senders", () => {
+    if (state.mass && pane.t === 0) return NOTHING;
+    if (!trace().knowsSenders) return { blank: "computing" };
+    const map = trace().senders(m, state.i);
+    if (state.mass) { const q = trace().q(pane.t - 1, state.c); for (let i = 0; i < N; i++) map[i] *= q[i]; }
+    let low = 0, high = 0, sum = 0;
+    for (const v of map) { if (v > high) high = v; if (v < low) low = v; sum += v; }
+    return { map, range: [low, high], colours: "viridis", sum };
+  }, { spoken: `what each pixel sends to the marked one by the ${name} kernel` })) : [];
+  return { unary, messages, pairwise, q, labels, entropy, exact, senders };
+}
+
+// The image, with the strokes on it.
+export function imagePanel(app, pixels, [h, w], groups) {
+  const { height, width } = app, opaque = new Uint8ClampedArray(4 * h * w).map((_, at) => (at % 4 === 3 ? 255 : pixels[3 * (at >> 2) + (at % 4)]));
+  return new Panel(app, { key: "image", title: "image", symbol: `${h} × ${w}`, size: [h, w], groups, describe() {
+    const [y, x] = app.state.pixel, { strokes } = app.painting; // the image may be finer than the grid of labels
+    const at = 3 * (Math.floor(((y + 0.5) * h) / height) * w + Math.floor(((x + 0.5) * w) / width));
+    const fill = (out) => {
+      out.set(opaque);
+      if (app.painting.empty) return;
+      for (let i = 0; i < h * w; i++) {
+        const painted = strokes[Math.floor(((Math.floor(i / w) + 0.5) / h) * height) * width + Math.floor((((i % w) + 0.5) / w) * width)];
+        if (painted !== 255) out.set(app.palette[painted], 4 * i);
+      }
+    };
+    return { fill, text: `here: RGB ${[...pixels.subarray(at, at + 3)].join(", ")}` };
+  } });
+}
+
+// q of B minus q of A.
+export function differencePanel(app, [a, b]) {
+  const difference = () => {
+    const { state } = app, q = a.trace.q(a.t, state.c), other = b.trace.q(b.t, state.c);
+    const map = other.map((v, i) => v - q[i]), most = map.reduce((high, v) => Math.max(high, Math.abs(v)), 0.01);
+    return { map, range: [-most, most], colours: "difference" };
+  };
+  return new Panel(app, { key: "difference", title: "q: B − A", groups: ["maps", "paint"], spoken: "difference of the marginals, B minus A", describe: difference });
+}
+
+// Columns and width of the pictures: in rows of `perRow`, unless other rows make them much larger in this width and height.
+export function arrange(count, perRow, aspect, width, height) {
+  const GAP = 10, TEXT = 40;
+  let best = { worth: 0 };
+  for (let columns = 1; columns <= count; columns++) {
+    const rows = Math.ceil(count / columns), size = Math.floor(Math.min((width - GAP * (columns - 1)) / columns, (height / rows - TEXT) * aspect));
+    const worth = columns === perRow ? 1.3 * size : size;
+    if (worth > best.worth) best = { columns, size, worth };
+  }
+  return best;
+}
