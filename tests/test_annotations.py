@@ -279,6 +279,24 @@ def test_significant_bits_of_deep_images(channels, largest, sbit, bits, white, t
     assert np.abs(image.permute(1, 2, 0).numpy() - expected).max() < 0.5 / 255 + 1e-6
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_deep_colour_tiff(order, tmp_path):
+    """An uncompressed TIFF with 16 bits per channel, written by hand in either byte order."""
+    deep = RNG.integers(0, 4096, (6, 9, 3))
+    tags = [(256, 9), (257, 6), (258, 16), (259, 1), (262, 2), (273, 8), (277, 3), (278, 6), (279, deep.size * 2)]
+    data = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, 8 + deep.size * 2)
+    data += deep.astype(f"{order}u2").tobytes() + struct.pack(f"{order}H", len(tags))
+    bits = 8 + deep.size * 2 + 2 + 12 * len(tags) + 4  # offset of the three values of BitsPerSample
+    for tag, value in tags:
+        entry = (tag, 3, 3, bits) if tag == 258 else (tag, 4, 1, value)
+        data += struct.pack(f"{order}HHII", *entry)
+    data += struct.pack(f"{order}I", 0) + struct.pack(f"{order}3H", 16, 16, 16)
+    (tmp_path / "deep.tif").write_bytes(data)
+    with pytest.warns(UserWarning, match="read as 12-bit data"):
+        image = read_image(tmp_path / "deep.tif")
+    assert np.abs(image.permute(1, 2, 0).numpy() - deep / 4095).max() < 0.5 / 255 + 1e-6
+
+
 def test_deep_images_are_rotated(tmp_path):
     deep = RNG.integers(0, 65536, (6, 9, 3))
     (tmp_path / "plain.png").write_bytes(png16(deep))

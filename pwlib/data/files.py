@@ -57,7 +57,6 @@ def _by_stem(folder: Path, what: str, name: str, suffixes: tuple[str, ...]) -> d
             raise ValueError(f"{name}: {files[path.stem]} and {path} have the same stem; expected one file per stem")
         files[path.stem] = path
     if not files:
-        found = sorted({path.suffix for path in folder.iterdir() if path.suffix})
-        found = f"; found {', '.join(found)}" if found else ""
-        raise FileNotFoundError(f"{name}: {folder} contains no {what} (looked for {', '.join(suffixes)}{found})")
+        found = ", ".join(sorted({path.suffix for path in folder.iterdir() if path.suffix})) or "nothing"
+        raise FileNotFoundError(f"{name}: {folder} contains no {what}; expected {', '.join(suffixes)}; found {found}")
     return files

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torchvision.io import decode_png
 from torchvision.transforms.v2 import functional as F
 
 VOID = 255
@@ -45,31 +44,36 @@ def _eight_bits(picture: Image.Image, path, bits: int | None) -> Image.Image:
     """Convert an image of more than 8 bits per channel to 8 bits; other images are returned unchanged."""
     if picture.mode == "F":
         raise ValueError(f"{path}: floating-point pixels have no defined range; expected 8- or 16-bit integers")
-    file = b""
-    if picture.format == "PNG":
-        with open(path, "rb") as stream:
-            file = stream.read(26)
-            file += stream.read() if file[24] == 16 else b""
-    if file[24:25] == b"\x10" and file[25] != 0:  # 16-bit colour, of which Pillow keeps the high bytes only
-        deep = decode_png(torch.frombuffer(bytearray(file), dtype=torch.uint8)).int().permute(1, 2, 0).numpy()
-    elif picture.mode.startswith("I"):
+    if picture.mode.startswith("I"):
         deep = np.asarray(picture).astype(np.int64)
+    elif (low := _low_bytes(path)) is not None:
+        deep = 256 * np.asarray(picture).astype(np.int64) + low
     else:
         return picture
     if deep.size and (deep.min() < 0 or deep.max() > 65535):
         raise ValueError(f"{path}: values are {deep.min()}..{deep.max()}; expected 8 or 16 bits per channel")
     if bits is None:
-        stated = file.find(b"sBIT", 0, file.find(b"IDAT"))  # a PNG may state its significant bits
-        bits = file[stated + 4] if stated > 0 else 8 if deep.max() < 256 else 12 if deep.max() < 4096 else 16
-        if bits == 12 and stated <= 0:
-            warnings.warn(
-                "16-bit images with values below 4096 are read as 12-bit data (bits=16: as dark)", stacklevel=2
-            )
+        head = Path(path).read_bytes().split(b"IDAT")[0] if picture.format == "PNG" else b""
+        stated = head.find(b"sBIT") + 4  # a PNG may state its significant bits
+        largest = deep[..., :3].max() if deep.ndim == 3 else deep.max()
+        bits = head[stated] if stated > 4 else 8 if largest < 256 else 12 if largest < 4096 else 16
+        if bits == 12 and stated < 4:
+            warnings.warn("16-bit images with values below 4096 are read as 12-bit data (see bits=)", stacklevel=2)
     white = min(2**bits - 1, 65535)
-    grey = (deep / (white / 255)).round().clip(0, 255).astype(np.uint8)  # [H, W] or [H, W, C]
-    shallow = Image.fromarray(grey[..., 0] if grey.shape[2:] == (1,) else grey)
+    shallow = Image.fromarray((deep / (white / 255)).round().clip(0, 255).astype(np.uint8))
     shallow.getexif()[ORIENTATION] = picture.getexif().get(ORIENTATION, 1)
     return shallow
+
+
+def _low_bytes(path) -> np.ndarray | None:
+    """The low bytes of a colour image with 16 bits per channel, of which Pillow keeps the high bytes; else None."""
+    with Image.open(path) as picture:
+        tiles = [(tile, (tile.args,) if isinstance(tile.args, str) else tile.args) for tile in picture.tile]
+        other = {f"{mode};16{a}": f"{mode};16{b}" for mode in ("RGB", "RGBA") for a, b in ("BL", "LB")}
+        if not tiles or any(not args or args[0] not in other for _, args in tiles):
+            return None
+        picture.tile = [tile._replace(args=(other[args[0]], *args[1:])) for tile, args in tiles]
+        return np.asarray(picture)
 
 
 def read_image_uint8(path, *, bits: int | None = None) -> torch.Tensor:
