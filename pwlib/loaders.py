@@ -59,7 +59,7 @@ def rebuilt(loader: Batches, *, dataset: Dataset | None = None, even: bool = Tru
     one process sees with batches of n * b. Training needs equally many items in each process (`even`: up to n - 1 are
     left out), evaluation each item once (in the stored order). Shuffling and all other options are kept, except for
     `generator`: the seed decides. (Persistent workers keep their random state from epoch to epoch, so that a resumed
-    run draws other augmentations.) A list of batches, a subclass of DataLoader, and a loader with a sampler that
+    run draws other random numbers.) A list of batches, a subclass of DataLoader, and a loader with a sampler that
     repeats or leaves out items are returned as they are; ValueError for a `dataset` or several processes then.
     """
     rank, world_size = rank_and_world_size()

@@ -45,13 +45,11 @@ class TrainerOptions:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(hint))}")
         if self.crf_learning_rate is None:
             self.crf_learning_rate = {"sgd": 0.1, "adamw": 0.02}[self.optimizer]
-        for name in ("learning_rate", "crf_learning_rate", "stage3_factor", "clip"):
-            value = getattr(self, name)
-            if not (value is None and name == "clip") and not value > 0:
-                raise ValueError(f"{name} is {value}; expected a positive number")
-        for name in ("weight_decay", "train_iterations", "test_iterations"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        positive = ("learning_rate", "crf_learning_rate", "stage3_factor", *(() if self.clip is None else ("clip",)))
+        for name in (*positive, "weight_decay", "train_iterations", "test_iterations"):
+            value, kind = getattr(self, name), "a positive number" if name in positive else "0 or more"
+            if not (value > 0 or (value == 0 and name not in positive)):
+                raise ValueError(f"{name} is {value}; expected {kind}")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience is {self.patience}; expected at least 1 epoch, or None")
         if self.class_weights is not None:
@@ -131,14 +129,9 @@ class Objective(nn.Module):
         self.temperature = 1.0
         self.has_pairs = model.context is not None and (stage > 1 or options.joint_pieces)
         self.learns_pairs = self.has_pairs and not (stage == 2 and options.joint_pieces)
-        # Frozen by the user: in evaluation mode, with parameters, none of which requires a gradient. In a model that is
-        # in evaluation mode as a whole, the mode is that of an earlier evaluation.
-        self.frozen = [
-            module
-            for module in model.modules()
-            if model.training and not module.training and [*module.parameters()]
-            if not any(parameter.requires_grad for parameter in module.parameters())
-        ]
+        # Modules that the user froze: in evaluation mode, unlike the model, and all their parameters without gradient.
+        needs = {m: [p.requires_grad for p in m.parameters()] for m in model.modules() if not m.training}
+        self.frozen = [m for m, gradients in needs.items() if model.training and gradients and not any(gradients)]
 
     def train(self, mode: bool = True) -> Objective:
         super().train(mode)

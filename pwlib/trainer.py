@@ -100,8 +100,6 @@ class PiecewiseTrainer:
                 raise FileExistsError(f"{self.out} holds a run already; resume it, or choose another folder")
             self.out.mkdir(parents=True, exist_ok=True)
 
-    # ------------------------------------------------------------------------------------------------------- stages
-
     def train_piecewise(
         self,
         train_loader: Batches,
@@ -217,7 +215,7 @@ class PiecewiseTrainer:
         def finish_epoch(record: dict[str, Any]) -> None:
             nonlocal best
             records.append(record)
-            self._log_epoch(stage, record, epochs)
+            self._log(f"stage {stage}  epoch {record['epoch']:3d}/{epochs}", record)
             if stage == 1 and options.stage1_keeps == "last":
                 for earlier in records:
                     earlier.pop("kept", None)
@@ -234,9 +232,9 @@ class PiecewiseTrainer:
             finish_epoch({"epoch": 0, "val": self.evaluate(val_loader)})
         module = DistributedDataParallel(objective) if world_size > 1 else objective
         for epoch in range(first, epochs + 1):
-            if options.patience and records:
-                if records[-1]["epoch"] - best_record(records, validated=True)["epoch"] >= options.patience:
-                    break
+            waited = records[-1]["epoch"] - best_record(records, validated=True)["epoch"] if records else 0
+            if options.patience and waited >= options.patience:
+                break
             if stage == 2 and options.crf_loss == "marginal":
                 objective.temperature = self._temperature(objective, loader)
             seed = loaders.derive_seed(options.seed, stage, epoch)
@@ -320,8 +318,6 @@ class PiecewiseTrainer:
             "images_per_second": round(images * world_size / seconds, 2),
         }
 
-    # ------------------------------------------------------------------------------------- checkpoints and progress
-
     def _save(self, name: str, state: dict[str, Any]) -> None:
         if self.out is not None and rank_and_world_size()[0] == 0:
             checkpoints.save(self.out / name, state)
@@ -344,17 +340,14 @@ class PiecewiseTrainer:
         hidden = True if rank_and_world_size()[0] else hidden
         return tqdm(batches, desc=text, unit="batch", leave=False, disable=hidden)
 
-    def _log(self, line: str) -> None:
-        if self.progress is not False and rank_and_world_size()[0] == 0:
-            tqdm.write(line, file=sys.stderr)
-
-    def _log_epoch(self, stage: int, record: dict[str, Any], epochs: int) -> None:
-        parts = [f"stage {stage}  epoch {record['epoch']:3d}/{epochs}"]
+    def _log(self, text: str, record: dict[str, Any] | None = None) -> None:
+        record = record or {}
         if "loss" in record:
-            parts.append(f"loss {record['loss']:.4f}  train mIoU {record['miou'] or 0:.4f}  {record['seconds']:.1f} s")
+            text += f"  loss {record['loss']:.4f}  train mIoU {record['miou'] or 0:.4f}  {record['seconds']:.1f} s"
         for part, scores in record.get("val", {}).items():
-            parts.append(f"val {part} mIoU {scores['miou'] or 0:.4f}")
-        self._log("  ".join(parts))
+            text += f"  val {part} mIoU {scores['miou'] or 0:.4f}"
+        if self.progress is not False and rank_and_world_size()[0] == 0:
+            tqdm.write(text, file=sys.stderr)
 
 
 def _forward(module: nn.Module, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
