@@ -1,16 +1,16 @@
-"""The fully connected CRF: energies, mean field, and a trace of everything that happens on the way.
+"""The fully connected (dense) CRF over the pixels of an image.
 
-    P(x | I) = exp(-E(x)) / Z,    E(x) = sum_i psi_i(x_i) + sum_{i<j} mu(x_i, x_j) sum_m w_m k_m(f_i, f_j)
+    P(x | I) = exp(-E(x)) / Z,    E(x) = sum_i psi_u(x_i) + sum_{i<j} mu(x_i, x_j) sum_m w_m k_m(f_i, f_j)
 
-(Kraehenbuehl & Koltun, NIPS 2011, eqs. 1-3.) The unary psi is -log_softmax of a network's logits; the k_m are Gaussian
-in position (the spatial, or smoothness, kernel) and in position and colour (the bilateral, or appearance, kernel). The
-compatibility mu is a *penalty*: with Potts, mu(a, b) = [a != b], two alike pixels pay for disagreeing. Mean field looks
-for the product of independent marginals Q that is closest to P; all pixels update at once:
+(Kraehenbuehl & Koltun, NIPS 2011, eqs. 1-3.) The unary energy psi_u is -log_softmax of a network's logits. The spatial
+kernel is Gaussian in position, the bilateral kernel in position and colour. The compatibility mu is a penalty: with
+Potts, mu(a, b) = [a != b], two similar pixels with different labels cost energy. Mean field (`pwlib.mean_field`)
+repeats, for all pixels at once,
 
-    Q_i(l) <- softmax_l( -psi_i(l) - sum_l' mu(l, l') sum_m w_m sum_j k_m(f_i, f_j) Q_j(l') )
+    q_i(l) <- softmax_l( -psi_u(l) - sum_l' mu(l, l') sum_m w_m sum_j k_m(f_i, f_j) q_j(l') )
 
-Names beside pydensecrf's: theta_gamma is sxy of addPairwiseGaussian, theta_alpha is sxy of addPairwiseBilateral,
-theta_beta is srgb, and compat is the kernel's weight w. Bandwidths are standard deviations, not window sizes.
+Names in pydensecrf: theta_gamma is `sxy` of addPairwiseGaussian; theta_alpha and theta_beta are `sxy` and `srgb` of
+addPairwiseBilateral; a kernel's weight w is `compat`. Bandwidths are standard deviations, not window sizes.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from torch import Tensor, nn
 
 from pwlib.data import VOID
 from pwlib.filters import ExactFilter, FilterBank, GridPositions, SeparableFilter, check_normalization
+from pwlib.inputs import check_image
 from pwlib.lattice import LatticeBank
 from pwlib.trace import Trace, record
 
 METHODS = ("auto", "exact", "lattice")
 AFFORDABLE = {"cpu": 48 * 64, "cuda": 256 * 256}  # pixels; exact messages at 48x64 take about 15 ms on two cores
-SMALLEST_PROBABILITY = 1e-5  # what pydensecrf's unary_from_softmax clips at
+SMALLEST_PROBABILITY = 1e-5  # as in unary_from_softmax of pydensecrf
 
 
 class Kernel(nn.Module):
-    """One more Gaussian kernel for a `DenseCRF`: any features of the image, each divided by a learnable bandwidth.
+    """An additional Gaussian kernel of a `DenseCRF`: features of the image, divided by learnable bandwidths.
 
     Args:
-        name: what traces and plots call it.
+        name: used in traces and plots.
         features: image [B, 3, H, W] in [0, 1] -> [B, H*W, D], in the features' own units.
-        theta: D bandwidths (or one for all), in those units.
-        weight: the kernel's initial weight w_m.
-        in_pixels: whether the bandwidths are lengths in pixels, which grow with an image that is enlarged; one answer
-            for all, or one for each.
+        theta: D bandwidths, or one for all, in those units.
+        weight: initial kernel weight w_m.
+        in_pixels: whether bandwidths are lengths in pixels, which scale with an enlarged image; one bool or D.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Kernel(nn.Module):
 
 
 def choose_method(method: str, pixels: int, device: torch.device) -> str:
-    """ "exact" or "lattice": what `method` means for so many pixels on a device."""
+    """Return "exact" or "lattice"; "auto" depends on the number of pixels per image and on the device."""
     if method not in METHODS:
         raise ValueError(f"filtering is {method!r}; expected one of {', '.join(METHODS)}")
     if method != "auto":
@@ -109,21 +109,20 @@ class DenseCRF(nn.Module):
 
     Args:
         num_classes: K, at least 2.
-        iterations: of parallel mean field, where a call names none.
-        theta_alpha, theta_beta: bandwidths of the bilateral kernel, in pixels and grey levels (0-255).
-        theta_gamma: bandwidth of the spatial kernel, pixels.
-        w_bilateral, w_spatial: kernel weights, > 0.
-        compatibility: "potts" or a [K, K] penalty; row: the pixel's own label, column: the sender's.
-        normalization: "symmetric", "row" or "none"; see `pwlib.filters`.
-        self_message: whether a pixel votes for itself, as in the reference code. With its vote the kernel matrix is
-            positive semi-definite, which is what makes the parallel update of a Potts model descend.
-        filtering: "auto" (exact where affordable, else lattices), "exact" or "lattice".
-        extra_kernels: more `Kernel`s.
+        iterations: of mean field, unless a call gives another number.
+        theta_alpha, theta_beta: bandwidths of the bilateral kernel, in pixels and in grey levels (0-255).
+        theta_gamma: bandwidth of the spatial kernel, in pixels.
+        w_bilateral, w_spatial: kernel weights, positive.
+        compatibility: "potts" or penalties [K, K]; row: the pixel's own label, column: the sender's.
+        normalization: "symmetric", "row" or "none", see `pwlib.filters`.
+        self_message: whether a pixel's own marginal is part of its message, as in the reference code. With it, the
+            kernel matrix is positive semi-definite, and parallel updates of a Potts model decrease the free energy.
+        filtering: "exact", "lattice" or "auto", see `make_filters`.
+        extra_kernels: additional `Kernel`s.
 
-    Learnable, all with gradients: `log_w` [M] in the order of `kernel_names`, `compatibility` [K, K],
-    `log_theta_gamma`, `log_theta_alpha`, `log_theta_beta`. Positive ones are kept as logarithms. An asymmetric
-    compatibility can be learned (as in Zheng et al., ICCV 2015) but is then a rule of update, not an energy: the pairs
-    i < j have no order.
+    Learnable: `log_w` [M] in the order of `kernel_names`, `compatibility` [K, K], `log_theta_gamma`, `log_theta_alpha`
+    and `log_theta_beta`; positive parameters are kept as logarithms. A learned compatibility may become asymmetric (as
+    in Zheng et al., ICCV 2015). The update is then no longer that of an energy, since pairs i < j have no order.
     """
 
     def __init__(
@@ -144,7 +143,7 @@ class DenseCRF(nn.Module):
     ):
         super().__init__()
         if num_classes < 2:
-            raise ValueError(f"num_classes is {num_classes}; a CRF needs at least 2 labels to choose between")
+            raise ValueError(f"num_classes is {num_classes}; expected at least 2 labels")
         if iterations < 0:
             raise ValueError(f"iterations is {iterations}; expected 0 or more")
         if filtering not in METHODS:
@@ -187,18 +186,20 @@ class DenseCRF(nn.Module):
         )
 
     def features(self, image: Tensor) -> list[Tensor | GridPositions]:
-        """Each kernel's features of `image` [B, 3, H, W] in [0, 1], over their bandwidths, in `kernel_names`' order."""
+        """Features [B, N, D] of the kernels, divided by their bandwidths, from the image [B, 3, H, W] in [0, 1]."""
         batch, _, height, width = image.shape
         spatial = GridPositions(height, width, self.log_theta_gamma.exp())
         positions = GridPositions(height, width, self.log_theta_alpha.exp()).planes().expand(batch, -1, -1, -1)
-        colours = 255 * image / self.log_theta_beta.exp()
-        bilateral = torch.cat([positions, colours], dim=1).flatten(2).transpose(1, 2)
+        colours = 255 * image / self.log_theta_beta.exp()  # [B, 3, H, W]
+        bilateral = torch.cat([positions, colours], dim=1).flatten(2).transpose(1, 2)  # [B, N, 5]
         return [spatial, bilateral, *(kernel(image) for kernel in self.extra_kernels)]
 
-    def filters(self, image: Tensor) -> FilterBank:
-        """The filters of the kernels over `image`, ready to pass messages."""
-        options = {"normalization": self.normalization, "self_message": self.self_message}
-        return make_filters(self.features(image), method=self.filtering, **options)
+    def filters(self, image: Tensor, *, self_message: bool | None = None) -> FilterBank:
+        """The filters of all kernels for the image [B, 3, H, W] in [0, 1]; self_message None: as the CRF's."""
+        features = self.features(check_image(image).to(self.compatibility))
+        self_message = self.self_message if self_message is None else self_message
+        options = {"normalization": self.normalization, "self_message": self_message}
+        return make_filters(features, method=self.filtering, **options)
 
     def pairwise(self, filters: FilterBank, q: Tensor) -> Tensor:
         """Expected pairwise energies [B, N, K] of the marginals q [B, N, K]."""
@@ -215,12 +216,21 @@ class DenseCRF(nn.Module):
     def forward(
         self, logits: Tensor, image: Tensor, *, iterations: int | None = None, filters: FilterBank | None = None
     ) -> Tensor:
-        """log_q [B, K, H, W], log-marginals, from logits [B, K, H, W] and the image [B, 3, H, W] in [0, 1].
+        """Run mean field.
 
-        Train with `nll_loss(log_q, label)`; never with a cross-entropy on exp(log_q), which would be a second softmax.
-        `filters`, what `filters(image)` returned, saves making them again for an image that comes back while the
-        bandwidths stay as they are; made under `torch.no_grad()` they are constants, and bandwidths have no gradient.
-        Raises ValueError for shapes that do not fit and for logits that are not finite.
+        Args:
+            logits: [B, K, H, W]; the unary energies are -log_softmax(logits).
+            image: RGB [B, 3, H, W] in [0, 1].
+            iterations: None: the CRF's own number.
+            filters: the result of `filters(image)`, to be reused while image and bandwidths stay the same; None: made
+                for this call. Made under `torch.no_grad()`, they send no gradient to the bandwidths.
+
+        Returns:
+            Log-marginals log_q [B, K, H, W]. Train with `nll_loss(log_q, label)`; cross-entropy on exp(log_q) would
+            apply a second softmax.
+
+        Raises:
+            ValueError: shapes do not fit, logits or image are not finite, or the image is not in [0, 1].
         """
         return self._infer(logits, image, iterations, filters, log=True)
 
@@ -228,44 +238,40 @@ class DenseCRF(nn.Module):
     def marginals(
         self, logits: Tensor, image: Tensor, *, iterations: int | None = None, filters: FilterBank | None = None
     ) -> Tensor:
-        """q [B, K, H, W], the marginals themselves: exp of what `forward` returns, without a gradient, and cheaper."""
+        """Marginals q [B, K, H, W] without a gradient: as exp(forward(...)), but cheaper."""
         return self._infer(logits, image, iterations, filters, log=False)
 
     def _infer(
         self, logits: Tensor, image: Tensor, iterations: int | None, filters: FilterBank | None, *, log: bool
     ) -> Tensor:
-        height, width = image.shape[-2:]
         steps = self.iterations if iterations is None else iterations
         with torch.autocast(logits.device.type, enabled=False):
-            unary, image = self._prepare(logits, image)
+            unary = self._unary(logits, image)
+            batch, pixels, _ = unary.shape
             if filters is None:
                 filters = self.filters(image)
-            elif filters.shape[0] not in (1, len(image)) or filters.shape[1] != height * width:
+            elif filters.shape not in ((1, pixels), (batch, pixels)):
                 made = " x ".join(map(str, filters.shape))
                 raise ValueError(
-                    f"filters were made for {made} pixels, the image has {len(image)} x {height * width}; "
-                    "expected what `filters(image)` returned"
+                    f"filters were made for {made} pixels, the image has {batch} x {pixels}; "
+                    "expected the result of `filters(image)`"
                 )
             out = filters.mean_field(unary, self.log_w, self._penalties(), steps, log=log)  # [B, N, K]
         # Contiguous: the backward pass of nll_loss does not accept a transposed view.
-        return out.mT.contiguous().reshape(len(image), self.num_classes, height, width)
+        return out.mT.contiguous().view(logits.shape)
 
     @torch.no_grad()
     def trace(self, logits: Tensor, image: Tensor, *, iterations: int | None = None) -> Trace:
-        """As `forward`, for one image ([1, ...] or without the batch dimension), keeping everything.
+        """As `forward`, for one image ([1, ...] or without the batch dimension), but return all quantities.
 
-        free_energy is F(Q) = E_Q[E(x)] - H(Q) = KL(Q || P) - log Z. log Z is unknown, so F is no divergence: it may be
-        negative, and only its fall means something. Its pairwise part is 1/2 sum_i sum_l q_i(l) pairwise_i(l); a
-        pixel's message to itself counts in it where `self_message` is on. With normalization="row", or a compatibility
-        that is not symmetric, the update descends no such F: the number is then only a diagnostic.
+        The pairwise part of the free energy includes self-messages if they are on. With normalization="row", or with an
+        asymmetric compatibility, the updates do not minimise it: it is then only a diagnostic.
         """
         if logits.ndim == 3:
             logits, image = logits[None], image[None]
         if len(logits) != 1:
             raise ValueError(f"logits have shape {tuple(logits.shape)}; expected one image")
-        unary, rows_image = self._prepare(logits, image)
-        filters, weights = self.filters(rows_image), self.log_w.exp()
-        features = [f.features() if isinstance(f, GridPositions) else f for f in self.features(rows_image)]
+        unary, filters, weights = self._unary(logits, image), self.filters(image), self.log_w.exp()
         return record(
             unary[0],
             image.shape[-2:],
@@ -276,7 +282,7 @@ class DenseCRF(nn.Module):
             kernels=self.kernel_names,
             weights=weights.cpu(),
             compatibility=self.compatibility.detach().cpu().clone(),
-            features=tuple(f[0].cpu() for f in features),
+            features=tuple(f[0].cpu() for f in self._feature_rows(image)),
             sums=torch.stack([f.n[0, :, 0] for f in filters.filters]).cpu(),
             normalization=self.normalization,
             self_message=self.self_message,
@@ -284,48 +290,49 @@ class DenseCRF(nn.Module):
 
     @torch.no_grad()
     def energy(self, labels: Tensor, logits: Tensor, image: Tensor) -> Tensor:
-        """E(x) [B] of the labellings x, int64 [B, H, W], each pair counted once (without self-messages)."""
-        unary, image = self._prepare(logits, image)
-        x = nn.functional.one_hot(labels.flatten(1), self.num_classes).to(unary)  # [B, N, K]
-        options = {"normalization": self.normalization, "self_message": False}
-        filters = make_filters(self.features(image), method=self.filtering, **options)
-        return (x * (unary + self.pairwise(filters, x) / 2)).sum((1, 2))
+        """E(x) [B] of the labellings x, int64 [B, H, W], each pair counted once and without self-messages."""
+        unary = self._unary(logits, image)
+        if not ((labels >= 0) & (labels < self.num_classes)).all():
+            raise ValueError(f"labels hold numbers outside 0 to {self.num_classes - 1}; a labelling has no void pixels")
+        x = nn.functional.one_hot(labels.flatten(1).long(), self.num_classes).to(unary)  # [B, N, K]
+        return (x * (unary + self.pairwise(self.filters(image, self_message=False), x) / 2)).sum((1, 2))
 
     def pair_energy(self, image: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """V(x_i, x_j) = mu(x_i, x_j) sum_m w_m k_m(f_i, f_j) of pixel pairs: [B, P, K, K], x_i's label first.
+        """Energies mu(x_i, x_j) sum_m w_m k_m(f_i, f_j) of pixel pairs, [B, P, K, K], the label of i first.
 
-        first, second: int64 [B, P], row-major pixel indices. Differentiable in every CRF parameter. This is what the
-        piecewise likelihood needs: the potentials of some pairs, and no inference.
+        first, second: row-major pixel indices i and j, int64 [B, P]. Differentiable in all parameters. The piecewise
+        likelihood needs only these, and no inference.
         """
         batch = len(image)
         if first.shape != second.shape or first.ndim != 2 or len(first) != batch:
             raise ValueError(
                 f"pixel pairs have shapes {tuple(first.shape)} and {tuple(second.shape)}; expected two [{batch}, P]"
             )
-        image = image.to(self.compatibility)
         total = 0.0
-        features = self.features(image)
-        for weight, kernel, filt in zip(self.log_w.exp(), features, self.filters(image).filters, strict=True):
-            rows = (kernel.features() if isinstance(kernel, GridPositions) else kernel).expand(batch, -1, -1)
+        filters = self.filters(image).filters
+        for weight, f, rows in zip(self.log_w.exp(), filters, self._feature_rows(image), strict=True):
+            rows = rows.expand(batch, -1, -1)  # [B, N, D]
             ends = [rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1])) for index in (first, second)]
-            similarity = torch.exp(-(ends[0] - ends[1]).square().sum(-1) / 2)
-            total = total + weight * filt.pair_weights(similarity, first, second)
+            similarity = torch.exp(-(ends[0] - ends[1]).square().sum(-1) / 2)  # [B, P]
+            total = total + weight * f.pair_weights(similarity, first, second)
         return total[..., None, None] * self.compatibility
 
-    def _prepare(self, logits: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Unary energies [B, N, K] and the image, both checked and in the parameters' precision."""
+    def _feature_rows(self, image: Tensor) -> list[Tensor]:
+        """`features` with grid positions written out: one [B, N, D] or [1, N, D] per kernel."""
+        features = self.features(image.to(self.compatibility))
+        return [f.features() if isinstance(f, GridPositions) else f for f in features]
+
+    def _unary(self, logits: Tensor, image: Tensor) -> Tensor:
+        """Unary energies [B, N, K] in the parameters' precision, after checking the logits and the image's shape."""
         if logits.ndim != 4 or logits.shape[1] != self.num_classes:
             raise ValueError(f"logits have shape {tuple(logits.shape)}; expected [B, {self.num_classes}, H, W]")
         if image.shape != (len(logits), 3, *logits.shape[-2:]):
             expected = [len(logits), 3, *logits.shape[-2:]]
-            raise ValueError(f"image has shape {tuple(image.shape)}; expected {expected}, to lie over the logits")
-        # A sum is finite only if all its terms are, and costs less than a look at each; it may overflow, too.
+            raise ValueError(f"image has shape {tuple(image.shape)}; expected {expected}, the size of the logits")
+        # The sum is cheaper than isfinite of each number; it is not finite if one is not, or if it overflows.
         if not logits.detach().sum().isfinite() and not logits.isfinite().all():
-            raise ValueError(
-                "logits hold NaN or infinity; expected finite numbers (did the network's training diverge?)"
-            )
-        unary = -torch.log_softmax(logits.to(self.compatibility).flatten(2), dim=1)  # [B, K, N]
-        return unary.mT, image.to(self.compatibility)
+            raise ValueError("logits contain NaN or infinity; expected finite numbers (did training diverge?)")
+        return -torch.log_softmax(logits.to(self.compatibility).flatten(2), dim=1).mT
 
 
 def _log_parameter(name: str, value: float | Sequence[float]) -> nn.Parameter:
@@ -339,31 +346,23 @@ def dense_crf(
     image: np.ndarray | Tensor,
     probabilities: np.ndarray | Tensor,
     *,
-    iterations: int = 10,
-    theta_alpha: float = 80.0,
-    theta_beta: float = 13.0,
-    theta_gamma: float = 3.0,
-    w_bilateral: float = 10.0,
-    w_spatial: float = 3.0,
-    normalization: str = "symmetric",
-    filtering: str = "auto",
     device: torch.device | str | None = None,
+    **options,
 ) -> np.ndarray | Tensor:
-    """Refine one image's label probabilities with a dense CRF: what people use pydensecrf for, in one call.
+    """Refine the label probabilities of one image with a dense CRF, as with pydensecrf, in one call.
 
     Args:
-        image: uint8 [H, W, 3], RGB, numpy or torch.
-        probabilities: float [K, H, W], each pixel's summing to 1: not logits, not -log p. Clipped at 1e-5.
-        iterations: mean-field iterations (`d.inference(n)`).
-        theta_alpha, theta_beta: bilateral bandwidths, pixels and grey levels (`sxy`, `srgb` of addPairwiseBilateral).
-        theta_gamma: spatial bandwidth, pixels (`sxy` of addPairwiseGaussian).
-        w_bilateral, w_spatial: the two `compat` numbers (a Potts penalty; what pydensecrf takes as a positive number).
-        normalization: "symmetric" as pydensecrf, "row" or "none".
-        filtering: "auto", "exact" or "lattice"; see `DenseCRF`.
-        device: where to compute; None: the probabilities' own device, CPU for numpy.
+        image: RGB uint8 [H, W, 3], numpy or torch.
+        probabilities: float [K, H, W], summing to 1 at each pixel: neither logits nor -log p. Clipped at 1e-5.
+        device: where to compute; None: the probabilities' device, the CPU for numpy.
+        options: iterations=10, theta_alpha=80, theta_beta=13, theta_gamma=3, w_bilateral=10, w_spatial=3,
+            normalization="symmetric", filtering="auto" and all others of `DenseCRF`.
 
     Returns:
-        marginals float32 [K, H, W], numpy for numpy, else a tensor on the probabilities' device.
+        Marginals float32 [K, H, W]: numpy if the probabilities are, else a tensor on their device.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or the probabilities are not a distribution at each pixel.
     """
     as_numpy = isinstance(probabilities, np.ndarray)
     image = torch.as_tensor(np.ascontiguousarray(image) if isinstance(image, np.ndarray) else image)
@@ -378,17 +377,7 @@ def dense_crf(
     if not (bool((probabilities >= 0).all()) and torch.allclose(total, torch.ones_like(total), atol=1e-3)):
         raise ValueError("probabilities of some pixels are negative or do not sum to 1; expected a softmax, not logits")
     device = torch.device(device) if device is not None else home
-    crf = DenseCRF(
-        len(probabilities),
-        iterations=iterations,
-        theta_alpha=theta_alpha,
-        theta_beta=theta_beta,
-        theta_gamma=theta_gamma,
-        w_bilateral=w_bilateral,
-        w_spatial=w_spatial,
-        normalization=normalization,
-        filtering=filtering,
-    ).to(device)
+    crf = DenseCRF(len(probabilities), **options).to(device)
     pixels = image.to(device).permute(2, 0, 1)[None].float() / 255
     logits = probabilities.to(device).float().clamp_min(SMALLEST_PROBABILITY).log()[None]
     marginals = crf.marginals(logits, pixels)[0].to(home)
@@ -398,10 +387,10 @@ def dense_crf(
 def probabilities_from_labels(
     labels: np.ndarray | Tensor, num_classes: int, *, confidence: float = 0.7, void: int = VOID
 ) -> np.ndarray | Tensor:
-    """Probabilities [K, H, W] for `dense_crf` from a partial label map [H, W]: scribbles, or another method's answer.
+    """Probabilities [K, H, W] for `dense_crf` from an incomplete label map [H, W]: strokes, or another method's result.
 
-    `confidence` is what pydensecrf calls gt_prob: the probability that a given label is right. The rest is shared by
-    the other labels, so the CRF may overrule it; pixels marked `void` are unlabelled and start uniform.
+    A labelled pixel gives its label the probability `confidence` (pydensecrf's gt_prob) and shares the rest among the
+    other labels, so that the CRF may change it. Pixels with the value `void` start with a uniform distribution.
     """
     as_numpy = isinstance(labels, np.ndarray)
     labels = torch.as_tensor(labels).long()

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pwlib.data import VOID
+from pwlib.inputs import check_label
 from pwlib.losses import cross_entropy, pairwise_nll
 from pwlib.mean_field import mean_field as run_mean_field
 
@@ -61,6 +62,8 @@ def check_graph(unary: Tensor, edges: Tensor, pair: Tensor, label: Tensor | None
         raise ValueError(f"{shapes} are not the shapes of one graph; expected {expected}")
     if len(edges) and not 0 <= int(edges.min()) <= int(edges.max()) < nodes:
         raise ValueError(f"edges contain node {int(edges.max())}; expected nodes 0 to {nodes - 1}")
+    if label is not None:
+        check_label(label, labels)
 
 
 # ------------------------------------------------------------------------------------------------------- enumeration

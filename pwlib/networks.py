@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pwlib.data import VOID
+from pwlib.inputs import check_image
 from pwlib.pretrained import has_fc, load_vgg_blocks, load_vgg_fc6, load_vgg_fc7, read_vgg
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -40,15 +41,6 @@ class Normalize(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return (check_image(image) - self.mean) / self.std  # [B, 3, H, W]
-
-
-def check_image(image: Tensor) -> Tensor:
-    """Return the image if it is a float tensor [B, 3, H, W] with at least one pixel; raise ValueError otherwise."""
-    if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape:
-        raise ValueError(f"image has shape {tuple(image.shape)}; expected [B, 3, H, W] (RGB), none of them empty")
-    if not image.is_floating_point():
-        raise ValueError(f"image has dtype {image.dtype}; expected float RGB in [0, 1] (divide uint8 by 255)")
-    return image
 
 
 # ------------------------------------------------------------------------------------------------------------ layers

@@ -62,7 +62,7 @@ class Broken(nn.Module):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_infinite_logits(value):
     model = PiecewiseTrainedModel(K, unary=Broken(value), crf=DenseCRF(K))
-    with pytest.raises(ValueError, match="logits hold NaN or infinity"):
+    with pytest.raises(ValueError, match="logits contain NaN or infinity"):
         model(torch.rand(1, 3, 8, 8))
     with pytest.raises(ValueError, match=r"nan or infinity.*diverged"):
         trainer_of(model).train_stage1(batches(), 1)

@@ -100,7 +100,7 @@ def test_filters_made_before_serve_an_image_that_comes_back(filtering, monkeypat
         held.grad = None
         crf(held, image, filters=filters).square().sum().backward()
         assert held.grad.abs().sum() > 0 and crf.log_theta_alpha.grad is None and crf.log_w.grad.abs().sum() > 0
-    with pytest.raises(ValueError, match=r"1 x \d+ pixels, the image has 1 x \d+; expected what"):
+    with pytest.raises(ValueError, match=r"1 x \d+ pixels, the image has 1 x \d+; expected the result"):
         crf(logits[..., :-1, :], image[..., :-1, :], filters=filters)
 
 
@@ -346,7 +346,7 @@ def test_one_pixel_is_an_image_too():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: DenseCRF(1), "num_classes is 1; a CRF needs at least 2"),
+        (lambda: DenseCRF(1), "num_classes is 1; expected at least 2"),
         (lambda: DenseCRF(3, theta_beta=0.0), "theta_beta is 0.0; expected positive"),
         (lambda: DenseCRF(3, w_spatial=-1.0), "expected positive numbers"),
         (lambda: DenseCRF(3, iterations=-1), "iterations is -1"),
@@ -354,13 +354,47 @@ def test_one_pixel_is_an_image_too():
         (lambda: DenseCRF(3, compatibility="pots"), "'pots'; expected 'potts'"),
         (lambda: DenseCRF(3, filtering="fast"), "'fast'; expected one of auto, exact, lattice"),
         (lambda: make()(torch.zeros(1, 4, 6, 7), torch.zeros(1, 3, 6, 7)), r"expected \[B, 3, H, W\]"),
-        (lambda: make()(torch.zeros(1, 3, 6, 7), torch.zeros(1, 3, 7, 7)), "to lie over the logits"),
-        (lambda: make()(torch.full((1, 3, 6, 7), math.nan), torch.zeros(1, 3, 6, 7)), "logits hold NaN"),
+        (lambda: make()(torch.zeros(1, 3, 6, 7), torch.zeros(1, 3, 7, 7)), "the size of the logits"),
+        (lambda: make()(torch.full((1, 3, 6, 7), math.nan), torch.zeros(1, 3, 6, 7)), "logits contain NaN"),
     ],
 )
 def test_bad_input_is_named(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+@pytest.mark.parametrize("filtering", ["exact", "lattice"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda image: image.index_fill(3, torch.tensor([2]), math.nan), "image contains NaN or infinity"),
+        (lambda image: image / 0, "image contains NaN or infinity"),
+        (lambda image: 255 * image, r"expected RGB in \[0, 1\] \(divide 0..255 by 255\)"),
+        (lambda image: image - 1, "image has values -"),
+        (
+            lambda image: (255 * image).to(torch.uint8),
+            r"torch.uint8; expected float RGB in \[0, 1\] \(divide uint8 by 255\)",
+        ),
+    ],
+)
+def test_images_that_are_not_rgb_in_0_to_1_are_refused(filtering, change, message):
+    crf, (logits, image) = make(filtering=filtering), problem()
+    pairs = torch.zeros(2, 1, 4, dtype=torch.int64)
+    for call in (
+        lambda bad: crf(logits, bad),
+        lambda bad: crf.marginals(logits, bad),
+        lambda bad: crf.trace(logits, bad),
+        lambda bad: crf.filters(bad),
+        lambda bad: crf.pair_energy(bad, *pairs),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(change(image))
+
+
+def test_images_may_leave_0_to_1_by_rounding():
+    logits, image = problem()
+    image[0, :, 0, 0] = torch.tensor([-1e-4, 1 + 1e-4, 1.0])
+    assert torch.isfinite(make()(logits, image)).all()
 
 
 # --- for people who come from pydensecrf -----------------------------------------------------------------------------

@@ -116,11 +116,13 @@ def plant_identity(net, channel):
 
 def misplacement(net, size, margin=72):
     """Largest displacement of the logits in px, away from the border: a ramp must come back as the same ramp."""
-    y, x = torch.meshgrid(*(torch.arange(1.0, s + 1) for s in size), indexing="ij")  # from 1, so that no ReLU clips it
+    y, x = torch.meshgrid(*(torch.arange(1.0, s + 1) for s in size), indexing="ij")
+    scale = 512  # px; images from 0.5 to 1 are positive when normalised, so that no ReLU clips them
     worst = 0.0
     for ramp in (y, x):
         with torch.no_grad():
-            found = net(ramp.expand(1, 3, -1, -1))[0, 0] * STD + MEAN
+            logits = net(0.5 + ramp.expand(1, 3, -1, -1) / scale)[0, 0]
+        found = (logits * STD + MEAN - 0.5) * scale
         worst = max(worst, (found - ramp)[margin:-margin, margin:-margin].abs().max().item())
     return worst
 

@@ -152,6 +152,7 @@ def test_an_enlarged_image_has_the_same_marginals(normalization):
     """Each pixel becomes 3 x 3: the marginals stay, up to discretisation, if all three kernels are scaled."""
     torch.manual_seed(0)
     image, logits = (nn.functional.interpolate(torch.randn(1, 3, 5, 6), (20, 24), mode="bilinear") for _ in range(2))
+    image = image.sigmoid()
 
     def enlarged(x):
         return x.repeat_interleave(3, 2).repeat_interleave(3, 3)

@@ -95,13 +95,14 @@ def plant_identity(net):
 
 def misplacement(net, size):
     """Largest displacement of the logits in px, away from the border: a ramp must come back as the same ramp."""
-    y, x = torch.meshgrid(*(torch.arange(1.0, s + 1) for s in size), indexing="ij")  # from 1, so that no ReLU clips it
+    scale = 256  # px; images from 0.5 to 1 are positive when normalised, so that no ReLU clips them
+    y, x = torch.meshgrid(*(torch.arange(1.0, s + 1) for s in size), indexing="ij")
     inside = (slice(24, size[0] - 32), slice(24, size[1] - 32))
     worst = 0.0
     for ramp in (y, x):
         with torch.no_grad():
-            logits = net(ramp.expand(1, 3, -1, -1))[0, 0]
-        found = logits * STD[0] + MEAN[0]
+            logits = net(0.5 + ramp.expand(1, 3, -1, -1) / scale)[0, 0]
+        found = (logits * STD[0] + MEAN[0] - 0.5) * scale
         worst = max(worst, (found - ramp)[inside].abs().max().item())
     return worst
 
@@ -156,7 +157,7 @@ def test_receptive_field_is_the_support_of_the_gradient():
     reached = torch.zeros(side, side, dtype=torch.bool)
     for sign in (1, -1):
         rise = sign * torch.linspace(-1, 1, side)
-        image = (10 + rise[:, None] + rise[None, :]).expand(1, 3, -1, -1).clone().requires_grad_()
+        image = (0.8 + (rise[:, None] + rise[None, :]) / 10).expand(1, 3, -1, -1).clone().requires_grad_()
         net.coarse(image)[0, 0, cell, cell].backward()
         reached |= image.grad[0, 0] != 0
     rows, columns = (reached.any(dim).nonzero() for dim in (1, 0))

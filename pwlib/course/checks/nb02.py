@@ -309,7 +309,8 @@ def run_to_diagnose(letter: str) -> Trace:
         compatibility=torch.eye(classes) if fault == "wrong sign" else "potts",
         filtering="exact",
     )
-    seen = (image - image.mean()) / image.std() / 255 if fault == "normalised colours" else image
+    # Shifted into [0, 1]: kernels depend on differences only.
+    seen = 0.5 + (image - image.mean()) / image.std() / 255 if fault == "normalised colours" else image
     return replace(crf.trace(logits, seen, iterations=8), image=image)
 
 
