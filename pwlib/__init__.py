@@ -17,6 +17,7 @@ from pwlib.crf import DenseCRF, Kernel, Trace, dense_crf, probabilities_from_lab
 from pwlib.data import VOID, load
 from pwlib.model import PiecewiseTrainedModel
 from pwlib.networks import DeepLabLargeFOV, FeatMapNet
+from pwlib.runs import load_run
 from pwlib.trainer import PiecewiseTrainer
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "Trace",
     "dense_crf",
     "load",
+    "load_run",
     "probabilities_from_labels",
 ]

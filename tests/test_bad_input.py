@@ -347,7 +347,9 @@ def test_images_that_cannot_be_read(finished, photographs, tmp_path, capsys):
     assert "none.png is not there" in fails(capsys, "predict", run_folder, good, "none.png", "--out", out)
     assert not out.exists(), "an image was labelled before the missing one was noticed"
     (tmp_path / "cut.png").write_bytes(good.read_bytes()[:500])
-    assert "cut.png" in fails(capsys, "predict", run_folder, tmp_path / "cut.png", "--out", out)
+    assert "cut.png" in fails(capsys, "predict", run_folder, tmp_path / "cut.png", "--out", out, code=1)
+    (tmp_path / "empty").mkdir()
+    assert "empty contains no image" in fails(capsys, "predict", run_folder, tmp_path / "empty", "--out", out)
     (tmp_path / "rgb.jpg").write_bytes(good.read_bytes())
     assert "two images are called rgb" in fails(capsys, "predict", run_folder, good, tmp_path / "rgb.jpg", "--out", out)
 

@@ -13,10 +13,15 @@ from cli_fixtures import CLASSES, python
 from PIL import Image
 from torchvision.models import vgg
 
+import pwlib
 from pwlib.cli.parser import main
 from pwlib.cli.profiles import PROFILES
-from pwlib.data import load, voc_palette
-from pwlib.runs import build_model
+from pwlib.crf import DenseCRF
+from pwlib.data import load, read_image, voc_palette
+from pwlib.model import PiecewiseTrainedModel
+from pwlib.networks import DeepLabLargeFOV
+from pwlib.runs import build_model, load_run
+from pwlib.tools.tiling import coarse_in_tiles, label_image
 
 # ---------------------------------------------------------------------------------------------------------------- train
 
@@ -230,7 +235,10 @@ def test_predict_labels_any_image(finished, photographs, tmp_path):
         label = Image.open(tmp_path / f"{name}-label.png")
         overlay = Image.open(tmp_path / f"{name}-overlay.png")
         confidence = Image.open(tmp_path / f"{name}-confidence.png")
-        assert label.size == overlay.size == confidence.size == size
+        assert label.size == confidence.size == size
+        assert overlay.width == max(240, size[0]) and overlay.height >= size[1] + 20  # the legend is below
+        pixel = np.array(overlay)[0, 0] - 0.45 * 255 * read_image(next(photographs.glob(f"{name}.*")))[:, 0, 0].numpy()
+        assert np.abs(pixel - 0.55 * voc_palette(len(CLASSES))[np.array(label)[0, 0]]).max() <= 1
         assert (label.mode, overlay.mode, confidence.mode) == ("P", "RGB", "L")
         assert np.asarray(label).max() < len(CLASSES)
         assert np.asarray(confidence).min() >= 255 // len(CLASSES)
@@ -239,9 +247,69 @@ def test_predict_labels_any_image(finished, photographs, tmp_path):
         assert (palette[255] == voc_palette(len(CLASSES))[-1]).all()
 
 
-def test_predict_agrees_with_the_model_with_and_without_crf(finished, photographs, tmp_path):
-    from pwlib.data import read_image
+def test_predict_takes_folders_and_patterns_and_prints_every_file(finished, photographs, tmp_path, capsys):
+    more = tmp_path / "more"
+    for name in ("a.PNG", "b.png", "notes.txt", "._b.png"):
+        more.mkdir(exist_ok=True)
+        shutil.copy(photographs / "rgb.png", more / name)
+    out = tmp_path / "out"
+    places = [str(photographs), str(photographs / "r*.png"), str(more / "*"), str(photographs / "grey.png")]
+    assert main(["predict", str(finished[0]), *places, "--out", str(out)]) == 0
+    assert sorted(capsys.readouterr().out.split()) == sorted(map(str, out.iterdir()))
+    assert len(list(out.iterdir())) == 3 * (len(SIZES) + 2)
 
+
+def test_predict_continues_after_broken_files_and_lists_them(finished, photographs, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    shutil.copytree(photographs, folder)
+    (folder / "cut.png").write_bytes((folder / "rgb.png").read_bytes()[:500])
+    (folder / "text.jpg").write_text("no image")
+    out = tmp_path / "out"
+    assert main(["predict", str(finished[0]), str(folder), "--out", str(out)]) == 1
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 2 and all(line.startswith(f"failed: {folder}") for line in lines)
+    assert "cut.png" in lines[0] and "text.jpg" in lines[1]
+    assert len(list(out.iterdir())) == 3 * len(SIZES) and "cut" not in captured.out
+
+
+@pytest.mark.parametrize("apply_crf", [True, False])
+def test_tiles_and_chunks_give_what_predict_gives(apply_crf):
+    """A network of 412 px receptive field on 520x700 px, in tiles of 128 px and chunks of two classes."""
+    torch.manual_seed(0)
+    unary = DeepLabLargeFOV(5, width=1 / 32)
+    torch.nn.init.normal_(unary.classifier.weight, std=1.0)
+    crf = DenseCRF(5, theta_alpha=20.0, theta_gamma=2.0)
+    model = PiecewiseTrainedModel(5, crf_iterations=2, unary=unary, crf=crf).eval()
+    image = load("scenes", "val", size=(520, 700), length=1)[0][0]
+    with torch.no_grad():
+        whole = unary.coarse(image[None])
+        torch.testing.assert_close(coarse_in_tiles(unary, image[None], 128), whole, rtol=1e-4, atol=1e-5)
+    for short_side in (None, 64):
+        options = {"short_side": short_side, "crf_long_side": 200, "apply_crf": apply_crf}
+        confidence, label = model.predict(image, **options).max(0)
+        found = label_image(model, image, tile=128, limit=2 * image[0].numel(), **options)
+        assert (found[0] == label).float().mean() > 0.9999 and len(label.unique()) > 1
+        torch.testing.assert_close(found[1], confidence, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_memory_of_large_images_with_many_classes(tmp_path):
+    """150 classes at 12 megapixels: less than 2.5 GB (all probabilities alone would take 7.2 GB)."""
+    code = """
+import resource, torch
+from pwlib import DeepLabLargeFOV, PiecewiseTrainedModel
+from pwlib.tools.tiling import label_image
+model = PiecewiseTrainedModel(150, crf_iterations=1, unary=DeepLabLargeFOV(150, width=1 / 16)).eval()
+label_image(model, torch.rand(3, 3000, 4000), apply_crf=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout) < 2.5e6  # kB
+
+
+def test_predict_agrees_with_the_model_with_and_without_crf(finished, photographs, tmp_path):
     for flags, crf in (([], True), (["--no-crf"], False)):
         out = tmp_path / str(crf)
         assert main(["predict", str(finished[0]), str(photographs / "rgb.png"), "--out", str(out), *flags]) == 0
@@ -252,6 +320,20 @@ def test_predict_agrees_with_the_model_with_and_without_crf(finished, photograph
         assert (np.asarray(Image.open(out / "rgb-label.png")) == expected.argmax(0).numpy()).all()
     one, other = (np.asarray(Image.open(tmp_path / str(crf) / "rgb-confidence.png")) for crf in (True, False))
     assert (one != other).any()
+
+
+def test_load_run_is_ready_to_predict(finished, photographs, tmp_path):
+    run = pwlib.load_run(finished[0])
+    assert run.class_names == CLASSES and np.array_equal(run.palette, voc_palette(len(CLASSES)))
+    assert not run.model.training
+    image = read_image(photographs / "rgb.png")
+    probability = run.predict(image)
+    assert probability.shape == (len(CLASSES), 31, 45)
+    torch.testing.assert_close(probability.sum(0), torch.ones(31, 45))
+    assert main(["predict", str(finished[0]), str(photographs / "rgb.png"), "--out", str(tmp_path)]) == 0
+    assert np.array_equal(Image.open(tmp_path / "rgb-label.png"), probability.argmax(0))
+    with pytest.raises(FileNotFoundError, match="is not a run folder"):
+        load_run(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------------- labels

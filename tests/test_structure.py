@@ -17,6 +17,7 @@ def test_public_names():
         "VOID",
         "dense_crf",
         "load",
+        "load_run",
         "probabilities_from_labels",
     ]
     for name in pwlib.__all__:

@@ -87,13 +87,19 @@ def evaluate(args: argparse.Namespace) -> None:
         checkpoints.save_json(args.json, result)
 
 
-def predict(args: argparse.Namespace) -> None:
-    """Label images: NAME-label.png, NAME-overlay.png and NAME-confidence.png for each in args.out."""
-    from pwlib.tools.predict import label_files
+def predict(args: argparse.Namespace) -> int:
+    """Label images and print the files that are written; 1 if an image could not be labelled."""
+    from pwlib.tools.predict import find_images, label_files
 
     run = load_run(args.run, device=_device(args.device))
-    for path in label_files(run, args.images, args.out, apply_crf=args.crf):
-        print(path)
+    results = label_files(run, find_images(args.images), args.out, apply_crf=args.crf)
+    failed = []
+    for path, files, reason in results:
+        print(*files, sep="\n", end="\n" if files else "")
+        failed += [reason if str(path) in reason else f"{path}: {reason}"] if reason else []
+    for reason in failed:
+        print(f"failed: {reason}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def labels(args: argparse.Namespace) -> int:

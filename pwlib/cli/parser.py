@@ -41,7 +41,7 @@ LABELS_EXAMPLES = """examples:
 """
 PREDICT_EXAMPLES = """examples:
   python -m pwlib predict runs/camvid street.jpg --out predictions
-  python -m pwlib predict runs/camvid *.png --out predictions --no-crf
+  python -m pwlib predict runs/camvid holiday/ 'trip/*.jpg' --out predictions --no-crf
 """
 
 
@@ -146,7 +146,7 @@ def parser(argv: list[str]) -> argparse.ArgumentParser:
 
     predict = command("predict", "Label images: label PNG, overlay and confidence for each.", PREDICT_EXAMPLES)
     predict.add_argument("run", metavar="RUN", help="run folder")
-    predict.add_argument("images", metavar="IMAGE", nargs="+", help="any image Pillow opens, any size")
+    predict.add_argument("images", metavar="IMAGE", nargs="+", help="images of any size, folders, or patterns")
     predict.add_argument("--out", metavar="DIR", required=True, help="folder for the results")
     predict.add_argument("--no-crf", dest="crf", action="store_false", help="the network alone")
 

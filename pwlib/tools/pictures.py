@@ -37,22 +37,37 @@ def label_image(label: Tensor, palette: np.ndarray) -> Image.Image:
 
 
 def legend(palette: np.ndarray, class_names: Sequence[str], present: Iterable[int], width: int) -> Image.Image:
-    """A strip `width` px wide with the colour and the name of each class in `present` (255 is void)."""
-    font = ImageFont.load_default(12)
+    """A strip of `width` px (at least 240) with the colour and the name of each class in `present` (255 is void).
+
+    The size of the text grows with the width.
+    """
+    width = max(width, 240)
+    unit = max(12, width // 80)  # px, height of the text
+    font = ImageFont.load_default(unit)
     entries = [(palette[-1], "void") if k == VOID else (palette[k], class_names[k]) for k in sorted(set(present))]
-    places, x, y = [], GAP, GAP
+    places, x, y = [], unit // 2, unit // 2
     for _, name in entries:
-        length = round(font.getlength(name)) + 30
-        if x > GAP and x + length > width:
-            x, y = GAP, y + 20
+        length = round(font.getlength(name)) + 3 * unit
+        if x > unit and x + length > width:
+            x, y = unit // 2, y + 2 * unit
         places.append((x, y))
         x += length
-    strip = Image.new("RGB", (width, y + 20), "white")
+    strip = Image.new("RGB", (width, y + 2 * unit), "white")
     pen = ImageDraw.Draw(strip)
     for (colour, name), (x, y) in zip(entries, places, strict=True):
-        pen.rectangle((x, y, x + 14, y + 14), fill=tuple(colour.tolist()), outline=(100, 100, 100))
-        pen.text((x + 18, y), name, fill="black", font=font)
+        pen.rectangle((x, y, x + unit, y + unit), fill=tuple(colour.tolist()), outline=(100, 100, 100))
+        pen.text((x + round(1.4 * unit), y - unit // 8), name, fill="black", font=font)
     return strip
+
+
+def stacked(*pictures: Image.Image) -> Image.Image:
+    """Pictures below each other on a white page, aligned at the left."""
+    page = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    top = 0
+    for picture in pictures:
+        page.paste(picture, (0, top))
+        top += picture.height
+    return page
 
 
 def sheet(
@@ -82,8 +97,7 @@ def sheet(
         lines.append([Image.fromarray(p).resize((side, height), f) for p, f in zip(pictures, filters, strict=True)])
     width = len(titles) * (side + GAP) + GAP
     present = {int(k) for _, labels in rows for label in labels.values() for k in label.unique()}
-    strip = legend(palette, class_names, present, width)
-    page = Image.new("RGB", (width, 22 + sum(line[0].height + GAP for line in lines) + strip.height), "white")
+    page = Image.new("RGB", (width, 22 + sum(line[0].height + GAP for line in lines)), "white")
     pen, top = ImageDraw.Draw(page), 22
     for column, title in enumerate(titles):
         pen.text((GAP + column * (side + GAP), 4), title, fill="black", font=ImageFont.load_default(12))
@@ -91,8 +105,7 @@ def sheet(
         for column, picture in enumerate(line):
             page.paste(picture, (GAP + column * (side + GAP), top))
         top += line[0].height + GAP
-    page.paste(strip, (0, top))
-    return page
+    return stacked(page, legend(palette, class_names, present, width))
 
 
 def label_sheet(report: Report, count: int = 8) -> Image.Image:

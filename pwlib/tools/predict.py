@@ -2,34 +2,77 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image
 
-from pwlib.data import read_image
-from pwlib.runs import Run
-from pwlib.tools.pictures import label_image, overlay
+from pwlib.data import VOID, read_image
+from pwlib.data.files import list_files
+from pwlib.data.images import IMAGE_SUFFIXES
+from pwlib.runs import CRF_LONG_SIDE, Run
+from pwlib.tools.pictures import label_image, legend, overlay, stacked
+from pwlib.tools.tiling import label_image as compute_label
 
 
-def label_files(run: Run, images: Sequence[str], out: str | Path, *, apply_crf: bool = True) -> Iterator[Path]:
-    """Write NAME-label.png (palette), NAME-overlay.png and NAME-confidence.png for each image; yield the label's path.
+def find_images(places: Sequence[str]) -> list[Path]:
+    """The image files that are named, are in a named folder, or match a pattern such as `photos/*.jpg`, each once.
 
-    Raises:
-        FileNotFoundError: an image is missing; nothing has been written then.
-        ValueError: two images have the same name, or an image is broken.
+    FileNotFoundError if a place gives no image; ValueError if two images have the same name.
     """
-    out, names = Path(out), [Path(path).stem for path in images]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"two images are called {name}; their predictions would overwrite each other")
-    if missing := [path for path in images if not Path(path).is_file()]:
-        raise FileNotFoundError(f"{missing[0]} is not there; expected an image")
+    found: dict[Path, None] = {}
+    for place in places:
+        path = Path(place)
+        if path.is_dir():
+            paths = list_files(path, IMAGE_SUFFIXES)
+        elif path.is_file():
+            paths = [path]
+        else:
+            paths = [Path(match) for match in sorted(glob.glob(place, recursive=True)) if Path(match).is_file()]
+            paths = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+        if not paths:
+            what = "contains no image" if path.is_dir() else "is not there; expected an image, a folder or a pattern"
+            raise FileNotFoundError(f"{place} {what}")
+        found |= dict.fromkeys(paths)
+    names: dict[str, Path] = {}
+    for path in found:
+        if path.stem in names:
+            raise ValueError(
+                f"two images are called {path.stem}: {names[path.stem]} and {path}; their predictions would overwrite "
+                "each other"
+            )
+        names[path.stem] = path
+    return list(found)
+
+
+def label_files(
+    run: Run, images: Sequence[Path], out: str | Path, *, apply_crf: bool = True
+) -> Iterator[tuple[Path, list[Path], str]]:
+    """Write NAME-label.png (palette), NAME-overlay.png (with a legend) and NAME-confidence.png for each image.
+
+    Yields:
+        The image, the files that were written, and the reason why it could not be labelled ("" if it was).
+    """
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    for path, name in zip(images, names, strict=True):
-        image = read_image(path)
-        confidence, label = (part.cpu() for part in run.predict(image, apply_crf=apply_crf).max(0))  # [H, W] each
-        label_image(label, run.palette).save(out / f"{name}-label.png")
-        Image.fromarray(overlay(image, label, run.palette)).save(out / f"{name}-overlay.png")
-        Image.fromarray((255 * confidence).round().byte().numpy()).save(out / f"{name}-confidence.png")
-        yield out / f"{name}-label.png"
+    options = {"short_side": run.short_side, "crf_long_side": CRF_LONG_SIDE, "apply_crf": apply_crf}
+    for path in images:
+        try:
+            image = read_image(path)
+            label, confidence = (part.cpu() for part in compute_label(run.model, image, **options))  # [H, W] each
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            yield path, [], str(error).split("\n")[0] or type(error).__name__
+            continue
+        picture = Image.fromarray(overlay(image, label, run.palette))
+        key = legend(run.palette, run.class_names, [k for k in label.unique().tolist() if k != VOID], picture.width)
+        pictures = {
+            "label": label_image(label, run.palette),
+            "overlay": stacked(picture, key),
+            "confidence": Image.fromarray((255 * confidence).round().to(torch.uint8).numpy()),
+        }
+        files = [out / f"{path.stem}-{kind}.png" for kind in pictures]
+        for file, content in zip(files, pictures.values(), strict=True):
+            content.save(file)
+        yield path, files, ""
