@@ -54,7 +54,7 @@ def evaluate(
         loader = loaders.rebuilt(loader, even=False)
     names = ("unary", *(("context",) if model.context else ()), "crf") if apply_crf else ("unary",)
     scores = {name: SegmentationScores(model.num_classes, class_names, device=device) for name in names}
-    with kept_modes(model):
+    with kept_modes(model), loaders.size_errors():
         model.eval()
         for batch in bar(loader):
             image, label = loaders.read_batch(batch, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -78,7 +79,11 @@ def rebuilt(loader: Batches, *, dataset: Dataset | None = None, even: bool = Tru
         sampler = DistributedSampler(dataset, world_size, rank, shuffle=shuffle, drop_last=True)
         return DataLoader(dataset, sampler=sampler, **options)
     if dataset is not None or world_size > 1:
-        raise ValueError(f"{type(loader).__name__} has an order of its own; expected a DataLoader without a sampler=")
+        own = type(sampler).__name__ if sampler is not None else type(loader).__name__
+        raise ValueError(
+            f"{own} has an order of its own, which cannot be kept for a part of the data set or several processes; "
+            "expected a DataLoader without a sampler=, or crf_loader= with the images of stage 2"
+        )
     return loader
 
 
@@ -86,6 +91,20 @@ def start_epoch(loader: Batches, seed: int) -> None:
     """Set the order of the next epoch of a loader that `rebuilt` returned."""
     if isinstance(getattr(loader, "sampler", None), DistributedSampler):
         loader.sampler.set_epoch(seed)
+
+
+@contextmanager
+def size_errors() -> Iterator[None]:
+    """Replace torch's error for a batch of images of different sizes by a ValueError with what to do about it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (match := re.search(r"equal size, but got (\[.*?\]) at entry 0 and (\[.*?\]) at entry", str(error))):
+            raise
+        raise ValueError(
+            f"the images of a batch have different sizes, {match[1]} and {match[2]}; give the data set size=(H, W) "
+            "(--size), crop with Augment((H, W)), or use batch_size=1"
+        ) from error
 
 
 def read_batch(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from pwlib import checkpoints, loaders
 from pwlib.data import VOID, SegmentationDataset, hold_out
 from pwlib.evaluation import best_record, evaluate
-from pwlib.loaders import Batches, rank_and_world_size
+from pwlib.loaders import Batches, rank_and_world_size, size_errors
 from pwlib.metrics import ConfusionMatrix
 from pwlib.model import PiecewiseTrainedModel, kept_modes
 from pwlib.objective import Objective, TrainerOptions, fit_temperature, schedule_factor
@@ -167,7 +167,7 @@ class PiecewiseTrainer:
         for parameter in frozen:
             parameter.requires_grad_(False)
         try:
-            with kept_modes(self.model):
+            with kept_modes(self.model), size_errors():
                 self._fit(stage, objective, self._optimizer(trained, stage), loader, epochs, val_loader)
         finally:
             for parameter in frozen:
@@ -358,5 +358,5 @@ def _forward(module: nn.Module, image: Tensor, label: Tensor) -> tuple[Tensor, T
             raise
         raise ValueError(
             f"batch normalisation cannot train on a batch of {len(image)} image: it has one value per channel; "
-            "if that is the rest of an epoch, give the DataLoader drop_last=True"
+            "if that is the rest of an epoch, choose another batch size (--batch), or drop_last=True for the DataLoader"
         ) from error

@@ -137,10 +137,24 @@ def test_labels_outside_the_classes():
         trainer_of(tiny_model()).train_stage1(batches(K), 1)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+def test_images_of_different_sizes(workers, stage):
+    """A batch of them fails inside torch's stack; the message names the sizes and what to do."""
+    sizes = [(16, 24), (24, 16)]
+    items = [(torch.rand(3, *size), torch.zeros(size, dtype=torch.int64)) for size in sizes]
+    loader = DataLoader(items, batch_size=2, num_workers=workers)
+    trainer = trainer_of(tiny_model())
+    with pytest.raises(
+        ValueError, match=r"different sizes, \[3, 16, 24\] and \[3, 24, 16\]; .* size=.*=1"
+    ):
+        trainer.train_stage1(loader, 1) if stage == "train" else trainer.evaluate(loader)
+
+
 def test_holding_out_needs_a_loader_without_sampler():
     dataset = load("scenes", "train", size=SIZE, length=4)
     loader = DataLoader(dataset, batch_size=2, sampler=WeightedRandomSampler([1.0] * 4, 4))
-    with pytest.raises(ValueError, match="expected a DataLoader without a sampler="):
+    with pytest.raises(ValueError, match=r"WeightedRandomSampler has an order of its own.*or crf_loader="):
         trainer_of(tiny_model()).train_piecewise(loader, 1, 1, 0)
 
 

@@ -18,6 +18,7 @@ from pwlib.annotations.classes import label_arguments
 from pwlib.cli.profiles import PROFILES, pretrained
 from pwlib.pretrained import read_vgg
 from pwlib.runs import label_options, load_run, read_config
+from pwlib.tools.device import choose_device
 
 # The arguments that decide a run; a resumed run must not contradict them.
 DECIDING = ("data", "profile", "size", "epochs", "seed", "context", "weights", "learning_rate", "batch")
@@ -49,7 +50,7 @@ def train(args: argparse.Namespace) -> None:
     config = stored if resume else new_configuration(given, args.root or "data")
     config["data"]["root"] = str(Path(args.root or "data").resolve())
     options = {"download": args.download, "workers": args.workers, "quiet": args.quiet}
-    train(config, out, device=_device(args.device), resume=resume, **options)
+    train(config, out, device=choose_device(args.device), resume=resume, **options)
 
 
 def new_configuration(given: dict[str, Any], root: str) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from pwlib.tools.scoring import score_run
 
     options = {"data": args.data, "root": args.root, "download": args.download, "workers": args.workers}
-    result = score_run(Path(args.run), args.split, device=_device(args.device), **options)
+    result = score_run(Path(args.run), args.split, device=choose_device(args.device), **options)
     if args.json is None:
         print(json.dumps(result, indent=1))
     else:
@@ -91,7 +92,7 @@ def predict(args: argparse.Namespace) -> int:
     """Label images and print the files that are written; 1 if an image could not be labelled."""
     from pwlib.tools.predict import find_images, label_files
 
-    run = load_run(args.run, device=_device(args.device))
+    run = load_run(args.run, device=choose_device(args.device))
     results = label_files(run, find_images(args.images), args.out, apply_crf=args.crf)
     failed = []
     for path, files, reason in results:
@@ -114,15 +115,3 @@ def labels(args: argparse.Namespace) -> int:
         label_sheet(report).save(args.sheet)
         print(f"\n{args.sheet} shows images with their labels")
     return 2 if report.errors else 0
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        rank = int(os.environ.get("LOCAL_RANK", "0"))
-        return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} cannot be used here; expected cpu, or cuda where there is a GPU") from error
-    return device
