@@ -159,17 +159,12 @@ class DenseCRF(nn.Module):
         self.log_theta_alpha = _log_parameter("theta_alpha", theta_alpha)
         self.log_theta_beta = _log_parameter("theta_beta", theta_beta)
         self.log_w = _log_parameter("kernel weights", [w_spatial, w_bilateral, *(k.weight for k in extra_kernels)])
-        if isinstance(compatibility, str):
-            if compatibility != "potts":
-                raise ValueError(
-                    f"compatibility is {compatibility!r}; expected 'potts' or a [K, K] tensor of penalties"
-                )
-            compatibility = 1 - torch.eye(num_classes)
-        compatibility = torch.as_tensor(compatibility, dtype=torch.get_default_dtype())
-        if compatibility.shape != (num_classes, num_classes):
-            raise ValueError(
-                f"compatibility has shape {tuple(compatibility.shape)}; expected [{num_classes}, {num_classes}]"
-            )
+        if isinstance(compatibility, str) and compatibility != "potts":
+            raise ValueError(f"compatibility is {compatibility!r}; expected 'potts' or a tensor of penalties [K, K]")
+        potts = 1 - torch.eye(num_classes)
+        compatibility = potts if isinstance(compatibility, str) else torch.as_tensor(compatibility).to(potts.dtype)
+        if compatibility.shape != potts.shape:
+            raise ValueError(f"compatibility has shape {tuple(compatibility.shape)}; expected {list(potts.shape)}")
         self.compatibility = nn.Parameter(compatibility.clone())
 
     @property
@@ -346,7 +341,7 @@ def dense_crf(
     image: np.ndarray | Tensor,
     probabilities: np.ndarray | Tensor,
     *,
-    device: torch.device | str | None = None,
+    device: str | torch.device | None = None,
     **options,
 ) -> np.ndarray | Tensor:
     """Refine the label probabilities of one image with a dense CRF, as with pydensecrf, in one call.
@@ -376,7 +371,7 @@ def dense_crf(
     total = probabilities.float().sum(0)
     if not (bool((probabilities >= 0).all()) and torch.allclose(total, torch.ones_like(total), atol=1e-3)):
         raise ValueError("probabilities of some pixels are negative or do not sum to 1; expected a softmax, not logits")
-    device = torch.device(device) if device is not None else home
+    device = home if device is None else device
     crf = DenseCRF(len(probabilities), **options).to(device)
     pixels = image.to(device).permute(2, 0, 1)[None].float() / 255
     logits = probabilities.to(device).float().clamp_min(SMALLEST_PROBABILITY).log()[None]

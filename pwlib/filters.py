@@ -30,7 +30,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pwlib.mean_field import mean_field
 
@@ -120,26 +119,13 @@ class ExactFilter(GaussianFilter):
         features: [B, N, D], already divided by the bandwidths; may require a gradient.
         normalization: "symmetric", "row" or "none", see the module's head.
         self_message: whether a pixel's own value is part of its message.
-        chunk: number of queries per attention call; None: all. Chunks are useful for the progress bar, and for devices
-            without a fused attention kernel; fused kernels need no N x N memory.
-        progress: show a tqdm bar over the chunks.
     """
 
-    def __init__(
-        self,
-        features: Tensor,
-        *,
-        normalization: str = "symmetric",
-        self_message: bool = True,
-        chunk: int | None = None,
-        progress: bool = False,
-    ):
+    def __init__(self, features: Tensor, *, normalization: str = "symmetric", self_message: bool = True):
         super().__init__(normalization, self_message)
         if features.ndim != 3:
             raise ValueError(f"features have shape {tuple(features.shape)}; expected [B, N, D]")
         self.dtype = features.dtype
-        self.chunk = chunk or features.shape[1]
-        self.progress = progress
         # K depends on differences only; centred features make the terms of the exponent small.
         features = features - features.mean(dim=1, keepdim=True).detach()
         largest = features.detach().square().sum(-1).max().item()
@@ -166,10 +152,7 @@ class ExactFilter(GaussianFilter):
             F.pad(t, (0, width - t.shape[-1])).expand(batch, -1, -1).unsqueeze(1)
             for t in (self.query, self.key, values)
         )
-        chunks = query.split(self.chunk, dim=2)
-        bar = tqdm(chunks, desc="exact messages", unit="chunk", leave=False) if self.progress else chunks
-        out = [F.scaled_dot_product_attention(part, key, values, scale=1.0) for part in bar]
-        return torch.cat(out, dim=2)[:, 0, :, :channels]  # [B, N, C]
+        return F.scaled_dot_product_attention(query, key, values, scale=1.0)[:, 0, :, :channels]  # [B, N, C]
 
     def apply(self, values: Tensor) -> Tensor:
         mean = self._attend(values.to(self.query.dtype), sink_value=0.0)

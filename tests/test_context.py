@@ -485,6 +485,7 @@ def test_what_does_not_fit_is_named():
         (lambda: crf(logits[:, 1:], features), r"expected \[2, 3, 5, 6\]"),
         (lambda: crf(logits, features[..., 1:]), "the features' size"),
         (lambda: crf(logits, features[:, 1:]), r"expected \[B, 4, h, w\]"),
+        (lambda: crf.pair_loss(logits, features, label + K), r"label holds [345]; expected 0..2"),
         (lambda: crf.loss(logits, features, label, "guess"), "'guess'; expected one of exact"),
         (lambda: box_offsets("surrounding", 40, neighbours=20), "odd square less 1"),
     ]:

@@ -56,7 +56,7 @@ def pair_weights(crf, image):
 
 
 def brute_force(crf, logits, image, iterations):
-    """Marginals [N, K] after so many parallel updates."""
+    """Marginals [N, K] after `iterations` parallel updates."""
     labels = logits.shape[0]
     unary = -torch.log_softmax(logits.double(), 0).numpy().reshape(labels, -1).T
     weights, mu = pair_weights(crf, image), crf.compatibility.detach().double().numpy()
@@ -74,24 +74,28 @@ def brute_force(crf, logits, image, iterations):
 def assert_is_mean_field(crf, iterations=5):
     logits, image = problem()
     want = brute_force(crf, logits[0], image[0], iterations)
-    got = crf(logits, image, iterations=iterations).exp()[0].reshape(LABELS, -1).T
-    np.testing.assert_allclose(got.detach().numpy(), want, atol=1e-5)
+    q = (
+        crf(logits, image, iterations=iterations).exp()[0].detach(),
+        crf.trace(logits, image, iterations=iterations).q[-1],
+    )
+    for found in q:
+        np.testing.assert_allclose(found.reshape(LABELS, -1).T.numpy(), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("self_message", [True, False])
 @pytest.mark.parametrize("normalization", ["symmetric", "row", "none"])
-def test_mean_field_is_what_the_equations_say(normalization, self_message):
+def test_mean_field_and_trace_are_the_loop(normalization, self_message):
     assert_is_mean_field(make(normalization=normalization, self_message=self_message, compatibility=asymmetric()))
 
 
 @pytest.mark.parametrize("filtering", ["exact", "lattice"])
-def test_filters_made_before_serve_an_image_that_comes_back(filtering, monkeypatch):
+def test_filters_can_be_reused_for_the_same_image(filtering, monkeypatch):
     crf = make(filtering=filtering)
     logits, image = problem()
     expected = crf(logits, image)
     with torch.no_grad():
         filters = crf.filters(image)
-    monkeypatch.setattr(crf, "filters", None)  # not made again
+    monkeypatch.setattr(crf, "filters", None)  # it must not be called again
     held = logits.clone().requires_grad_()
     found = crf(held, image, filters=filters)
     torch.testing.assert_close(found, expected)
@@ -131,7 +135,7 @@ def test_planted_faults_are_caught(fault):
 
 
 @pytest.mark.parametrize("fault", [WrongSign, TransposedCompatibility])
-def test_a_subclass_s_penalty_counts_on_lattices_too(fault):
+def test_the_penalty_of_a_subclass_is_used_on_lattices(fault):
     logits, image = problem()
     for gradient in (True, False):
         with torch.set_grad_enabled(gradient):
@@ -180,6 +184,8 @@ def test_energy_of_every_labelling(normalization):
         )
         got = crf.energy(torch.tensor(x).reshape(1, 2, 3), logits, image)
         assert got.item() == pytest.approx(want.item(), abs=1e-9)
+    with pytest.raises(ValueError, match="labels hold numbers outside 0 to 1"):
+        crf.energy(torch.full((1, 2, 3), 255), logits, image)
 
 
 def test_free_energy_bounds_minus_log_z_and_differs_by_the_divergence():
@@ -244,7 +250,7 @@ def test_every_learnable_parameter_has_the_gradient_finite_differences_find(norm
 
 
 class FrozenBandwidth(DenseCRF):
-    """The mistake seen in the wild: a "learnable" bandwidth that passes through .item()."""
+    """A common mistake: a "learnable" bandwidth that passes through .item()."""
 
     def features(self, image):
         kept = self.log_theta_beta
@@ -272,16 +278,16 @@ def test_gradients_reach_the_unary_through_mean_field():
 # --- properties ------------------------------------------------------------------------------------------------------
 
 
-def test_a_pixel_hears_from_every_other_pixel():
+def test_a_pixel_receives_messages_from_all_others():
     logits, image = (t.double() for t in problem(8, 9))
     crf = make(theta_alpha=6.0, theta_beta=200.0).double()
     q = torch.softmax(logits, 1).flatten(2).transpose(1, 2).requires_grad_()
     for pixel in (0, 40, 71):
-        heard = torch.autograd.grad(crf.pairwise(crf.filters(image), q)[0, pixel, 0], q)[0][0, :, 1]
-        assert (heard != 0).all()
+        received = torch.autograd.grad(crf.pairwise(crf.filters(image), q)[0, pixel, 0], q)[0][0, :, 1]
+        assert (received != 0).all()
 
 
-def test_trace_tells_what_forward_did():
+def test_trace_agrees_with_forward():
     logits, image = problem(labels=4)
     crf = make(4, compatibility=asymmetric(4))
     trace = crf.trace(logits, image, iterations=6)
@@ -298,7 +304,7 @@ def test_trace_tells_what_forward_did():
 
 
 @pytest.mark.parametrize("normalization", ["symmetric", "row", "none"])
-def test_pair_energy_is_the_potential_of_the_pairs_asked_for(normalization):
+def test_pair_energy_is_the_energy_of_the_given_pairs(normalization):
     crf = make(normalization=normalization, compatibility=asymmetric()).double()
     _, image = problem(batch=2)
     image = image.double()
@@ -312,7 +318,7 @@ def test_pair_energy_is_the_potential_of_the_pairs_asked_for(normalization):
     assert all(g is not None for g in torch.autograd.grad(got.sum(), list(crf.parameters())))
 
 
-def test_one_more_kernel_joins_and_learns():
+def test_an_extra_kernel_is_used_and_learns():
     def brightness(image):
         return 255 * image.mean(1).flatten(1)[..., None]
 
@@ -325,7 +331,7 @@ def test_one_more_kernel_joins_and_learns():
     assert crf.extra_kernels[0].log_theta.grad.abs() > 0 and crf.log_w.grad[2].abs() > 0
 
 
-def test_float16_logits_are_inferred_in_float32():
+def test_half_precision_logits_are_computed_in_float32():
     logits, image = problem()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         log_q = make()(logits.bfloat16(), image)
@@ -338,13 +344,13 @@ def test_backward_of_nll_loss_works_for_one_image_of_two_labels():
     nn.functional.nll_loss(make(2)(logits, image), torch.zeros(1, HEIGHT, WIDTH, dtype=torch.int64)).backward()
 
 
-def test_one_pixel_is_an_image_too():
+def test_an_image_of_one_pixel():
     logits, image = problem(1, 1)
     assert torch.isfinite(make()(logits, image)).all()
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "message"),
     [
         (lambda: DenseCRF(1), "num_classes is 1; expected at least 2"),
         (lambda: DenseCRF(3, theta_beta=0.0), "theta_beta is 0.0; expected positive"),
@@ -358,8 +364,8 @@ def test_one_pixel_is_an_image_too():
         (lambda: make()(torch.full((1, 3, 6, 7), math.nan), torch.zeros(1, 3, 6, 7)), "logits contain NaN"),
     ],
 )
-def test_bad_input_is_named(call, says):
-    with pytest.raises(ValueError, match=says):
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
         call()
 
 
@@ -397,7 +403,7 @@ def test_images_may_leave_0_to_1_by_rounding():
     assert torch.isfinite(make()(logits, image)).all()
 
 
-# --- for people who come from pydensecrf -----------------------------------------------------------------------------
+# --- the interface for users of pydensecrf ----------------------------------------------------------------------------
 
 
 def test_dense_crf_takes_and_gives_numpy_or_torch():
@@ -412,16 +418,16 @@ def test_dense_crf_takes_and_gives_numpy_or_torch():
     np.testing.assert_allclose(from_numpy, want, atol=1e-5)
 
 
-def test_dense_crf_names_what_is_wrong():
+def test_dense_crf_names_bad_input():
     image, p = np.zeros((4, 5, 3), np.uint8), np.full((2, 4, 5), 0.5, np.float32)
-    for bad_image, bad_p, says in [
+    for bad_image, bad_p, message in [
         (image.astype(np.float32), p, "image is torch.float32"),
         (image[..., :2], p, "expected uint8"),
         (image, p[:, :3], r"expected \[K, 4, 5\]"),
         (image, np.log(p), "expected a softmax, not logits"),
         (image, p[:1] * 2, "at least 2"),
     ]:
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             dense_crf(bad_image, bad_p)
 
 

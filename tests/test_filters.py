@@ -8,7 +8,7 @@ from pwlib.filters import NORMALIZATIONS, ExactFilter, FilterBank, GridPositions
 
 
 def dense(features, normalization, self_message):
-    """The matrix a filter stands for, float64 [B, N, N], written from the definition."""
+    """The kernel matrix of a filter, float64 [B, N, N], from the definition."""
     f = features.double()
     kernel = torch.exp(-(f[:, :, None] - f[:, None]).square().sum(-1) / 2)
     n = kernel.sum(-1)
@@ -37,8 +37,6 @@ def test_exact_filter_is_the_dense_matrix(features, values, normalization, self_
     want = dense(features, normalization, self_message) @ values.double()
     filt = ExactFilter(features, normalization=normalization, self_message=self_message)
     assert (filt(values) - want).abs().max() < 1e-5 * max(1.0, want.abs().max())
-    in_parts = ExactFilter(features, normalization=normalization, self_message=self_message, chunk=17, progress=True)
-    torch.testing.assert_close(in_parts(values), filt(values))
 
 
 @pytest.mark.parametrize("self_message", [True, False])
@@ -63,29 +61,46 @@ def test_gradients_reach_values_and_features(make, normalization):
 
 
 def test_large_coordinates_lose_no_accuracy():
-    """Colours of a far-off scale: |f|^2 eps would spoil the exponent in float32, so the filter changes precision."""
+    """With |f|^2 eps near 1, float32 loses the exponent; the filter then computes in float64."""
     features = 1e4 + 300 * torch.rand(1, 200, 3, generator=torch.Generator().manual_seed(5))
     values = torch.rand(1, 200, 2, generator=torch.Generator().manual_seed(6))
     want = dense(features, "none", True) @ values.double()
     assert (ExactFilter(features, normalization="none")(values) - want).abs().max() < 1e-4 * want.abs().max()
 
 
-def test_an_isolated_pixel_hears_nothing_rather_than_nan():
+def test_an_isolated_pixel_receives_zero_and_not_nan():
     features = torch.tensor([[[0.0], [100.0]]])
     for normalization in NORMALIZATIONS:
         message = ExactFilter(features, normalization=normalization, self_message=False)(torch.ones(1, 2, 1))
         torch.testing.assert_close(message, torch.zeros(1, 2, 1), atol=1e-6, rtol=0)
 
 
-def test_bank_sums_what_its_filters_say(features, values):
+def test_bank_is_the_weighted_sum_of_its_messages(features, values):
     bank = make_filters([features, features / 2], method="exact")
     weights = torch.tensor([0.5, 2.0])
     first, second = bank.messages(values)
     torch.testing.assert_close(bank(values, weights.log()), 0.5 * first + 2 * second)
-    assert isinstance(bank, FilterBank)
+    assert isinstance(bank, FilterBank) and bank.shape == (2, 130)
+    mu = torch.rand(7, 7, generator=torch.Generator().manual_seed(3))
+    penalties = torch.einsum("lk,bnk->bnl", mu, 0.5 * first + 2 * second)  # row: the pixel's own label
+    torch.testing.assert_close(bank(values, weights.log(), mu), penalties)
 
 
-def test_auto_is_exact_where_affordable_and_says_what_it_does_not_know():
+def test_mean_field_of_a_bank_is_a_loop_over_dense_matrices(features):
+    generator = torch.Generator().manual_seed(4)
+    unary, mu = torch.randn(2, 130, 3, generator=generator), torch.rand(3, 3, generator=generator)
+    weights = torch.tensor([0.5, 2.0])
+    kernel = 0.5 * dense(features, "symmetric", True) + 2 * dense(features / 2, "symmetric", True)
+    q = torch.softmax(-unary.double(), -1)
+    for _ in range(4):
+        q = torch.softmax(-unary - torch.einsum("lk,bij,bjk->bil", mu.double(), kernel, q), -1)
+    bank = make_filters([features, features / 2], method="exact")
+    for log in (True, False):
+        found = bank.mean_field(unary, weights.log(), mu, 4, log=log)
+        torch.testing.assert_close(found.exp() if log else found, q.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_auto_is_exact_for_small_images_and_unknown_options_are_named():
     small = make_filters([GridPositions(8, 8, torch.tensor(2.0)), torch.rand(1, 64, 5)])
     assert [type(f) for f in small.filters] == [SeparableFilter, ExactFilter]
     with pytest.raises(ValueError, match="'gauss'; expected one of auto, exact, lattice"):

@@ -280,6 +280,7 @@ def test_consistent_losses_have_their_minimum_at_the_truth_and_piecewise_has_not
         (lambda u, e, v, y: (u, e, v[:, 1:], y), r"pair \(2, 3, 3, 3\)"),
         (lambda u, e, v, y: (u, e + 3, v, y), r"node 7; expected nodes 0 to 4"),
         (lambda u, e, v, y: (u, e, v, y[:, 1:]), r"label \(2, 4\)"),
+        (lambda u, e, v, y: (u, e, v, y + 3), r"label holds \d; expected 0..2 or 255"),
     ],
 )
 @pytest.mark.parametrize("name", LIKELIHOODS)
