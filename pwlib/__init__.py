@@ -4,13 +4,7 @@ Read the modules in this order: data, networks, mean_field and trace, filters (a
 context, metrics, model, trainer.
 """
 
-import os
-
 __version__ = "0.2.0"
-
-# OpenMP reads it once, when torch is imported. Threads that wait for more to do, at full load, take the cores from
-# those of `pwlib.crew`, and from any process beside this one.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from pwlib.context import ContextualCRF
 from pwlib.crf import DenseCRF, Kernel, Trace, dense_crf, probabilities_from_labels

@@ -98,7 +98,7 @@ def make_filters(
     device = first.theta.device if isinstance(first, GridPositions) else first.device
     options = {"normalization": normalization, "self_message": self_message}
     if choose_method(method, pixels, device) == "lattice":
-        return LatticeBank(features, **options)
+        return LatticeBank.of(features, **options)
     return FilterBank(
         [SeparableFilter(f, **options) if isinstance(f, GridPositions) else ExactFilter(f, **options) for f in features]
     )

@@ -56,9 +56,13 @@ def mean_field(
     if observe is not None:
         q = torch.softmax(log_q, -1)
         observe(q, pairwise(q))
+    return normalise(log_q, log=log)
+
+
+def normalise(scores: Tensor, *, log: bool) -> Tensor:
+    """log_softmax (or softmax) over the labels of [..., N, K]."""
     # [..., K, N] in memory: with few labels, a softmax over rows of K numbers is slower.
-    normalise = torch.log_softmax if log else torch.softmax
-    return normalise(log_q.mT.contiguous(), dim=-2).mT
+    return (torch.log_softmax if log else torch.softmax)(scores.mT.contiguous(), dim=-2).mT
 
 
 def free_energy(q: Tensor, unary: Tensor, pairwise: Tensor) -> Tensor:
