@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 NBVAL := -p tests.budgets --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval.cfg -n 2 --dist loadscope -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab lock test quick notebooks execute full html wheel lint publish-config format clean classroom release grade feedback classroom-test
+.PHONY: help setup lab lock test quick notebooks execute full html wheel lint publish-config format clean classroom release grade grades feedback classroom-test
 
 help: ## Show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,14 +56,17 @@ classroom: .venv-classroom/.ready ## Install nbgrader for the labs into .venv-cl
 	.venv-classroom/bin/python -m pip install --quiet $(shell sed -n 's/^classroom = \[\(.*\)\]$$/\1/p' pyproject.toml)
 	@touch $@
 
-release: classroom ## Write the labs without solutions to notebooks/labs/release (LAB=lab2: only that one)
-	$(LABS) release $(LAB)
+release: classroom ## Write the labs without solutions to notebooks/labs/release (LAB=lab2, DUE='2030-11-28 18:00 CET')
+	$(LABS) release $(LAB) $(if $(DUE),--due "$(DUE)")
 
-grade: classroom ## Grade submissions: make grade SUBMITTED=folder (UNSAFE=1: without isolation)
-	$(LABS) grade "$(SUBMITTED)" $(if $(UNSAFE),--unsafe)
+grade: classroom ## Grade submissions: make grade SUBMITTED=folder (LAB=lab2, STUDENT=ada, AGAIN=1, UNSAFE=1)
+	$(LABS) grade "$(SUBMITTED)" $(addprefix --lab=,$(LAB)) $(addprefix --student=,$(STUDENT)) $(if $(AGAIN),--again) $(if $(UNSAFE),--unsafe)
 
 feedback: classroom ## Write the students' feedback pages to notebooks/labs/feedback
 	$(LABS) feedback $(LAB)
+
+grades: classroom ## Write the grades to notebooks/labs: grades.csv, and tables for Moodle and Canvas
+	$(LABS) export
 
 classroom-test: classroom ## Test the labs: release, grade and return them with made-up students
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/classroom -n 2 --dist loadgroup -q

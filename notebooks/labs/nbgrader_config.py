@@ -4,7 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-from nbconvert.preprocessors import CSSHTMLHeaderPreprocessor
+from nbconvert.exporters import HTMLExporter
+from nbconvert.preprocessors import ClearMetadataPreprocessor, CSSHTMLHeaderPreprocessor
 from nbgrader.converters.autograde import Autograde
 from nbgrader.converters.generate_assignment import GenerateAssignment
 from nbgrader.preprocessors import Execute, GetGrades
@@ -12,16 +13,26 @@ from nbgrader.preprocessors import Execute, GetGrades
 COURSE = Path(__file__).resolve().parent
 sys.path.insert(0, str(COURSE / "grading"))
 
-from preprocessors import ForStudents, Restore, RunConfined, WithoutTests  # noqa: E402
+from exports import PenaltyPerDay  # noqa: E402
+from preprocessors import ForStudents, Restore, RunConfined, WithoutTests, keep_local  # noqa: E402
 
 c = get_config()  # noqa: F821 (traitlets puts it here)
 
 c.CourseDirectory.course_id = "piecewise"
 c.CourseDirectory.root = str(COURSE)
+# Two submissions are graded at a time: each waits for the other to write its marks.
+c.CourseDirectory.db_url = f"sqlite:///{COURSE / 'gradebook.db'}?timeout=60"
 
 c.ClearSolutions.code_stub = {"python": "# YOUR CODE HERE\nraise NotImplementedError"}
 c.ClearSolutions.text_stub = "*Your answer here.*"
-c.GenerateAssignment.preprocessors = [*GenerateAssignment.preprocessors.default(), ForStudents]
+c.GenerateAssignment.preprocessors = [
+    *GenerateAssignment.preprocessors.default(),
+    ClearMetadataPreprocessor,
+    ForStudents,
+]
+c.ClearMetadataPreprocessor.enabled = True
+c.ClearMetadataPreprocessor.preserve_cell_metadata_mask = {"nbgrader", "editable", "deletable"}
+c.ClearMetadataPreprocessor.preserve_nb_metadata_mask = {"kernelspec", "language_info"}
 
 c.Restore.release = str(COURSE / "release")
 c.Autograde.sanitize_preprocessors = [Restore, *Autograde.sanitize_preprocessors.default()]
@@ -31,6 +42,18 @@ c.Autograde.autograde_preprocessors = [
 c.RunConfined.timeout = int(os.environ.get("CELL_SECONDS", 120))
 c.RunConfined.notebook_seconds = int(os.environ.get("NOTEBOOK_SECONDS", 600))
 
+# Each day after the deadline (make release DUE=…) costs a tenth of the points; the first five minutes do not count.
+c.AssignLatePenalties.plugin_class = PenaltyPerDay
+c.PenaltyPerDay.percent = 10
+c.PenaltyPerDay.grace_seconds = 300
+
+# For `nbgrader zip_collect`: the names of files in the archives that Moodle and Canvas make of submissions.
+c.FileNameCollectorPlugin.named_regexp = (
+    r".*/(?:[^/]*_(?=\d+_assign))?(?P<student_id>[^\W_]+)_(?:assignsubmission_file_?/?|(?:LATE_)?\d+_\d+_)"
+    r"(?P<file_id>lab\d+)(?:-\d+)?(?:\.ipynb)?$"
+)
+
 c.GenerateFeedback.preprocessors = [GetGrades, WithoutTests, CSSHTMLHeaderPreprocessor]
 # What a student's cell shows is a page of the instructor's, too: it may hold no script. (Their text: see Restore.)
 c.HTMLExporter.sanitize_html = True
+keep_local(HTMLExporter)

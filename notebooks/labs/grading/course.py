@@ -1,8 +1,10 @@
-"""Release the labs, grade what was handed in, make the feedback: nbgrader, one submission at a time. See INSTRUCTOR.md.
+"""Release the labs, grade what was handed in, make the feedback and tables of grades, with nbgrader. See INSTRUCTOR.md.
 
-    course.py release [lab2 …]           source/ -> release/
-    course.py grade FOLDER [--unsafe]    FOLDER/student/lab2.ipynb -> submitted/, autograded/, gradebook.db
-    course.py feedback [lab2 …]          autograded/ -> feedback/
+    course.py release [lab2 …] [--due TIME]    source/ -> release/
+    course.py grade FOLDER [--lab lab2] [--student ada] [--again] [--unsafe]
+                                               FOLDER/student/lab2.ipynb -> submitted/, autograded/, gradebook.db
+    course.py feedback [lab2 …]                autograded/ -> feedback/
+    course.py export                           gradebook.db -> grades.csv, grades-moodle.csv, grades-canvas.csv
 
 It needs the environment that `make classroom` makes; LAB_PYTHON names the Python that runs the students' code, the
 repository's .venv/bin/python where it is not set.
@@ -13,6 +15,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import errno
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -22,10 +26,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
+from threading import Lock
 
 import nbformat
-from nbgrader.api import Gradebook
+from nbgrader.api import Gradebook, MissingEntry
+from nbgrader.utils import parse_utc
 
 COURSE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(COURSE / "grading"))
@@ -36,6 +45,11 @@ REPOSITORY = COURSE.parents[1]
 LARGEST = 20_000_000  # bytes of a submission
 STUDENT = re.compile(r"[\w@][\w.@+-]*")
 BY_HAND = "LOOK AT THIS BY HAND: "
+AT_ONCE = 2  # submissions graded at the same time
+DATABASE = f"sqlite:///{COURSE / 'gradebook.db'}?timeout=60"
+# The nbgrader commands that run now; the lock keeps `end_orphans` from ending one before it is listed.
+RUNNING: dict[int, subprocess.Popen] = {}
+STARTING = Lock()
 
 
 def labs(names: list[str]) -> list[str]:
@@ -50,17 +64,19 @@ def nbgrader(*arguments: str, seconds: float | None = None, **environment: str) 
     """Exit status and log of an nbgrader command, killed after so many seconds."""
     # nbgrader calls alembic by its name.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "nbgrader", *arguments],
-        cwd=COURSE,
-        env={**os.environ, **environment, "PATH": path},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
+    with STARTING:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nbgrader", *arguments],
+            cwd=COURSE,
+            env={**os.environ, **environment, "PATH": path},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        RUNNING[process.pid] = process
     try:
         log, _ = process.communicate(timeout=seconds)
     except BaseException as reason:
@@ -69,10 +85,17 @@ def nbgrader(*arguments: str, seconds: float | None = None, **environment: str) 
         if not isinstance(reason, subprocess.TimeoutExpired):
             raise
         log += f"\nStopped after {seconds:.0f} seconds."
+    finally:
+        with STARTING:
+            del RUNNING[process.pid]
     return process.returncode, log
 
 
-def release(names: list[str]) -> None:
+def release(names: list[str], due: str | None) -> None:
+    try:
+        deadline = due and parse_utc(due)
+    except ValueError:
+        sys.exit(f"DUE is {due!r}; expected a time such as '2030-11-28 18:00 CET'.")
     for lab in labs(names):
         target = COURSE / "release" / lab
         status, log = nbgrader("generate_assignment", lab, "--force")
@@ -83,6 +106,9 @@ def release(names: list[str]) -> None:
         if found:
             shutil.rmtree(target)
             sys.exit("\n".join([f"{lab} was not released, for it would give its answers away:", *found]))
+        if deadline:
+            with Gradebook(DATABASE) as gradebook:
+                gradebook.update_or_create_assignment(lab, duedate=deadline)
         print(target / f"{lab}.ipynb")
 
 
@@ -161,46 +187,107 @@ def isolation(unsafe: bool) -> dict[str, str]:
     return environment
 
 
-def grade(folder: str, unsafe: bool) -> None:
+def grade(folder: str, lab: str | None, student: str | None, again: bool, unsafe: bool) -> None:
     if not folder or not Path(folder).is_dir():
         sys.exit(f"SUBMITTED is {folder!r}; expected the folder that holds one folder for each student.")
+    if lab:
+        labs([lab])
     environment = isolation(unsafe)
     adopt_orphans()
-    failed, rows, released = [], [], {path.name for path in (COURSE / "release").glob("*")}
-    for student, lab, content in handed_in(Path(folder).resolve()):
-        if lab and lab not in released:
-            content = f"{lab} has not been released from here: make release comes first"
-        if isinstance(content, bytes):
-            target = COURSE / "submitted" / student / lab
-            # What `nbgrader collect` put beside a notebook (its time, the key to its feedback) stays.
-            if Path(folder).resolve() != COURSE / "submitted":
-                shutil.rmtree(target, ignore_errors=True)
-            target.mkdir(parents=True, exist_ok=True)
-            (target / f"{lab}.ipynb").write_bytes(content)
-            seconds = int(os.environ.get("NOTEBOOK_SECONDS", 600)) + 300
-            command = ("autograde", lab, f"--CourseDirectory.student_id={student!r}", "--force")
-            status, log = nbgrader(*command, seconds=seconds, **environment)
-            end_orphans()
-            notes = [line.split(BY_HAND)[1] for line in log.splitlines() if BY_HAND in line]
-            if status == 0:
-                rows.append((student, lab, marks(student, lab), "; ".join(f"look by hand: {note}" for note in notes)))
-                print(*rows[-1], flush=True)
-                continue
-            content = "nbgrader failed: " + (log.strip().splitlines() or ["it said nothing"])[-1]
-            (target / "nbgrader.log").write_text(log)
-        failed.append((student, lab, content))
-        print(student, lab, "NOT GRADED:", content, flush=True)
+    place = Path(folder).resolve()
+    wanted = [
+        found for found in handed_in(place) if found[0] == (student or found[0]) and found[1] in (lab or found[1], "")
+    ]
+    # Each command has one core, so that two of them do not wait for one another.
+    environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+    graded = failed = 0
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        try:
+            waiting = [pool.submit(grade_one, place, *found, again, environment) for found in wanted]
+            for (name, which, _), result in zip(wanted, waiting, strict=True):
+                done, sentence = result.result()
+                graded, failed = graded + done, failed + (not done)
+                print(*filter(None, (name, which)), sentence if done else f"NOT GRADED: {sentence}", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            with STARTING:
+                for process in RUNNING.values():
+                    os.killpg(process.pid, signal.SIGKILL)
+            raise
     if failed:
-        sys.exit(f"{len(failed)} of {len(failed) + len(rows)} could not be graded.")
-    if not rows:
+        sys.exit(f"{failed} of {graded + failed} could not be graded.")
+    if not graded:
         sys.exit(f"{folder} holds no student's lab; expected student/lab2.ipynb or student/lab2/lab2.ipynb.")
 
 
+def grade_one(
+    folder: Path, student: str, lab: str, content: bytes | str, again: bool, environment: dict[str, str]
+) -> tuple[bool, str]:
+    """Grade a submission unless it and the lab are as they were when it was last graded: (whether, marks or reason)."""
+    if lab and not (COURSE / "release" / lab).is_dir():
+        return False, f"{lab} has not been released from here: make release comes first"
+    if isinstance(content, str):
+        return False, content
+    target, record = COURSE / "submitted" / student / lab, COURSE / "autograded" / student / lab / "graded.json"
+    submitted = timestamp(folder, student, lab)
+    known = json.loads(record.read_text()) if record.is_file() else {}
+    state = {"submission": digest(content), "lab": digest(*lab_files(lab)), "submitted": submitted, "due": due(lab)}
+    if not again and {key: known.get(key) for key in state} == state:
+        return True, f"{marks(student, lab)}{known['notes']}, unchanged"
+    # What `nbgrader collect` put beside a notebook (its time, the key to its feedback) stays.
+    if folder != COURSE / "submitted":
+        shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True, exist_ok=True)
+    (target / f"{lab}.ipynb").write_bytes(content)
+    (target / "timestamp.txt").write_text(submitted)
+    seconds = int(os.environ.get("NOTEBOOK_SECONDS", 600)) + 300
+    command = ("autograde", lab, f"--CourseDirectory.student_id={student!r}", "--force")
+    status, log = nbgrader(*command, seconds=seconds, **environment)
+    end_orphans()
+    if status:
+        (target / "nbgrader.log").write_text(log)
+        return False, "nbgrader failed: " + (log.strip().splitlines() or ["it said nothing"])[-1]
+    notes = "".join(f"; look by hand: {line.split(BY_HAND)[1]}" for line in log.splitlines() if BY_HAND in line)
+    record.write_text(json.dumps(state | {"notes": notes}))
+    return True, marks(student, lab) + notes
+
+
+def timestamp(folder: Path, student: str, lab: str) -> str:
+    """When the lab was handed in, as nbgrader writes it: what `nbgrader collect` noted, or the notebook's own time."""
+    for place in (folder / student / lab, folder / student):
+        if not place.is_symlink() and (place / f"{lab}.ipynb").is_file():
+            noted = place / "timestamp.txt"
+            if folder == COURSE / "submitted" and noted.is_file():
+                return noted.read_text().strip()
+            seconds = (place / f"{lab}.ipynb").lstat().st_mtime
+            return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+    return ""
+
+
+def digest(*contents: bytes) -> str:
+    return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
+
+
+def lab_files(lab: str) -> list[bytes]:
+    """What a grade depends on besides the submission."""
+    return [(COURSE / step / lab / f"{lab}.ipynb").read_bytes() for step in ("source", "release")]
+
+
+@cache
+def due(lab: str) -> str:
+    with Gradebook(DATABASE) as gradebook:
+        try:
+            return str(gradebook.find_assignment(lab).duedate)
+        except MissingEntry:
+            return "unknown"
+
+
 def marks(student: str, lab: str) -> str:
-    with Gradebook(f"sqlite:///{COURSE / 'gradebook.db'}") as gradebook:
+    with Gradebook(DATABASE) as gradebook:
         submission = gradebook.find_submission(lab, student)
         waiting = " (an answer waits to be graded by hand)" if submission.needs_manual_grade else ""
-        return f"{submission.score:g}/{submission.max_score:g}{waiting}"
+        late = submission.late_submission_penalty
+        return f"{submission.score:g}/{submission.max_score:g}{f', {late:g} off for lateness' if late else ''}{waiting}"
 
 
 def adopt_orphans() -> None:
@@ -221,15 +308,17 @@ def end_orphans(seconds: float = 10) -> None:
 
 
 def our_children() -> list[int]:
+    """This process's children, but for the nbgrader commands that it runs."""
     found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # The second field is the program's name in brackets, which may hold anything.
-            parent = status.read_text().rpartition(")")[2].split()[1]
-        except OSError:
-            continue
-        if int(parent) == os.getpid():
-            found.append(int(status.parent.name))
+    with STARTING:
+        for status in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                # The second field is the program's name in brackets, which may hold anything.
+                parent = status.read_text().rpartition(")")[2].split()[1]
+            except OSError:
+                continue
+            if int(parent) == os.getpid() and int(status.parent.name) not in RUNNING:
+                found.append(int(status.parent.name))
     return found
 
 
@@ -245,21 +334,43 @@ def feedback(names: list[str]) -> None:
             print(page)
 
 
+def export() -> None:
+    """Write every student's grades as nbgrader's table, and as Moodle and Canvas import them."""
+    if not (COURSE / "gradebook.db").exists():
+        sys.exit("Nothing has been graded yet: make grade SUBMITTED=folder comes first.")
+    for exporter in ("nbgrader.plugins.CsvExportPlugin", "exports.MoodleExport", "exports.CanvasExport"):
+        system = exporter.rpartition(".")[2].removesuffix("Export").lower()
+        target = COURSE / ("grades.csv" if exporter.startswith("nbgrader") else f"grades-{system}.csv")
+        status, log = nbgrader("export", f"--exporter={exporter}", f"--to={target}", PYTHONPATH=str(COURSE / "grading"))
+        if status:
+            sys.exit(f"{log}\n{target.name} was not written: nbgrader says above why.")
+        print(target)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("release", "feedback"):
         commands.add_parser(name).add_argument("labs", nargs="*", metavar="lab2")
+    commands.choices["release"].add_argument("--due", help="the deadline: '2030-11-28 18:00 CET'")
+    commands.add_parser("export")
     grading = commands.add_parser("grade")
     grading.add_argument("folder")
+    grading.add_argument("--lab", help="only this lab")
+    grading.add_argument("--student", help="only this student")
+    grading.add_argument("--again", action="store_true", help="grade unchanged submissions, too")
     grading.add_argument("--unsafe", action="store_true", help="do not confine the students' code")
     options = parser.parse_args()
     # Ended from outside as by Ctrl-C: what was started is ended, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     if options.command == "grade":
-        grade(options.folder, options.unsafe)
+        grade(options.folder, options.lab, options.student, options.again, options.unsafe)
+    elif options.command == "release":
+        release(options.labs, options.due)
+    elif options.command == "feedback":
+        feedback(options.labs)
     else:
-        {"release": release, "feedback": feedback}[options.command](options.labs)
+        export()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """What nbgrader does to a lab's notebook here, beyond its own steps. nbgrader_config.py says when.
 
-ForStudents     release: nothing but cells, with the metadata that nbgrader needs
+ForStudents     release: no attachment that no text shows
 Restore         grading: the cells that students may not change are as they were released
 RunConfined     grading: the notebook runs in a kernel confined by confine.py, and ends in time
 WithoutTests    feedback: the hidden tests stay hidden
+keep_local      feedback and Formgrader: MathJax from its package, tasks by their names
 """
 
 from __future__ import annotations
 
 import asyncio
+import html
 import json
 import os
 import re
@@ -21,6 +23,7 @@ from copy import deepcopy
 from pathlib import Path
 from time import monotonic
 
+import mathjax
 import nbformat
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.utils import ensure_async
@@ -43,14 +46,10 @@ KEPT = re.compile(r"PATH|LANG|LC_\w+|TZ|(OMP|MKL)_\w+|PWLIB_PROFILE|LAB_PROFILE"
 
 
 class ForStudents(NbGraderPreprocessor):
-    """Take away metadata, widget state, and attachments that no text shows: they can hold what cells no longer do."""
+    """Remove attachments that no text shows: they can hold what cells no longer do."""
 
     def preprocess(self, nb, resources):
-        kept = {key: nb.metadata[key] for key in ("kernelspec", "language_info") if key in nb.metadata}
-        nb.metadata = nbformat.from_dict(kept)
         for cell in nb.cells:
-            kept = {key: cell.metadata[key] for key in ("nbgrader", "editable", "deletable") if key in cell.metadata}
-            cell.metadata = nbformat.from_dict(kept)
             shown = set(ATTACHED.findall(cell.source))
             attachments = {name: data for name, data in cell.pop("attachments", {}).items() if name in shown}
             if attachments:
@@ -264,3 +263,50 @@ class WithoutTests(ClearHiddenTests):
                     # A traceback quotes the lines around the one that failed.
                     output.traceback = [f"{output.ename}: {output.evalue}"]
         return cell, resources
+
+
+MATHJAX = """<script>
+MathJax = {tex: {inlineMath: [["$", "$"], ["\\\\(", "\\\\)"]], processEscapes: true}, options: {enableMenu: false}};
+</script>
+<script>%s</script>"""
+REMOTE = re.compile(
+    r'<script src="https?://[^"]*mathjax[^"]*">\s*</script>.*?<!-- End of mathjax configuration -->', re.S | re.I
+)
+HEADING = re.compile(r"^#+ +(.*?)(?: *\([^()]*points?\))?$", re.M)
+
+
+def keep_local(exporter: type) -> None:
+    """Make nbconvert's pages of notebooks contain MathJax instead of asking another host, and name the tasks.
+
+    nbgrader's templates for feedback and Formgrader write the address themselves, so the page is changed afterwards.
+    """
+    convert = exporter.from_notebook_node
+
+    def from_notebook_node(self, nb, resources=None, **options):
+        page, resources = convert(self, nb, resources, **options)
+        script = Path(mathjax.__file__).parent / "static" / "mathjax" / "es5" / "tex-svg.js"
+        local = MATHJAX % script.read_text("utf-8").replace("</script", "<\\/script")
+        page = REMOTE.sub(lambda _: local, page, count=1)
+        for grade_id, task in task_names(nb).items():
+            page = page.replace(f'<a href="#{grade_id}">Test cell</a>', f'<a href="#{grade_id}">{task}</a>')
+            page = page.replace(f"Grade cell: <code>{grade_id}</code>", f"Tests of {task}")
+        return page, resources
+
+    exporter.from_notebook_node = from_notebook_node
+
+
+def task_names(nb) -> dict[str, str]:
+    """By grade_id of a test: the heading above it, and what the test is about where one heading has several."""
+    found, heading = {}, ""
+    for cell in nb.cells:
+        if cell.cell_type == "markdown" and (headings := HEADING.findall(cell.source)):
+            heading = headings[-1]
+        marks = cell.metadata.get("nbgrader", {})
+        if marks.get("grade") and not marks.get("solution"):
+            found[marks["grade_id"]] = heading
+    shared = {task for task in found.values() if list(found.values()).count(task) > 1}
+    names = {
+        grade_id: f"{task}: {grade_id.removeprefix('test_').replace('_', ' ')}" if task in shared else task
+        for grade_id, task in found.items()
+    }
+    return {grade_id: html.escape(name) for grade_id, name in names.items()}
