@@ -191,6 +191,7 @@ def test_strokes_become_the_unary_of_probabilities_from_labels():
     labels[1, 1:4], labels[4, 4], labels[5, 0] = 2, 0, 0
     explorer.strokes = [[2, 6, 3], [0, 24, 2]]
     assert torch.equal(explorer.painted, labels)
+    assert torch.equal(explore(image, logits, crf, strokes=labels).painted, labels)
     expected = probabilities_from_labels(labels, 3, confidence=0.7)
     torch.testing.assert_close(torch.softmax(explorer.logits, 0), expected)
     explorer = explore(image, logits, crf)

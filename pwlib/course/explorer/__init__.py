@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import itertools
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pwlib.course.explorer.bundle import script
+from pwlib.course.explorer.bundle import loader, script
 from pwlib.course.explorer.packing import pack_problem, pack_trace
 from pwlib.crf import DenseCRF, probabilities_from_labels
 from pwlib.data import VOID
@@ -60,7 +61,7 @@ class Explorer(anywidget.AnyWidget):
     To go on in Python from what is on show: `image`, `logits`, `crf` (or `coupling`), `painted`, and `trace()`.
     """
 
-    _esm = script()
+    _esm = loader()
     meta = traitlets.Dict().tag(sync=True)
     data = traitlets.Bytes().tag(sync=True)
     iteration = traitlets.Int(0).tag(sync=True)
@@ -214,6 +215,7 @@ def explore(
     *sources: Any,
     class_names: Sequence[str] | None = None,
     palette: np.ndarray | None = None,
+    strokes: Tensor | None = None,
     titles: Sequence[str] = ("A", "B"),
     iterations: int | None = None,
     iteration: int | None = None,
@@ -231,6 +233,8 @@ def explore(
             `Trace`, an `Explorer` or a tuple (image, logits, crf), with the same size and labels.
         class_names: K of them; default "label 0", ...
         palette: uint8 [K, 3] or, with a last row for void, [K + 1, 3]; default: a colour-blind-safe one.
+        strokes: int64 [H, W], labels painted on the image to begin with, 255 where there is none. They replace the
+            unary there, as `probabilities_from_labels` does.
         titles: what the two of a comparison are called.
         iterations: of mean field in the browser; default: the CRF's (10 on a graph).
         iteration: to begin with; 0 is the unary alone, t what the t-th update made of it. Default: the last, or 1 of a
@@ -244,6 +248,8 @@ def explore(
     if len(sources) not in (1, 2):
         raise ValueError(f"explore got {len(sources)} sources; expected image, logits, crf, or one or two traces")
     sources = tuple(s.sources[0] if isinstance(s, Explorer) else s for s in sources)
+    if len(sources) == 2:  # a pair has no panels of senders
+        sources = tuple(replace(s, features=(), sums=None) if isinstance(s, Trace) else s for s in sources)
     packed = [_pack(source, iterations, class_names, palette) for source in sources]
     panes, data, traces = [p[0] for p in packed], b"".join(p[1] for p in packed), [p[2] for p in packed]
     if any(p["size"] != panes[0]["size"] or len(p["classes"]) != len(panes[0]["classes"]) for p in panes):
@@ -259,7 +265,7 @@ def explore(
     change = (traces[-1][-1] - traces[0][0]).abs()
     explorer = Explorer(
         meta={"panes": panes}, data=data, settings=settings[0], settings_b=settings[1] if len(settings) > 1 else {},
-        sources=sources,
+        strokes=[] if strokes is None else runs(strokes), sources=sources,
     )  # fmt: skip
     last = max(s.get("iterations", p.get("iterations")) for s, p in zip(settings, panes, strict=True))
     if iteration is None:
@@ -269,6 +275,13 @@ def explore(
     explorer.pixel = divmod(int(change.sum(0).argmax()), change.shape[-1]) if pixel is None else tuple(pixel)
     explorer.senders = senders
     return explorer
+
+
+def runs(labels: Tensor) -> list[list[int]]:
+    """The labelled pixels of [H, W] as runs [label, first pixel, pixels], row by row; 255 is none."""
+    flat = labels.flatten()
+    starts = [0, *(1 + torch.nonzero(flat[1:] != flat[:-1]).flatten()).tolist(), len(flat)]
+    return [[int(flat[a]), a, b - a] for a, b in itertools.pairwise(starts) if flat[a] != VOID]
 
 
 def _pack(source: Any, iterations: int | None, class_names: Any, palette: Any) -> tuple[dict, bytes, Tensor]:

@@ -126,7 +126,7 @@ export function imagePanel(app, pixels, [h, w], groups) {
         if (painted !== 255) out.set(app.palette[painted], 4 * i);
       }
     };
-    return { fill, text: `here: RGB ${[...pixels.subarray(at, at + 3)].join(", ")}` };
+    return { fill, text: `RGB ${[...pixels.subarray(at, at + 3)].join(", ")}` };
   } });
 }
 
