@@ -51,6 +51,13 @@ def contents(notebooks: dict[str, nbformat.NotebookNode]) -> str:
     return "\n".join([*lines, "", "```{toctree}", ":hidden:", *(f"notebooks/{name}" for name in notebooks), "```", ""])
 
 
+def explorer_of(notebook: nbformat.NotebookNode, cell_id: str) -> str:
+    """Return the explorer that a cell shows, as a block of HTML in Markdown."""
+    cells = [cell for cell in notebook.cells if cell.id == cell_id]
+    (cell,) = embed_notebook(nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)).cells
+    return f"````{{raw}} html\n{cell.outputs[0].data['text/html']}\n````\n"
+
+
 def write_sources(folder: Path) -> None:
     """Write everything that Sphinx reads to a folder, which is emptied first."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -60,7 +67,9 @@ def write_sources(folder: Path) -> None:
         nbformat.write(page(notebook), folder / "notebooks" / f"{name}.ipynb")
     shutil.copy(HERE / "conf.py", folder)
     index = (HERE / "index.md").read_text("utf-8")
-    (folder / "index.md").write_text(index.replace("```{contents-of-the-course}\n```\n", contents(notebooks)), "utf-8")
+    index = index.replace("```{contents-of-the-course}\n```\n", contents(notebooks))
+    index = index.replace("```{explorer}\n```\n", explorer_of(notebooks["02_crf_from_scratch"], "02-76"))
+    (folder / "index.md").write_text(index, "utf-8")
     static = folder / "_static"
     static.mkdir()
     shutil.copy(HERE / "course.css", static)

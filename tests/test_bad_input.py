@@ -145,9 +145,7 @@ def test_images_of_different_sizes(workers, stage):
     items = [(torch.rand(3, *size), torch.zeros(size, dtype=torch.int64)) for size in sizes]
     loader = DataLoader(items, batch_size=2, num_workers=workers)
     trainer = trainer_of(tiny_model())
-    with pytest.raises(
-        ValueError, match=r"different sizes, \[3, 16, 24\] and \[3, 24, 16\]; .* size=.*=1"
-    ):
+    with pytest.raises(ValueError, match=r"different sizes, \[3, 16, 24\] and \[3, 24, 16\]; .* size=.*=1"):
         trainer.train_stage1(loader, 1) if stage == "train" else trainer.evaluate(loader)
 
 

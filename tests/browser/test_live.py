@@ -127,7 +127,7 @@ def test_the_presets_are_the_faults(live):
     """As notebook 02 makes them."""
     image, logits, crf = problem()
     page = live(image, logits, crf, pixel=(9, 9), iterations=4)
-    flat = (image - image.mean((1, 2), keepdim=True)) / image.std((1, 2), keepdim=True) / 255
+    flat = 0.5 + (image - image.mean((1, 2), keepdim=True)) / image.std((1, 2), keepdim=True) / 255
     faults = {
         "wrong sign": (problem(compatibility=torch.eye(4))[2], logits, image),
         "double softmax": (crf, torch.softmax(logits, 0), image),

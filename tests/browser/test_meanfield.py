@@ -177,7 +177,7 @@ def test_temperature_double_softmax_and_normalised_colours(run):
     same(run(image, logits, PLAIN | {"temperature": 2.5}), reference(PLAIN, potts, image, logits / 2.5))
     same(run(image, logits, PLAIN | {"double_softmax": True}), reference(PLAIN, potts, image, torch.softmax(logits, 0)))
     same(run(image, logits, PLAIN | {"sign": "reward"}), reference(PLAIN, torch.eye(4), image, logits))
-    flat = (image - image.mean((1, 2), keepdim=True)) / image.std((1, 2), keepdim=True) / 255
+    flat = 0.5 + (image - image.mean((1, 2), keepdim=True)) / image.std((1, 2), keepdim=True) / 255
     same(run(image, logits, PLAIN | {"normalised_colours": True}), reference(PLAIN, potts, flat, logits))
 
 

@@ -82,6 +82,16 @@ def test_an_explorer_steps_on_the_page(site, open_page):
     assert slider.input_value() != before
 
 
+def test_the_front_page_segments_a_photograph_and_follows_the_theme(site, open_page):
+    page = open_page((site / "index.html").as_uri(), width=1280, height=720)
+    page.wait_for_selector(".explorer[data-busy=false]")
+    page.get_by_role("tab", name="Paint").click()
+    assert page.locator(".share").inner_text() == "6.0 % of the pixels painted"  # the strokes of notebook 02
+    for theme in ("dark", "light"):
+        page.evaluate("theme => { document.documentElement.dataset.theme = theme; }", theme)
+        page.wait_for_selector(f".frame[data-theme={theme}]")
+
+
 def test_search_finds_a_word(site, open_page):
     page = open_page((site / "search.html").as_uri() + "?q=independence")
     page.wait_for_selector("#search-results li a")

@@ -172,7 +172,8 @@ class Explorer(anywidget.AnyWidget):
     def _image(self, pane: int) -> Tensor:
         image = self._source(pane)[0].detach().float().cpu()
         if self._settings(pane).get("normalised_colours"):
-            return (image - image.mean((1, 2), keepdim=True)) / image.std((1, 2), keepdim=True) / 255
+            normalised = (image - image.mean((1, 2), keepdim=True)) / image.std((1, 2), keepdim=True)
+            return 0.5 + normalised / 255  # DenseCRF multiplies by 255 and expects [0, 1]; only differences count
         rounded = (255 * image).round() / 255
         return rounded if (rounded - image).abs().max() < 1e-6 else image.half().float()
 
@@ -180,9 +181,7 @@ class Explorer(anywidget.AnyWidget):
         settings, logits = self._settings(pane), self._source(pane)[1].detach().cpu().half().float()
         logits = logits / settings["temperature"]
         if self.strokes:
-            labels = self.painted
-            drawn = probabilities_from_labels(labels, len(logits), confidence=settings["confidence"]).log()
-            logits = torch.where(labels != VOID, drawn, logits)
+            logits = painted_logits(logits, self.painted, settings["confidence"])
         return torch.softmax(logits, 0) if settings["double_softmax"] else logits
 
     def _crf(self, pane: int) -> DenseCRF:
@@ -250,7 +249,7 @@ def explore(
     sources = tuple(s.sources[0] if isinstance(s, Explorer) else s for s in sources)
     if len(sources) == 2:  # a pair has no panels of senders
         sources = tuple(replace(s, features=(), sums=None) if isinstance(s, Trace) else s for s in sources)
-    packed = [_pack(source, iterations, class_names, palette) for source in sources]
+    packed = [_pack(source, iterations, class_names, palette, strokes) for source in sources]
     panes, data, traces = [p[0] for p in packed], b"".join(p[1] for p in packed), [p[2] for p in packed]
     if any(p["size"] != panes[0]["size"] or len(p["classes"]) != len(panes[0]["classes"]) for p in panes):
         shapes = " and ".join(f"{p['size']} with {len(p['classes'])} labels" for p in panes)
@@ -284,7 +283,9 @@ def runs(labels: Tensor) -> list[list[int]]:
     return [[int(flat[a]), a, b - a] for a, b in itertools.pairwise(starts) if flat[a] != VOID]
 
 
-def _pack(source: Any, iterations: int | None, class_names: Any, palette: Any) -> tuple[dict, bytes, Tensor]:
+def _pack(
+    source: Any, iterations: int | None, class_names: Any, palette: Any, strokes: Tensor | None
+) -> tuple[dict, bytes, Tensor]:
     """Description, data, and first and last marginals [2, K, H, W], which tell where to look first."""
     if isinstance(source, Trace):
         return *pack_trace(source, class_names, palette), source.q[[0, -1]]
@@ -292,15 +293,23 @@ def _pack(source: Any, iterations: int | None, class_names: Any, palette: Any) -
         raise ValueError(f"cannot explore a {type(source).__name__}; expected a Trace or (image, logits, crf)")
     image, logits, model = source
     meta, data = pack_problem(image, logits, model, iterations, class_names, palette)
+    if strokes is not None:
+        logits = painted_logits(logits, strokes, meta["settings"]["confidence"])
+    steps, first = meta["settings"]["iterations"], torch.softmax(logits.detach().cpu().float(), 0)
     if not isinstance(model, DenseCRF):
-        q = torch.softmax(logits.detach().cpu().float(), 0)
-        return meta, data, torch.stack([q, 1 / len(q) * torch.ones_like(q)])
+        return meta, data, torch.stack([first, torch.full_like(first, 1 / len(first))])
     if image.shape[1] * image.shape[2] > LARGEST:
-        trace = model.trace(logits, image, iterations=meta["settings"]["iterations"])
+        trace = model.trace(logits, image, iterations=steps)
         stored, data = pack_trace(replace(trace, image=image.cpu()), class_names, palette)
         return stored | {"settings": meta["settings"], "potts": meta["potts"], "remote": True}, data, trace.q[[0, -1]]
-    q = model.marginals(logits[None], image[None], iterations=min(meta["settings"]["iterations"], 3))
-    return meta, data, torch.cat([torch.softmax(logits.detach()[None].float(), 1), q]).cpu()
+    q = model.marginals(logits[None], image[None], iterations=min(steps, 3))[0]
+    return meta, data, torch.stack([first, q.cpu()])
+
+
+def painted_logits(logits: Tensor, labels: Tensor, confidence: float) -> Tensor:
+    """Logits [K, H, W] that are those of `probabilities_from_labels` where labels [H, W] are not 255."""
+    drawn = probabilities_from_labels(labels, len(logits), confidence=confidence).log().to(logits)
+    return torch.where((labels != VOID).to(logits.device), drawn, logits)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -73,8 +73,8 @@ async function render({ model, el }) {
     make("span", { class: "buttons" },
       button("first", "First iteration", () => { stop(); go(0); }), button("back", "Step back", () => { stop(); go(state.t - 1); }), playButton,
       button("step", "Step forward", () => { stop(); go(state.t + 1); }), button("last", "Last iteration", () => { stop(); go(last()); })),
-    slider, reading, make("label", { class: "class" }, "class ", swatch, classes),
-    ...(modes.length ? [make("span", { class: "modes", role: "group", "aria-label": "What the sender panels show" }, make("span", { class: "name" }, "senders"), ...modes)] : []));
+    slider, reading, make("label", { class: "class" }, "class ", swatch, classes));
+  const senders = modes.length ? make("span", { class: "modes", role: "group", "aria-label": "What the sender panels show" }, make("span", { class: "name" }, "senders"), ...modes) : "";
   const status = make("div", { class: "status" });
   const live = make("div", { class: "hidden", role: "status", "aria-live": "polite" });
 
@@ -135,7 +135,7 @@ async function render({ model, el }) {
   const numbers = make("section", { class: "numbers", tabindex: 0, "aria-label": "Numbers of the marked pixel" }, table.node);
   const what = pair ? `two mean fields, ${panes.map((p) => p.meta.title).join(" and ")}` : `${names.length} labels`;
   const root = make("div", { class: "explorer", tabindex: -1, role: "group", "aria-label": `Mean-field explorer: ${height} by ${width} pixels, ${what}` },
-    toolbar, status, pictures,
+    toolbar, make("div", { class: "news" }, status, senders), pictures,
     make("div", { class: "below" }, make("section", { class: "left" }, tablist, ...tabs.map(({ panel }) => panel)), numbers), live);
   const frame = make("div", { class: "frame" }, root);
   shadow.replaceChildren(make("style", {}, CSS), frame);
@@ -147,10 +147,12 @@ async function render({ model, el }) {
     if (space <= 0) return;
     const phone = space < 620, tall = phone ? Infinity : clamp(innerHeight - 484, 215, 460);
     const columns = app.painting.active ? shown : perRow;
-    const { columns: c, size } = phone ? { columns: 2, size: (space - 10) / 2 } : arrange(shown, columns, aspect, space, tall);
+    const { columns: c, size } = phone ? { columns: 2, size: (space - 10) / 2 } : arrange(shown, columns, aspect, space, tall, pair);
     pictures.style.gridTemplateColumns = `repeat(${c}, minmax(0, ${Math.min(size, 420)}px))`;
     frame.classList.toggle("phone", phone);
     frame.classList.toggle("small", size < 108);
+    frame.classList.toggle("narrow", !phone && space < (pair ? 1000 : 760));
+    if (app.tiny !== size < 84) { app.tiny = size < 84; schedule(); }
   }
 
   function drawStatus() {
@@ -282,7 +284,7 @@ async function render({ model, el }) {
   const sizes = new ResizeObserver(() => { layout(); schedule(); });
   sizes.observe(root);
   addEventListener("resize", layout);
-  open(0);
+  open(app.painting.empty ? 0 : tabs.findIndex(({ name }) => name === "Paint")); // where strokes are given, more may follow
   // Pages hold several explorers: each one computes when it comes into view.
   const sight = new IntersectionObserver((entries) => { if (entries.some((e) => e.isIntersecting)) { sight.disconnect(); panes.forEach((pane) => { if (!pane.remote) pane.compute(true); }); } }, { rootMargin: "300px" });
   sight.observe(root);

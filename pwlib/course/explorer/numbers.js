@@ -4,7 +4,7 @@ import { clamp, make, number } from "./tools.js";
 export function numbersTable(app, panes) {
   const { state, names, colours } = app, pair = panes.length > 1, [pane] = panes;
   const heads = pair
-    ? ["class", ...["A", "B"].flatMap((l) => [`ψ ${l}`, `pairwise ${l}`, `q ${l}`]), "q: B − A"]
+    ? ["class", ...["A", "B"].flatMap((l) => [`ψ ${l}`, `pairwise ${l}`, `q ${l}`]), "Δq"]
     : ["class", "unary ψ", ...pane.meta.kernels.map((k) => `${k} msg`), "pairwise", "ψ + pw.", ...(pane.meta.coupling ? ["exact P"] : []), "q"];
   const caption = make("caption"), body = make("tbody");
   const node = make("table", {}, caption, make("thead", {}, make("tr", {}, ...heads.map((h) => make("th", { scope: "col" }, h)))), body);
@@ -47,7 +47,7 @@ export function story(pane) {
   function tell(t, brief) { // [sentence, is it a warning] each
     const { changed = 0, returned = 0 } = changes[t - 1] ?? {}, out = [];
     if (known(t)) {
-      const by = t && known(t - 1) ? `, ${free[t] > free[t - 1] ? "up" : "down"} ${number(Math.abs(free[t] - free[t - 1]))}` : "";
+      const by = t && known(t - 1) && !brief ? `, ${free[t] > free[t - 1] ? "up" : "down"} ${number(Math.abs(free[t] - free[t - 1]))}` : "";
       out.push([`${brief ? "F" : "Free energy"} ${number(free[t])} nats${by}.`, rose(t)]);
     }
     if (t === 0) out.unshift(["The unary alone: no message has been sent.", false]);

@@ -61,8 +61,9 @@ export class Panel {
           out[4 * i] = colour[0]; out[4 * i + 1] = colour[1]; out[4 * i + 2] = colour[2]; out[4 * i + 3] = 255;
         }
         const here = view.map[state.i], notch = make("i", { style: `left: ${clamp(((here - low) * scale) / 2.55, 0, 100)}%` });
-        this.legend.replaceChildren(number(low), make("span", { class: "bar", style: `background: ${gradient(view.colours)}` }, notch), number(high),
-          ...(view.sum === undefined ? [] : [make("span", { class: "sum", title: "the sum over all pixels: the message" }, `Σ ${number(view.sum)}`)]));
+        const short = app.tiny ? (v) => number(v, 2) : number;
+        this.legend.replaceChildren(short(low), make("span", { class: "bar", style: `background: ${gradient(view.colours)}` }, notch), short(high),
+          ...(view.sum === undefined ? [] : [make("span", { class: "sum", title: "the sum over all pixels: the message" }, `Σ ${short(view.sum)}`)]));
         spoken = `from ${number(low)} to ${number(high)}; ${number(here)} at the marked pixel${view.sum === undefined ? "" : `; the sum is ${number(view.sum)}`}`;
       }
       context.putImageData(picture, 0, 0);
@@ -141,10 +142,10 @@ export function differencePanel(app, [a, b]) {
 }
 
 // Columns and width of the pictures: in rows of `perRow`, unless other rows make them much larger in this width and height.
-export function arrange(count, perRow, aspect, width, height) {
+export function arrange(count, perRow, aspect, width, height, fixed) {
   const GAP = 10, TEXT = 40;
-  let best = { worth: 0 };
-  for (let columns = 1; columns <= count; columns++) {
+  let best = { columns: 1, size: 1, worth: 0 };
+  for (let columns = fixed ? perRow : 1; columns <= (fixed ? perRow : count); columns++) {
     const rows = Math.ceil(count / columns), size = Math.floor(Math.min((width - GAP * (columns - 1)) / columns, (height / rows - TEXT) * aspect));
     const worth = columns === perRow ? 1.3 * size : size;
     if (worth > best.worth) best = { columns, size, worth };

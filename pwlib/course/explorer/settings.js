@@ -20,7 +20,7 @@ const BOTH = [
 // Choices: [value, text] each.
 const CHOICES = {
   normalization: { text: "normalisation", about: "How messages are normalised by n_i, the sum of the kernel's row.", options: [["symmetric", "norm: symmetric"], ["row", "norm: row"], ["none", "norm: none"]] },
-  self_message: { text: "self-message", about: "Whether a pixel sends a message to itself.", options: [[true, "self-message: on"], [false, "self-message: off"]] },
+  self_message: { text: "self-message", about: "Whether a pixel sends a message to itself.", options: [[true, "self-msg: on"], [false, "self-msg: off"]] },
   sign: { text: "sign", about: "Whether disagreement is penalised, or (a fault) agreement.", options: [["penalty", "sign: penalty"], ["reward", "sign: wrong"]] },
   double_softmax: { text: "unary from", about: "Whether the unary is made of logits, or (a fault) of probabilities passed as logits.", options: [[false, "unary: logits"], [true, "unary: probabilities"]] },
   normalised_colours: { text: "colours", about: "Grey levels from 0 to 255, or (a fault) colours with mean 0 and standard deviation 1.", options: [[false, "colours: 0–255"], [true, "colours: normalised"]] },
@@ -52,7 +52,7 @@ export function python(meta, settings, painted) {
     ...(mu ? [`compatibility=${mu}`] : []), ...(settings.normalization === "symmetric" ? [] : [`normalization="${settings.normalization}"`]),
     ...(settings.self_message ? [] : ["self_message=False"]),
   ];
-  const image = settings.normalised_colours ? "(image - image.mean((1, 2), keepdim=True)) / image.std((1, 2), keepdim=True) / 255" : "image";
+  const image = settings.normalised_colours ? "0.5 + (image - image.mean((1, 2), keepdim=True)) / image.std((1, 2), keepdim=True) / 255" : "image";
   return `DenseCRF(${[K, `iterations=${settings.iterations}`, ...numbers, ...rest].join(", ")}).trace(${logits}, ${image})`;
 }
 

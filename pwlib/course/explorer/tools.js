@@ -20,12 +20,13 @@ export const gradient = (name) => `linear-gradient(to right, ${MAPS[name].match(
 
 export const clamp = (v, low, high) => Math.min(Math.max(v, low), high);
 const minus = (text) => text.replace("-", "−");
-export function number(v) { // about four digits, whatever the size
+export function number(v, digits = 4) { // about as many digits, whatever the size
   if (v === null || v === undefined || Number.isNaN(v)) return "–";
   const size = Math.abs(v);
   if (size === 0) return "0";
   if (size < 5e-4) return minus(v.toExponential(0));
   if (size >= 1e5) return minus(v.toExponential(3));
+  if (digits < 4) return minus(size < 0.01 ? v.toExponential(0) : String(+v.toPrecision(digits)));
   return minus(v.toFixed(size < 10 ? 3 : size < 100 ? 2 : size < 1000 ? 1 : 0));
 }
 
