@@ -76,19 +76,6 @@ def class_weights(dataset: SegmentationDataset, power: float) -> torch.Tensor:
     return balanced_weights(torch.bincount(labels[labels != VOID], minlength=dataset.num_classes).cpu(), power=power)
 
 
-def pretrained(num_classes: int, weights: Path, dropout: float) -> DeepLabLargeFOV:
-    """DeepLab-LargeFOV whose thirteen VGG-16 convolutions come from a file; fc6, fc7 and the classifier are random."""
-    network = DeepLabLargeFOV(num_classes, dropout=dropout)
-    state = torch.load(weights, weights_only=True)
-    names = [name for name in state if name.startswith("features.") and name.endswith(".weight")]
-    layers = [layer for layer in network.blocks.modules() if isinstance(layer, nn.Conv2d)]
-    with torch.no_grad():
-        for name, layer in zip(names, layers, strict=True):
-            layer.weight.copy_(state[name])
-            layer.bias.copy_(state[name.replace("weight", "bias")])
-    return network
-
-
 def save_parts(model: nn.Module, folder: Path, name: str = "camvid.pt") -> None:
     """Write the state dict in float16 as `name`.0, `name`.1, ..., each of at most `PART` bytes."""
     state = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
@@ -130,7 +117,7 @@ class Run:
         self.augment = Augment(size, scale=tuple(profile.scale), colour=profile.colour)
         self.class_weights = class_weights(self.fit, profile.class_balance)
         torch.manual_seed(args.seed)
-        network = pretrained(self.classes, args.weights, profile.dropout)
+        network = DeepLabLargeFOV(self.classes, weights=str(args.weights), dropout=profile.dropout)
         crf = DenseCRF(self.classes, **profile.crf)
         self.model = PiecewiseTrainedModel(self.classes, unary=network, crf=crf).to(self.device)
         self.after_stage2 = self.model  # replaced by a copy when stage 2 is done
