@@ -6,6 +6,7 @@ alternative text, remote badges as words), adds MathJax, and runs Sphinx.
 
 import argparse
 import html
+import os
 import re
 import shutil
 from pathlib import Path
@@ -48,7 +49,9 @@ def contents(notebooks: dict[str, nbformat.NotebookNode]) -> str:
         lines += ["", f"**[{notebook.cells[0].source.splitlines()[0].lstrip('# ')}](notebooks/{name}.ipynb)**", ""]
         if skills := SKILLS.search(text + "\n"):
             lines += skills[1].rstrip().splitlines()
-    return "\n".join([*lines, "", "```{toctree}", ":hidden:", *(f"notebooks/{name}" for name in notebooks), "```", ""])
+    return "\n".join(
+        [*lines, "", "```{toctree}", ":hidden:", *(f"notebooks/{name}" for name in notebooks), "glossary", "```", ""]
+    )
 
 
 def explorer_of(notebook: nbformat.NotebookNode, cell_id: str) -> str:
@@ -65,14 +68,16 @@ def write_sources(folder: Path) -> None:
     notebooks = {path.stem: nbformat.read(path, 4) for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))}
     for name, notebook in notebooks.items():
         nbformat.write(page(notebook), folder / "notebooks" / f"{name}.ipynb")
-    shutil.copy(HERE / "conf.py", folder)
+    for name in ("conf.py", "publish.py", "glossary.md"):
+        shutil.copy(HERE / name, folder)
     index = (HERE / "index.md").read_text("utf-8")
     index = index.replace("```{contents-of-the-course}\n```\n", contents(notebooks))
     index = index.replace("```{explorer}\n```\n", explorer_of(notebooks["02_crf_from_scratch"], "02-76"))
     (folder / "index.md").write_text(index, "utf-8")
     static = folder / "_static"
     static.mkdir()
-    shutil.copy(HERE / "course.css", static)
+    for name in ("course.css", "favicon.svg"):
+        shutil.copy(HERE / name, static)
     es5 = Path(mathjax.__file__).parent / "static" / "mathjax" / "es5"
     fonts = Path("output", "chtml", "fonts", "woff-v2")
     shutil.copytree(es5 / fonts, static / "mathjax" / fonts)
@@ -86,7 +91,13 @@ def main() -> int:
     options = parser.parse_args()
     sources = options.sources or options.output.with_name(options.output.name + "-sources")
     write_sources(sources)
-    status = sphinx(["-q", "-b", "html", str(sources), str(options.output)])
+    os.environ["PWLIB_ROOT"] = str(HERE.parent)
+    shutil.rmtree(options.output, ignore_errors=True)
+    # Sphinx's own records stay beside the sources, out of what is published.
+    status = sphinx(["-q", "-b", "html", "-d", str(sources / "doctrees"), str(sources), str(options.output)])
+    for leftover in ("_sources", ".buildinfo"):
+        path = options.output / leftover
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     print(f"The site is {options.output / 'index.html'}" if status == 0 else "Sphinx failed")
     return status
 

@@ -37,9 +37,7 @@ def tasks() -> dict:
         """A photograph [1, 3, H, W] and smooth random logits [1, K, H, W]."""
         with Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as file:
             pixels = np.array(file.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
-        noise = torch.randn(
-            1, labels, height // 16 + 2, width // 16 + 2, generator=torch.Generator().manual_seed(0)
-        )
+        noise = torch.randn(1, labels, height // 16 + 2, width // 16 + 2, generator=torch.Generator().manual_seed(0))
         logits = torch.nn.functional.interpolate(2 * noise, (height, width), mode="bilinear", align_corners=False)
         return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255, logits
 
