@@ -1,4 +1,4 @@
-"""The arguments of `python -m pwlib train | evaluate | predict | bench`, and what its errors look like."""
+"""The arguments of `python -m pwlib train | evaluate | predict | labels | bench`, and what its errors look like."""
 
 from __future__ import annotations
 
