@@ -20,6 +20,8 @@ def check_image(image: Tensor) -> Tensor:
         raise ValueError(f"image has shape {tuple(image.shape)}; expected [B, 3, H, W] (RGB), none of them empty")
     if not image.is_floating_point():
         raise ValueError(f"image has dtype {image.dtype}; expected float RGB in [0, 1] (divide uint8 by 255)")
+    if torch.compiler.is_compiling():  # values are unknown in torch.export and torch.compile
+        return image
     low, high = torch.stack(image.detach().aminmax()).tolist()  # NaN if the image contains NaN
     if not (low > -math.inf and high < math.inf):
         raise ValueError("image contains NaN or infinity; expected RGB in [0, 1]")

@@ -18,6 +18,7 @@ on pixel 8i + 3.5, whatever the size of the image. `resize_logits` and `cell_lab
 """
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -252,8 +253,17 @@ class FeatMapNet(VGGNetwork):
 
     def cells(self, size: tuple[int, int], scale: float) -> tuple[int, int]:
         """Size (h, w) of the map of an image of `size` (H, W) at `scale`."""
-        height, width = (max(1, round(side * scale / self.output_stride)) for side in size)
-        return height, width
+        scale = Fraction(scale).limit_denominator(1000)
+        unit = 2 * scale.denominator * self.output_stride
+        cells = []
+        for side in size:  # round(side * scale / output_stride), in integer arithmetic that torch.export can trace
+            nearest, rest = (
+                (2 * side * scale.numerator + unit // 2) // unit,
+                (2 * side * scale.numerator + unit // 2) % unit,
+            )
+            is_tie = 1 - (rest + unit - 1) // unit
+            cells.append(torch.sym_max(1, nearest - is_tie * (nearest % 2)))
+        return cells[0], cells[1]
 
     def features(self, image: Tensor) -> Tensor:
         """The input of the head: [B, feature_channels, h, w], (h, w) as `cells` gives it for the largest scale."""
@@ -363,7 +373,7 @@ class AsUnary(nn.Module):
                 raise ValueError(f"the unary network returned a dict of {sorted(logits)}; expected logits under 'out'")
             logits = logits["out"]
         name = type(self.module).__name__
-        if not isinstance(logits, Tensor) or logits.ndim != 4 or len(logits) != len(image):
+        if not isinstance(logits, Tensor) or logits.ndim != 4 or logits.shape[0] != image.shape[0]:
             given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"unary network {name} returned {given}; expected logits [{len(image)}, K, H, W]")
         if self.num_classes not in (None, logits.shape[1]):
@@ -384,8 +394,5 @@ def as_unary(module: nn.Module, *, num_classes: int | None = None, normalize: bo
         normalize: whether the module expects ImageNet-normalised pixels, as torchvision's segmentation models do.
     """
     if isinstance(module, AsUnary) or hasattr(module, "cell_size"):
-        classes = getattr(module, "num_classes", None)
-        if None not in (num_classes, classes) and classes != num_classes:
-            raise ValueError(f"the unary network has {classes} classes; expected {num_classes}")
         return module
     return AsUnary(module, num_classes=num_classes, normalize=normalize)

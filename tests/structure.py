@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pwlib"
 # Lines of Python.
-LIMITS = {"library": 3500, "lattice": 700, "data": 1050, "cli": 450, "annotations": 900, "tools": 600, "course": None}
+LIMITS = {"library": 3500, "lattice": 700, "data": 1050, "cli": 450, "annotations": 900, "tools": 650, "course": None}
 PARTS = ("data", "cli", "annotations", "tools", "course")  # sub-packages that do not count as library
 
 
@@ -26,7 +26,7 @@ def part(path: Path) -> str:
 
 
 def is_lattice(path: Path) -> bool:
-    return path.relative_to(PACKAGE).parts[0] == "lattice"
+    return path.relative_to(PACKAGE).parts[0] in ("lattice", "lattice.py", "permutohedral.py", "crew.py")
 
 
 def count_lines() -> dict[str, int]:

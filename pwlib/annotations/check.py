@@ -144,15 +144,15 @@ def _check_pair(image: Path, label: Path, reader: LabelReader, report: Report, s
     size = image_size(image)
     if classes.shape != size:
         raw = "; it is rotated as the stored pixels of the photo, whose EXIF tag the label must follow"
-        rotated = classes.shape == size[::-1] and _orientation(image) >= 5
+        rotated = classes.shape == size[::-1] and image_orientation(image) >= 5
         raise ValueError(
             f"{label}: the label is {classes.shape[0]}x{classes.shape[1]} and its image {image.name} "
             f"{size[0]}x{size[1]} (height x width){raw if rotated else ''}"
         )
     report.sizes[split][size] += 1
-    if decode or _orientation(image) > 1:
+    if decode or image_orientation(image) > 1:
         pixels = read_image(image)
-        if (warning := _raw_orientation(pixels, classes, _orientation(image))) is not None:
+        if (warning := _raw_orientation(pixels, classes, image_orientation(image))) is not None:
             report.warnings.append((str(label), warning))
     return classes, set(np.unique(values).tolist()) if values.ndim == 2 else set()
 
@@ -204,7 +204,8 @@ def _looks_blended(values: np.ndarray) -> bool:
     return (alone[rare] > 0.5).sum() >= 5 and isolated.mean() < 0.3
 
 
-def _orientation(image: Path) -> int:
+def image_orientation(image: Path) -> int:
+    """The EXIF orientation of an image file, 1 to 8; 1 means upright."""
     with Image.open(image) as picture:
         return picture.getexif().get(ORIENTATION, 1)
 

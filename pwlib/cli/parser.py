@@ -1,4 +1,4 @@
-"""The arguments of `python -m pwlib train | evaluate | predict | labels | bench`, and what its errors look like."""
+"""The arguments of `python -m pwlib`, its exit codes and its errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from typing import Any
 
 from pwlib.cli.profiles import summary
 
-COMMANDS = ("train", "evaluate", "predict", "labels", "bench")
+OWN_PARSERS = {  # commands whose module defines their arguments
+    "convert": "Convert LabelMe, COCO or mask annotations to a folder of images and labels.",
+    "export": "Export the network of a run with torch.export or to ONNX.",
+    "bench": "Time the CRF's message passing.",
+}
+COMMANDS = ("train", "evaluate", "predict", "labels", *OWN_PARSERS)
 DATA = ("scenes", "camvid", "voc2012", "folder")
 WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 EXIT_CODES = "exit codes: 0 done, 1 failed while running, 2 wrong usage or input, 130 interrupted"
@@ -75,9 +80,7 @@ def values(text: str) -> list[tuple[int, int]]:
 
 
 size = argument("a size; expected height x width in pixels, like 90x120", lambda t: integers(r"(\d+)x(\d+)", t, 1))
-epochs = argument(
-    "three numbers of epochs; expected, for example, 20,5,10", lambda t: integers(r"(\d+),(\d+),(\d+)", t)
-)
+epochs = argument("three numbers of epochs, like 20,5,10", lambda t: integers(r"(\d+),(\d+),(\d+)", t))
 natural = argument("a whole number of at least 0", lambda t: int(t) if t.isdecimal() else None)
 positive = argument("a whole number of at least 1", lambda t: int(t) if t.isdecimal() and int(t) else None)
 rate = argument("a positive number", lambda t: float(t) if 0 < float(t) < math.inf else None)
@@ -87,7 +90,7 @@ place = argument("a path", lambda t: str(Path(t).resolve()) if Path(t).is_file()
 
 
 def parser(argv: list[str]) -> argparse.ArgumentParser:
-    """Build the parser; the arguments of `bench` are defined only if argv asks for it."""
+    """Build the parser; the arguments in `OWN_PARSERS` are defined only for the command in argv."""
     top = argparse.ArgumentParser(
         prog="python -m pwlib", description="Train, score and use a CNN + CRF segmenter.", epilog=EXIT_CODES
     )
@@ -124,19 +127,13 @@ def parser(argv: list[str]) -> argparse.ArgumentParser:
     evaluate.add_argument("--json", metavar="FILE", help="write the scores there instead")
 
     labels = command("labels", "Check and summarise a folder of images and labels.", LABELS_EXAMPLES)
-    labels.add_argument(
-        "root", metavar="ROOT", help="folder with train/images, train/labels, val/..., or images, labels"
-    )
+    labels.add_argument("root", metavar="ROOT", help="folder with train/images, train/labels, ..., or images, labels")
     labels.add_argument("--sheet", metavar="FILE", help="write a picture of images with their labels there")
     for sub in (train, labels):
         group = sub.add_argument_group("the meaning of label files (--data folder)")
-        group.add_argument(
-            "--classes", type=place, metavar="A,B,C|FILE", help="class names (default: ROOT/classes.txt)"
-        )
+        group.add_argument("--classes", type=place, metavar="A,B|FILE", help="names (default: ROOT/classes.txt)")
         group.add_argument("--palette", type=place, metavar="FILE", help="lines `name r g b`: colours of colour masks")
-        group.add_argument(
-            "--values", type=mapping, metavar="V=K,...", help="label values to classes: 0=0,255=1,9=void"
-        )
+        group.add_argument("--values", type=mapping, metavar="V=K,...", help="values to classes: 0=0,255=1,9=void")
         group.add_argument("--void", type=void, metavar="V|none", help="label value that is void (default: 255)")
 
     for sub in (train, evaluate):
@@ -150,10 +147,18 @@ def parser(argv: list[str]) -> argparse.ArgumentParser:
     predict.add_argument("--out", metavar="DIR", required=True, help="folder for the results")
     predict.add_argument("--no-crf", dest="crf", action="store_false", help="the network alone")
 
-    bench = command("bench", "Time the CRF's message passing.")
-    if argv[:1] == ["bench"]:
-        benchmark().add_arguments(bench)
+    for name, text in OWN_PARSERS.items():
+        sub = command(name, text)
+        if argv[:1] == [name]:
+            own_parser(name).add_arguments(sub)
     return top
+
+
+def own_parser(name: str) -> ModuleType:
+    """The module that defines the arguments of a command (`add_arguments`) and runs it (`run`)."""
+    if name == "bench":
+        return benchmark()
+    return importlib.import_module({"convert": "pwlib.annotations.convert", "export": "pwlib.tools.export"}[name])
 
 
 def benchmark() -> ModuleType:
@@ -170,7 +175,7 @@ def benchmark() -> ModuleType:
 
 def check_outputs(args: argparse.Namespace) -> None:
     """Raise an error if --json or --out cannot be written, before a command starts to work."""
-    for option, is_folder in (("json", False), ("sheet", False), ("out", True)):
+    for option, is_folder in (("json", False), ("sheet", False), ("file", False), ("out", True)):
         if (name := getattr(args, option, None)) is None:
             continue
         path = Path(name).absolute()
@@ -190,8 +195,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parser(argv).parse_args(argv)
         check_outputs(args)
-        if args.command == "bench":
-            return benchmark().run(args) or 0
+        if args.command in OWN_PARSERS:
+            return own_parser(args.command).run(args) or 0
         from pwlib.cli import commands
 
         return getattr(commands, args.command)(args) or 0

@@ -1,0 +1,364 @@
+"""Convert LabelMe JSON, COCO JSON and masks to the data set "folder": index PNGs, images and classes.txt.
+
+A pixel belongs to a polygon if its centre is inside, by the even-odd rule; pixel (x, y) covers [x, x + 1] x [y, y + 1].
+Shapes are drawn one after the other: in the order of the file in LabelMe, from large to small in COCO.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pwlib.annotations.check import FLIPS, image_orientation
+from pwlib.annotations.classes import LabelReader, parse_classes, parse_values, read_text
+from pwlib.data.files import list_files
+from pwlib.data.images import IMAGE_SUFFIXES, LABEL_SUFFIXES, VOID, image_size
+from pwlib.data.palettes import voc_palette
+
+BACKGROUND = "background"
+VOID_NAMES = ("void", "__ignore__")
+BACKGROUND_NAMES = (BACKGROUND, "_background_")
+
+
+@dataclass
+class Annotated:
+    """An image file with its annotations.
+
+    Attributes:
+        size: (H, W) of the image according to the annotation.
+        shapes: (class name, mask bool [H, W]) in the order in which they are drawn; made on demand.
+    """
+
+    image: Path
+    size: tuple[int, int]
+    shapes: Iterator[tuple[str, np.ndarray]]
+
+
+@dataclass
+class Summary:
+    """What was converted: pixels per class, and notes about what was left out."""
+
+    names: tuple[str, ...] = ()
+    files: int = 0
+    pixels: Counter = field(default_factory=Counter)
+    notes: Counter = field(default_factory=Counter)
+    failed: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        total = max(1, sum(self.pixels.values()))
+        lines = [f"{self.files} images"]
+        for k, name in [*enumerate(self.names), (VOID, "void")]:
+            lines.append(f"  {name:20} {100 * self.pixels[k] / total:6.2f} % of the pixels")
+        return "\n".join(lines + [f"note: {count} {text}" for text, count in self.notes.items()])
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    images: str | Path | None = None,
+    classes: str | None = None,
+    palette: str | None = None,
+    values: dict[int, int] | None = None,
+    void: int | None = VOID,
+    rest: str = BACKGROUND,
+    split: str | None = None,
+) -> Summary:
+    """Write `out/images`, `out/labels` (or below `out/<split>`) and `out/classes.txt`.
+
+    Args:
+        source: a COCO file, a folder of LabelMe files, or a folder of masks.
+        images: folder of the images; None: the places that the annotations name. Masks need it.
+        classes: class names, separated by commas or in a file (see `read_classes`); None: those in the annotations, by
+            COCO's ids or in alphabetical order.
+        palette, values, void: the meaning of masks, see `LabelReader`; palette: a file with lines `name r g b`.
+        rest: the class of pixels without annotation, or "void".
+
+    Raises:
+        FileNotFoundError, ValueError: an input is missing or damaged, or a label is not in `classes`.
+    """
+    source, base = Path(source), Path(out) / split if split else Path(out)
+    for part in ("images", "labels"):
+        if (base / part).is_dir() and any((base / part).iterdir()):
+            raise FileExistsError(f"{base / part} is not empty; choose another --out or --split")
+    kind, content = _open_source(source)
+    summary = Summary()
+    if kind == "masks":
+        return _convert_masks(content, base, Path(out), images, classes, palette, values, void, summary)
+    reader = {"coco": _read_coco, "labelme": _read_labelme}[kind]
+    annotated, found = reader(content, source, Path(images) if images else None, summary)
+    names, colours = parse_classes(classes) if classes else (None, None)
+    if names is None:
+        ignored = (*VOID_NAMES, *BACKGROUND_NAMES)
+        names = tuple(name for name in found if name not in ignored)
+        names = names if rest == "void" else (rest, *(name for name in names if name != rest))
+    elif rest not in ("void", *names):
+        raise ValueError(f"--rest {rest} is not in --classes {', '.join(names)}; expected one of them, or void")
+    if unknown := [name for name in found if name not in (*names, *VOID_NAMES, *BACKGROUND_NAMES)]:
+        raise ValueError(f"the annotations contain {', '.join(unknown)}, which --classes does not name")
+    numbers = {name: k for k, name in enumerate(names)} | dict.fromkeys(VOID_NAMES, VOID)
+    fill = numbers.get(rest, VOID)
+    numbers |= {name: numbers.get(name, fill) for name in BACKGROUND_NAMES}
+    for file, read in annotated.items():
+        try:
+            item = read()
+            label = np.full(item.size, fill, np.uint8)
+            for name, mask in item.shapes:
+                label[mask] = numbers[name]
+            _write_pair(item.image, label, base, summary)
+        except (ValueError, FileNotFoundError) as error:
+            summary.failed.append(f"{file}: {error}")
+        except (KeyError, TypeError, IndexError) as error:
+            summary.failed.append(f"{file}: its annotation is damaged ({type(error).__name__}: {error})")
+    return _finish(Path(out), names, colours, summary)
+
+
+# ------------------------------------------------------------------------------------------------------------- sources
+
+
+def _open_source(source: Path) -> tuple[str, Any]:
+    """The kind of a source, and its content: a COCO dictionary, {path: LabelMe dictionary}, or a list of masks."""
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder; expected COCO JSON, LabelMe JSON or masks")
+    paths = list_files(source, (".json",)) if source.is_dir() else [source]
+    contents = {path: _read_json(path) for path in paths}
+    coco = [path for path, content in contents.items() if {"images", "annotations", "categories"} <= content.keys()]
+    if coco and len(paths) == 1:
+        return "coco", contents[coco[0]]
+    if coco:
+        raise ValueError(f"{source} contains several JSON files; give the path of the COCO file, for example {coco[0]}")
+    if labelme := {path: content for path, content in contents.items() if "shapes" in content}:
+        return "labelme", labelme
+    if source.is_dir() and not paths and (masks := list_files(source, LABEL_SUFFIXES)):
+        return "masks", masks
+    raise ValueError(f"{source} is neither COCO JSON, nor a folder of LabelMe JSON, nor a folder of masks")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(read_text(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON ({error})") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _read_coco(content: dict[str, Any], source: Path, folder: Path | None, summary: Summary):
+    """COCO: {image: function that reads its annotations}, and the names of its categories in the order of their ids."""
+    categories = {c["id"]: c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])}
+    by_image: dict[Any, list] = {}
+    for annotation in content["annotations"]:
+        if not annotation.get("segmentation"):
+            summary.notes["annotations without a segmentation (boxes only) were left out"] += 1
+            continue
+        by_image.setdefault(annotation["image_id"], []).append(annotation)
+
+    def masks(size: tuple[int, int], annotations: list) -> Iterator[tuple[str, np.ndarray]]:
+        drawn = [(categories[a["category_id"]], _coco_mask(a["segmentation"], size)) for a in annotations]
+        yield from sorted(drawn, key=lambda pair: -pair[1].sum())
+
+    def read(entry: dict[str, Any]) -> Annotated:
+        size = (entry["height"], entry["width"])
+        path = _find(entry["file_name"], folder, source.parent if source.is_file() else source)
+        return Annotated(path, size, masks(size, by_image.get(entry["id"], [])))
+
+    used = {annotation["category_id"] for annotations in by_image.values() for annotation in annotations}
+    readers = {entry["file_name"]: partial(read, entry) for entry in content["images"]}
+    return readers, [name for k, name in categories.items() if k in used or not used]
+
+
+def _coco_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
+    """The mask [H, W] of COCO polygons, or of a run-length encoding (column by column, background first)."""
+    if isinstance(segmentation, list):
+        parts = [draw_polygon(np.reshape(part, (-1, 2)), size) for part in segmentation]
+        return np.logical_or.reduce(parts)
+    if isinstance(segmentation["counts"], list):
+        runs = np.repeat(np.arange(len(segmentation["counts"])) % 2 == 1, segmentation["counts"])
+        return runs.reshape(segmentation["size"][::-1]).T
+    try:
+        from pycocotools import mask
+    except ImportError as error:
+        raise ValueError("the COCO file has compressed masks, which need `pip install pycocotools`") from error
+    counts = segmentation["counts"]
+    encoded = {"size": segmentation["size"], "counts": counts.encode() if isinstance(counts, str) else counts}
+    return mask.decode(encoded).astype(bool)
+
+
+def _read_labelme(contents: dict[Path, dict], source: Path, folder: Path | None, summary: Summary):
+    """LabelMe: {file: function that reads it}, and the names of all labels in alphabetical order."""
+
+    def read(path: Path, content: dict[str, Any]) -> Annotated:
+        image = _find(content.get("imagePath") or path.stem, folder, path.parent, path.stem)
+        size = image_size(image)
+        size = (content.get("imageHeight") or size[0], content.get("imageWidth") or size[1])
+        return Annotated(image, size, masks(content["shapes"], size))
+
+    def masks(shapes: list, size: tuple[int, int]) -> Iterator[tuple[str, np.ndarray]]:
+        for shape in shapes:
+            mask = _labelme_mask(shape, size)
+            if mask is None:
+                summary.notes[f"shapes of type {shape.get('shape_type')} have no area and were left out"] += 1
+            else:
+                yield shape["label"], mask
+
+    readers = {str(path): partial(read, path, content) for path, content in contents.items()}
+    return readers, sorted({shape["label"] for content in contents.values() for shape in content["shapes"]})
+
+
+def _labelme_mask(shape: dict[str, Any], size: tuple[int, int]) -> np.ndarray | None:
+    """The mask [H, W] of a polygon, rectangle, circle or mask; None for points and lines."""
+    points, kind = np.reshape(shape["points"], (-1, 2)).astype(float), shape.get("shape_type") or "polygon"
+    if kind == "rectangle":
+        (x0, y0), (x1, y1) = points.min(0), points.max(0)
+        points = np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
+    elif kind == "circle":
+        radius, angles = np.hypot(*(points[1] - points[0])), np.linspace(0, 2 * np.pi, 181)[:-1]
+        points = points[0] + radius * np.stack([np.cos(angles), np.sin(angles)], 1)
+    elif kind == "mask":
+        mask, (left, top) = np.zeros(size, bool), points[0].astype(int)
+        part = np.asarray(Image.open(io.BytesIO(base64.b64decode(shape["mask"])))) > 0
+        part = part[: max(0, size[0] - top), : max(0, size[1] - left)]
+        mask[top : top + part.shape[0], left : left + part.shape[1]] = part
+        return mask
+    elif kind != "polygon":
+        return None
+    return draw_polygon(points, size)
+
+
+def draw_polygon(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Mask bool [H, W] of the pixels whose centre is in the polygon [N, 2] of (x, y), by the even-odd rule."""
+    mask = np.zeros(size, bool)
+    if len(points) < 3:
+        return mask
+    (x0, y0), (x1, y1) = points.T, np.roll(points, -1, axis=0).T  # [N] each: the ends of the edges
+    first, last = np.clip([math.floor(y0.min()), math.ceil(y0.max())], 0, size[0])
+    for row in range(first, last):
+        y = row + 0.5
+        crossed = (y0 > y) != (y1 > y)
+        x = x0[crossed] + (y - y0[crossed]) * (x1[crossed] - x0[crossed]) / (y1[crossed] - y0[crossed])
+        columns = np.clip(np.ceil(np.sort(x) - 0.5), 0, size[1]).astype(int)
+        for left, right in columns.reshape(-1, 2):
+            mask[row, left:right] = True
+    return mask
+
+
+def _find(name: str, folder: Path | None, beside: Path, stem: str | None = None) -> Path:
+    """The image that an annotation names: in `folder`, or relative to the annotation, or with the annotation's stem."""
+    relative = Path(name.replace("\\", "/"))
+    places = [place / part for place in (folder, beside) if place for part in (relative, relative.name)]
+    if found := next((place for place in places if place.is_file()), None):
+        return found
+    for place in (folder, beside):
+        for path in list_files(place, IMAGE_SUFFIXES) if stem and place else ():
+            if path.stem == stem:
+                return path
+    raise FileNotFoundError(f"the image {name} is neither in {folder or beside} nor in {beside}; give --images")
+
+
+# ------------------------------------------------------------------------------------------------------------- outputs
+
+
+def _convert_masks(
+    masks: Sequence[Path], base: Path, out: Path, images, classes, palette, values, void, summary: Summary
+) -> Summary:
+    """Decode masks to index PNGs; files that fail are listed in the summary."""
+    if images is None:
+        raise ValueError("masks need --images, the folder of the images that they belong to")
+    names, colours = parse_classes(palette or classes) if palette or classes else (None, None)
+    names = parse_classes(classes)[0] if classes and palette else names
+    reader = LabelReader(colours, values, void)
+    stems = {path.stem: path for path in list_files(images, IMAGE_SUFFIXES)}
+    for path in masks:
+        try:
+            if path.stem not in stems:
+                raise FileNotFoundError(f"{path}: no image of this name in {images}")
+            _write_pair(stems[path.stem], reader(path).numpy(), base, summary)
+        except (ValueError, FileNotFoundError) as error:
+            summary.failed.append(str(error))
+    largest = max((k for k in summary.pixels if k != VOID), default=0)
+    return _finish(out, names or [f"class {k}" for k in range(largest + 1)], colours, summary)
+
+
+def _write_pair(image: Path, label: np.ndarray, base: Path, summary: Summary) -> None:
+    """Copy an image and write its label; a label of the stored pixels is rotated as the image's EXIF tag says."""
+    size, orientation = image_size(image), image_orientation(image)
+    if label.shape != size and label.shape == size[::-1] and orientation >= 5:
+        label = np.asarray(Image.fromarray(label).transpose(getattr(Image.Transpose, FLIPS[orientation])))
+        summary.notes["labels were rotated as their photos are by EXIF"] += 1
+    if label.shape != size:
+        raise ValueError(
+            f"{image} is {size[0]}x{size[1]}, its annotation is for {label.shape[0]}x{label.shape[1]} (height x width)"
+        )
+    target = base / "labels" / f"{image.stem}.png"
+    if target.exists():
+        raise ValueError(f"two images are called {image.stem}; expected different names")
+    for part in ("images", "labels"):
+        (base / part).mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(image, base / "images" / image.name)
+    Image.fromarray(label).save(target)
+    summary.files += 1
+    found, counts = np.unique(label, return_counts=True)
+    summary.pixels.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
+
+
+def _finish(out: Path, names: Sequence[str], colours: np.ndarray | None, summary: Summary) -> Summary:
+    """Write classes.txt; ValueError if nothing was converted, or if it contains other classes already."""
+    if not summary.files:
+        raise ValueError(summary.failed[0] if summary.failed else "there is no image to convert")
+    summary.names = tuple(names)
+    colours = voc_palette(len(names)) if colours is None or len(colours) != len(names) + 1 else colours
+    lines = [f"{name} {r} {g} {b}" for name, (r, g, b) in zip((*names, "void"), colours.tolist(), strict=True)]
+    if (out / "classes.txt").is_file() and read_text(out / "classes.txt").splitlines() != lines:
+        raise ValueError(f"{out / 'classes.txt'} has other classes than {', '.join(names)}; give the same --classes")
+    (out / "classes.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return summary
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+EXAMPLES = """examples:
+  python -m pwlib convert photos/ --out my_images                 LabelMe: photos/*.jpg with photos/*.json
+  python -m pwlib convert instances.json --images photos --out my_images
+  python -m pwlib convert masks/ --images photos --palette labelmap.txt --out my_images
+
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the arguments of `python -m pwlib convert`."""
+    parser.epilog = EXAMPLES + parser.epilog.strip()
+    parser.add_argument("source", metavar="SOURCE", help="COCO file, folder of LabelMe files, or folder of masks")
+    parser.add_argument("--out", metavar="ROOT", required=True, help="data set to write: ROOT/images, ROOT/labels")
+    parser.add_argument("--images", metavar="DIR", help="folder of the images (default: as the annotations say)")
+    parser.add_argument("--split", metavar="NAME", help="write ROOT/NAME/images and ROOT/NAME/labels instead")
+    parser.add_argument("--rest", default=BACKGROUND, metavar="NAME|void", help="class of pixels without annotation")
+    parser.add_argument("--classes", metavar="A,B,C|FILE", help="class names, in the order of their numbers")
+    parser.add_argument("--palette", metavar="FILE", help="lines `name r g b`: colours of colour masks")
+    parser.add_argument("--values", metavar="V=K,...", help="values of grey masks: 0=0,255=1,9=void")
+    parser.add_argument("--void", metavar="V|none", help="value of grey masks that is void (default: 255)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, print a summary and list what failed; 1 if an image could not be converted."""
+    void = VOID if args.void is None else None if args.void == "none" else int(args.void)
+    values = parse_values(args.values) if args.values else None
+    summary = convert(args.source, args.out, images=args.images, classes=args.classes, palette=args.palette,
+                      values=values, void=void, rest=args.rest, split=args.split)  # fmt: skip
+    print(summary)
+    for text in summary.failed:
+        print(f"failed: {text}")
+    print(f"\n{args.out}/ holds images, labels and classes.txt; check them with: python -m pwlib labels {args.out}")
+    return 1 if summary.failed else 0

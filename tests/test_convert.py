@@ -1,0 +1,346 @@
+"""Conversion of LabelMe, COCO and mask annotations, against even-odd tests in loops and against pycocotools."""
+
+import base64
+import io
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pwlib.annotations.check import check_folder
+from pwlib.annotations.convert import convert, draw_polygon
+from pwlib.cli.parser import main
+from pwlib.data import VOID, load, read_label
+
+RNG = np.random.default_rng(0)
+SIZE = (40, 60)
+HOUSE = [[10, 12], [30.5, 12], [30.5, 33], [10, 33]]  # a rectangle
+ROOF = [[8, 12], [20, 2.5], [33, 12]]  # a triangle
+
+
+def photo(path, size=SIZE, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(RNG.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path, **options)
+    return path
+
+
+def shape(label, points, kind="polygon", **more):
+    return {"label": label, "points": points, "shape_type": kind, **more}
+
+
+def labelme(path, shapes, image="", size=SIZE):
+    content = {"imagePath": image, "imageHeight": size[0], "imageWidth": size[1], "imageData": None, "shapes": shapes}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def inside(polygon, x, y):
+    """Whether a ray from (x, y) to the right crosses the polygon's edges an odd number of times."""
+    crossings = 0
+    for (x0, y0), (x1, y1) in zip(polygon, [*polygon[1:], polygon[0]], strict=True):
+        if (y0 > y) != (y1 > y):
+            crossings += x < x0 + (y - y0) * (x1 - x0) / (y1 - y0)
+    return crossings % 2 == 1
+
+
+POLYGONS = {
+    "rectangle": HOUSE,
+    "triangle": ROOF,
+    "concave": [[2, 2], [50, 5], [25, 15], [52, 35], [4, 38]],
+    "outside": [[-20, -10], [30, 20], [90, -5], [70, 80]],
+    "self-intersecting": [[5.3, 5.2], [45.1, 34.9], [45.2, 5.1], [5.4, 35.3]],
+    "thin": [[1, 1], [59, 38.2], [59, 38.9]],
+    "smaller than a pixel": [[10.6, 10.6], [10.9, 10.6], [10.9, 10.9]],
+    "beyond the image": [[100, 100], [120, 100], [110, 130]],
+}
+
+
+@pytest.mark.parametrize("name", POLYGONS)
+def test_pixels_with_their_centre_in_the_polygon(name):
+    polygon = POLYGONS[name]
+    mask = draw_polygon(np.array(polygon, float), SIZE)
+    expected = [[inside(polygon, x + 0.5, y + 0.5) for x in range(SIZE[1])] for y in range(SIZE[0])]
+    assert mask.shape == SIZE and np.array_equal(mask, expected)
+    assert not draw_polygon(np.array(polygon[:2], float), SIZE).any()
+
+
+# ------------------------------------------------------------------------------------------------------------- LabelMe
+
+
+def test_labelme_shapes(tmp_path):
+    """Polygon, rectangle, circle and mask; a point has no area; later shapes cover earlier ones."""
+    stamp = np.zeros((6, 8), np.uint8)
+    stamp[1:5, 2:7] = 1
+    data = io.BytesIO()
+    Image.fromarray(stamp * 255).save(data, "PNG")
+    encoded = base64.b64encode(data.getvalue()).decode()
+    shapes = [
+        shape("wall", HOUSE),
+        shape("roof", ROOF),
+        shape("sun", [[50, 8], [54, 11]], "circle"),
+        shape("door", [[20, 33], [15, 25]], "rectangle"),  # any two opposite corners
+        shape("sign", [[40, 20], [47, 25]], "mask", mask=encoded),
+        shape("__ignore__", [[0, 36], [60, 36], [60, 40], [0, 40]]),
+        shape("bird", [[3, 3]], "point"),
+    ]
+    photo(tmp_path / "in" / "a.jpg")
+    labelme(tmp_path / "in" / "a.json", shapes, "a.jpg")
+    summary = convert(tmp_path / "in", tmp_path / "out")
+    assert summary.names == ("background", "bird", "door", "roof", "sign", "sun", "wall")
+    assert summary.notes == {"shapes of type point have no area and were left out": 1}
+    label = read_label(tmp_path / "out" / "labels" / "a.png").numpy()
+    numbers = {name: k for k, name in enumerate(summary.names)}
+    for y in range(SIZE[0]):
+        for x in range(SIZE[1]):
+            px, py = x + 0.5, y + 0.5
+            expected = 0
+            expected = numbers["wall"] if inside(HOUSE, px, py) else expected
+            expected = numbers["roof"] if inside(ROOF, px, py) else expected
+            distance = math.hypot(px - 50, py - 8)
+            if abs(distance - 5) < 0.01:  # the circle is drawn as a polygon
+                continue
+            expected = numbers["sun"] if distance < 5 else expected
+            expected = numbers["door"] if 15 <= px <= 20 and 25 <= py <= 33 else expected
+            if 40 <= x < 48 and 20 <= y < 26 and stamp[y - 20, x - 40]:
+                expected = numbers["sign"]
+            expected = VOID if y >= 36 else expected
+            assert label[y, x] == expected, (x, y)
+
+
+def test_labelme_options(tmp_path):
+    for name in "ab":
+        photo(tmp_path / "photos" / f"{name}.png")
+        labelme(tmp_path / "json" / f"{name}.json", [shape("wall", HOUSE)], f"C:\\Users\\me\\{name}.png")
+    options = {"images": tmp_path / "photos"}
+    summary = convert(tmp_path / "json", tmp_path / "a", **options, classes="roof,wall,sky", rest="sky", split="train")
+    assert summary.names == ("roof", "wall", "sky") and summary.files == 2
+    label = read_label(tmp_path / "a" / "train" / "labels" / "a.png")
+    assert set(label.unique().tolist()) == {1, 2}
+    convert(tmp_path / "json", tmp_path / "a", **options, classes="roof,wall,sky", rest="sky", split="val")
+    assert load("folder", "val", tmp_path / "a").class_names == ("roof", "wall", "sky")
+    convert(tmp_path / "json", tmp_path / "b", **options, rest="void")
+    assert set(read_label(tmp_path / "b" / "labels" / "a.png").unique().tolist()) == {0, VOID}
+    with pytest.raises(ValueError, match="the annotations contain wall, which --classes does not name"):
+        convert(tmp_path / "json", tmp_path / "c", **options, classes="background,wal")
+    with pytest.raises(ValueError, match="--rest sea is not in --classes"):
+        convert(tmp_path / "json", tmp_path / "c", **options, classes="roof,wall", rest="sea")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        convert(tmp_path / "json", tmp_path / "b", **options)
+    with pytest.raises(ValueError, match=r"classes\.txt has other classes"):
+        convert(tmp_path / "json", tmp_path / "a", **options, split="test")
+
+
+@pytest.mark.parametrize("tag", [1, 3, 6, 8])
+@pytest.mark.parametrize("raw", [True, False])
+def test_annotations_of_rotated_photos(tag, raw, tmp_path):
+    """Tools annotate either the rotated photo (raw=False) or its stored pixels; labels always follow the former."""
+    if raw and tag in (1, 3):
+        pytest.skip("the sizes are the same, so nothing tells the two apart")
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    upright = SIZE if tag in (1, 3) else SIZE[::-1]
+    photo(tmp_path / "in" / "a.png", SIZE, exif=exif)
+    annotated = SIZE if raw else upright
+    labelme(tmp_path / "in" / "a.json", [shape("x", [[1, 2], [15, 2], [15, 8], [1, 8]])], "a.png", annotated)
+    convert(tmp_path / "in", tmp_path / "out")
+    label = read_label(tmp_path / "out" / "labels" / "a.png").numpy()
+    expected = np.zeros(annotated, np.uint8)
+    expected[2:8, 1:15] = 1
+    turns = {6: -1, 8: 1}[tag] if raw else 0  # 6: the stored pixels are shown after a quarter turn clockwise
+    assert label.shape == upright and np.array_equal(label, np.rot90(expected, turns))
+    assert not check_folder(tmp_path / "out").errors
+
+
+# ---------------------------------------------------------------------------------------------------------------- COCO
+
+
+def coco(path, images, annotations, names=("wall", "roof")):
+    content = {
+        "images": [
+            {"id": 7 + i, "file_name": name, "height": SIZE[0], "width": SIZE[1]} for i, name in enumerate(images)
+        ],
+        "categories": [{"id": 3 * (k + 1), "name": name} for k, name in enumerate(names)],
+        "annotations": annotations,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def runs(mask):
+    """COCO's uncompressed run lengths: column by column, the first run is background."""
+    flat, counts, value = mask.T.ravel(), [], False
+    start = 0
+    for k in range(len(flat) + 1):
+        if k == len(flat) or flat[k] != value:
+            counts.append(k - start)
+            start, value = k, not value
+    return {"size": list(mask.shape), "counts": counts}
+
+
+def test_coco_polygons_and_runs(tmp_path):
+    """Small objects lie over large ones, whatever their order; an image without annotations is background."""
+    for name in ("a.jpg", "b.jpg"):
+        photo(tmp_path / "photos" / name)
+    window = [[12, 14], [16, 14], [16, 18], [12, 18]]
+    disc = np.hypot(*np.meshgrid(np.arange(60) - 45, np.arange(40) - 25)) < 8
+    annotations = [
+        {"image_id": 7, "category_id": 6, "segmentation": [np.ravel(window).tolist(), np.ravel(ROOF).tolist()]},
+        {"image_id": 7, "category_id": 3, "segmentation": [np.ravel([[8, 1], [35, 1], [35, 38], [8, 38]]).tolist()]},
+        {"image_id": 7, "category_id": 3, "segmentation": runs(disc), "iscrowd": 1},
+        {"image_id": 7, "category_id": 3, "bbox": [1, 2, 3, 4], "segmentation": []},
+    ]
+    path = coco(tmp_path / "instances.json", ["a.jpg", "sub/b.jpg"], annotations)
+    summary = convert(path, tmp_path / "out", images=tmp_path / "photos")
+    assert summary.names == ("background", "wall", "roof") and summary.files == 2
+    assert summary.notes == {"annotations without a segmentation (boxes only) were left out": 1}
+    expected = np.zeros(SIZE, np.uint8)
+    expected[1:38, 8:35] = 1
+    expected[disc] = 1
+    for y in range(SIZE[0]):
+        for x in range(SIZE[1]):
+            if inside(window, x + 0.5, y + 0.5) or inside(ROOF, x + 0.5, y + 0.5):
+                expected[y, x] = 2
+    assert np.array_equal(read_label(tmp_path / "out" / "labels" / "a.png"), expected)
+    assert (read_label(tmp_path / "out" / "labels" / "b.png") == 0).all()
+
+
+def test_coco_agrees_with_pycocotools(tmp_path):
+    masks = pytest.importorskip(
+        "pycocotools.mask", reason="pycocotools is not installed (pip install '.[annotations]')"
+    )
+    disc = np.hypot(*np.meshgrid(np.arange(60) - 30, np.arange(40) - 20)) < 12
+    compressed = masks.encode(np.asfortranarray(disc.astype(np.uint8)))
+    compressed["counts"] = compressed["counts"].decode()
+    photo(tmp_path / "a.jpg")
+    annotations = [{"image_id": 7, "category_id": 3, "segmentation": compressed}]
+    convert(coco(tmp_path / "one.json", ["a.jpg"], annotations), tmp_path / "one")
+    assert np.array_equal(read_label(tmp_path / "one" / "labels" / "a.png"), disc)
+    for polygon in (HOUSE, ROOF, POLYGONS["concave"]):
+        flat = np.ravel(polygon).astype(float).tolist()
+        theirs = masks.decode(masks.merge(masks.frPyObjects([flat], *SIZE))).astype(bool)
+        ours = draw_polygon(np.array(polygon, float), SIZE)
+        assert (ours & theirs).sum() / (ours | theirs).sum() > 0.93  # it draws on a grid of fifths of a pixel
+
+
+def test_compressed_masks_without_pycocotools(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    photo(tmp_path / "a.jpg")
+    annotations = [{"image_id": 7, "category_id": 3, "segmentation": {"size": list(SIZE), "counts": "abc"}}]
+    with pytest.raises(ValueError, match="need `pip install pycocotools`"):
+        convert(coco(tmp_path / "one.json", ["a.jpg"], annotations), tmp_path / "out")
+
+
+# --------------------------------------------------------------------------------------------------------------- masks
+
+
+def test_colour_masks_become_index_images(tmp_path, capsys):
+    """CVAT's export: colour PNGs and labelmap.txt. A mask with other colours is listed; the others are converted."""
+    colours = np.array([[0, 0, 0], [250, 50, 83], [61, 61, 245]], np.uint8)
+    index = {}
+    for name in "abc":
+        photo(tmp_path / "photos" / f"{name}.jpg")
+        index[name] = RNG.integers(0, 3, SIZE)
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        Image.fromarray(colours[index[name]]).save(tmp_path / "masks" / f"{name}.png")
+    Image.fromarray(np.full((*SIZE, 3), (1, 2, 3), np.uint8)).save(tmp_path / "masks" / "b.png")
+    (tmp_path / "labelmap.txt").write_text(
+        "# label:color_rgb:parts:actions\nbackground:0,0,0::\nroof:250,50,83::\nwall:61,61,245::\n"
+    )
+    command = ["convert", str(tmp_path / "masks"), "--images", str(tmp_path / "photos"), "--out", str(tmp_path / "out")]
+    assert main([*command, "--palette", str(tmp_path / "labelmap.txt")]) == 1
+    out = capsys.readouterr().out
+    assert "2 images" in out and "failed:" in out and "b.png" in out and "(1, 2, 3)" in out
+    for name in "ac":
+        assert np.array_equal(read_label(tmp_path / "out" / "labels" / f"{name}.png"), index[name])
+    dataset = load("folder", "all", tmp_path / "out")
+    assert dataset.class_names == ("background", "roof", "wall") and np.array_equal(dataset.palette[:-1], colours)
+    assert np.array_equal(dataset[0][1], index["a"])
+
+
+def test_grey_masks_with_a_mapping(tmp_path):
+    photo(tmp_path / "photos" / "a.jpg")
+    mask = RNG.choice([0, 255], SIZE).astype(np.uint8)
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(mask).save(tmp_path / "masks" / "a.png")
+    convert(tmp_path / "masks", tmp_path / "out", images=tmp_path / "photos", values={0: 0, 255: 1}, classes="no,yes")
+    assert np.array_equal(read_label(tmp_path / "out" / "labels" / "a.png"), mask // 255)
+    with pytest.raises(ValueError, match="masks need --images"):
+        convert(tmp_path / "masks", tmp_path / "other")
+
+
+# -------------------------------------------------------------------------------------------------------------- faults
+
+
+def test_faulty_sources(tmp_path, capsys):
+    def fails(message, *arguments):
+        assert main(["convert", *map(str, arguments), "--out", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+    fails("no such file or folder", tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    fails("is neither COCO JSON, nor a folder of LabelMe JSON", tmp_path / "empty")
+    (tmp_path / "broken.json").write_text("{")
+    fails("is not JSON", tmp_path / "broken.json")
+    labelme(tmp_path / "in" / "a.json", [shape("x", HOUSE)], "a.jpg")
+    fails("the image a.jpg is neither in", tmp_path / "in")
+    photo(tmp_path / "in" / "a.jpg", (41, 60))
+    fails("is 41x60, its annotation is for 40x60", tmp_path / "in")
+
+
+def test_images_that_fail_are_listed_and_the_others_converted(tmp_path, capsys):
+    for name in ("a", "b", "c"):
+        photo(tmp_path / "in" / f"{name}.jpg")
+        labelme(tmp_path / "in" / f"{name}.json", [shape("x", HOUSE)], f"{name}.jpg")
+    (tmp_path / "in" / "b.jpg").unlink()
+    labelme(tmp_path / "in" / "c.json", [shape("x", HOUSE), shape("x", [[1]], "circle")], "c.jpg")
+    assert main(["convert", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 1
+    out = capsys.readouterr().out
+    assert "1 images" in out and "b.json: the image b.jpg is neither" in out and "c.json: cannot reshape" in out
+    assert [path.name for path in (tmp_path / "out" / "labels").iterdir()] == ["a.png"]
+
+
+# ------------------------------------------------------------------------------------------------- the whole workflow
+
+
+def polygon_photos(folder, count=40, size=(72, 96)):
+    """Photographs of two kinds of polygons on textured ground, with LabelMe files."""
+    y, x = np.mgrid[: size[0], : size[1]]
+    for k in range(count):
+        random = np.random.default_rng(k)
+        pixels = 90 + 20 * np.sin(x / random.uniform(3, 9) + y / random.uniform(3, 9))[..., None] * [1, 0.8, 0.5]
+        shapes = []
+        for label, colour, corners in (("tile", (200, 70, 60), 4), ("leaf", (60, 160, 70), 9)):
+            centre = random.uniform(18, [size[1] - 18, size[0] - 18])
+            angles = np.sort(random.uniform(0, 2 * np.pi) + np.arange(corners) * 2 * np.pi / corners)
+            points = centre + random.uniform(11, 17) * np.stack([np.cos(angles), np.sin(angles)], 1)
+            pixels[draw_polygon(points, size)] = colour + random.normal(0, 15, 3)
+            shapes.append(shape(label, points.round(2).tolist()))
+        pixels = pixels + random.normal(0, 8, pixels.shape)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"photo{k:02d}.jpg", quality=95)
+        labelme(folder / f"photo{k:02d}.json", shapes, f"photo{k:02d}.jpg", size)
+
+
+@pytest.mark.slow
+def test_forty_annotated_photographs_in_six_commands(tmp_path, capsys, monkeypatch):
+    """The commands of the README, in order, with fewer epochs."""
+    monkeypatch.chdir(tmp_path)
+    polygon_photos(tmp_path / "photos")
+    polygon_photos(tmp_path / "new_photos", 2)
+    assert main("convert photos --out mine".split()) == 0
+    assert main("labels mine --sheet labels.png".split()) == 0
+    assert "no problems found" in capsys.readouterr().out
+    command = "train --data folder --root mine --size 72x96 --epochs 15,2,0 --quiet --out runs/mine"
+    assert main(command.split()) == 0
+    assert main("evaluate runs/mine --json scores.json".split()) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())["stage2"]["crf"]
+    assert scores["per_class_iou"].keys() == {"background", "leaf", "tile"} and scores["miou"] > 0.7, scores
+    assert main("predict runs/mine new_photos --out labels".split()) == 0
+    assert len(list((tmp_path / "labels").iterdir())) == 6
+    assert main("export runs/mine mine.pt2".split()) == 0
