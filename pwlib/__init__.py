@@ -1,7 +1,7 @@
 """CNN + CRF segmentation you can read: the library under a course on piecewise training of deep structured models.
 
-Read the modules in this order: data, networks, mean_field and trace, filters (and lattice), crf, losses, graph,
-context, metrics, model, trainer.
+Read the modules in this order: inputs, data, networks (and pretrained), mean_field and trace, filters, lattice, crf,
+losses, graph, context, metrics, model, objective, loaders, checkpoints, evaluation, trainer, runs.
 """
 
 __version__ = "0.2.0"

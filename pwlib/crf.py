@@ -221,8 +221,8 @@ class DenseCRF(nn.Module):
                 for this call. Made under `torch.no_grad()`, they send no gradient to the bandwidths.
 
         Returns:
-            Log-marginals log_q [B, K, H, W]. Train with `nll_loss(log_q, label)`; cross-entropy on exp(log_q) would
-            apply a second softmax.
+            Log-marginals log_q [B, K, H, W]. Train with `pwlib.losses.cross_entropy(log_q, label)`: log_q is normalised
+            already, so a log_softmax leaves it as it is. Marginals exp(log_q) would be wrong there.
 
         Raises:
             ValueError: shapes do not fit, logits or image are not finite, or the image is not in [0, 1].
@@ -310,7 +310,7 @@ class DenseCRF(nn.Module):
             ends = [rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1])) for index in (first, second)]
             similarity = torch.exp(-(ends[0] - ends[1]).square().sum(-1) / 2)  # [B, P]
             total = total + weight * f.pair_weights(similarity, first, second)
-        return total[..., None, None] * self.compatibility
+        return total[..., None, None] * self._penalties()
 
     def _feature_rows(self, image: Tensor) -> list[Tensor]:
         """`features` with grid positions written out: one [B, N, D] or [1, N, D] per kernel."""

@@ -69,7 +69,8 @@ def check_normalization(normalization: str) -> None:
 class GaussianFilter:
     """What all filters share: the normalisation and the self-message around K @ values.
 
-    A subclass sets the row sums n = K 1, [B, N, 1], in its constructor and implements `apply`. K_ii = 1 in both.
+    A subclass sets the row sums n = K 1, [B, N, 1], in its constructor and implements `apply`, with K_ii = 1. One whose
+    K_ii differs, as a lattice's does, overrides `__call__`.
     """
 
     n: Tensor

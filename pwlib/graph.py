@@ -60,8 +60,9 @@ def check_graph(unary: Tensor, edges: Tensor, pair: Tensor, label: Tensor | None
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in given if value is not None)
         expected = "[B, N, K], [E, 2], [B, E, K, K]" + (" and [B, N]" if label is not None else "")
         raise ValueError(f"{shapes} are not the shapes of one graph; expected {expected}")
-    if len(edges) and not 0 <= int(edges.min()) <= int(edges.max()) < nodes:
-        raise ValueError(f"edges contain node {int(edges.max())}; expected nodes 0 to {nodes - 1}")
+    low, high = (int(edges.min()), int(edges.max())) if len(edges) else (0, 0)
+    if low < 0 or high >= nodes:
+        raise ValueError(f"edges contain node {low if low < 0 else high}; expected nodes 0 to {nodes - 1}")
     if label is not None:
         check_label(label, labels)
 

@@ -394,5 +394,8 @@ def as_unary(module: nn.Module, *, num_classes: int | None = None, normalize: bo
         normalize: whether the module expects ImageNet-normalised pixels, as torchvision's segmentation models do.
     """
     if isinstance(module, AsUnary) or hasattr(module, "cell_size"):
+        classes = getattr(module, "num_classes", None)
+        if None not in (num_classes, classes) and classes != num_classes:
+            raise ValueError(f"the unary network has {classes} classes; expected {num_classes}")
         return module
     return AsUnary(module, num_classes=num_classes, normalize=normalize)

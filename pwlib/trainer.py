@@ -175,10 +175,10 @@ class PiecewiseTrainer:
         return self.history
 
     def _is_trained(self, name: str, stage: int) -> bool:
-        joint, part = self.options.joint_pieces, name.split(".")[0]
-        if part == "context":
-            return stage == 3 or (joint if stage == 1 else not (joint and name.startswith("context.networks.")))
-        return stage == 3 or part == {1: "unary", 2: "crf"}[stage]
+        """Whether a stage trains the parameter of this name. Pairwise networks belong to stage 1 or to stage 2."""
+        context = ("context.",) if self.options.joint_pieces else ()
+        second = ("context.log_",) if self.options.joint_pieces else ("context.",)
+        return name.startswith({1: ("unary.", *context), 2: ("crf.", *second), 3: ("",)}[stage])
 
     def _optimizer(self, trained: dict[str, nn.Parameter], stage: int) -> torch.optim.Optimizer:
         """Parameter groups with their peak rates: the network's weights (decayed), its other parameters, the CRF's."""

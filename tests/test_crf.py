@@ -443,3 +443,25 @@ def test_probabilities_from_labels_leaves_room_for_doubt():
         probabilities_from_labels(np.array([[7]]), 3)
     with pytest.raises(ValueError, match="more than chance"):
         probabilities_from_labels(labels, 3, confidence=0.2)
+
+
+def test_pair_energies_follow_a_subclass_s_penalties():
+    class Doubled(DenseCRF):
+        def penalize(self, message):
+            return 2 * super().penalize(message)
+
+    image, first, second = torch.rand(1, 3, 3, 4), torch.tensor([[0, 5]]), torch.tensor([[3, 11]])
+    plain, doubled = (crf(3).pair_energy(image, first, second) for crf in (DenseCRF, Doubled))
+    torch.testing.assert_close(doubled, 2 * plain)
+
+
+@pytest.mark.parametrize("filtering", ["exact", "lattice"])
+def test_a_second_backward_pass_gives_the_same_gradients(filtering):
+    generator = torch.Generator().manual_seed(0)
+    crf = DenseCRF(3, filtering=filtering, iterations=3)
+    logits, image = (torch.rand(1, 3, 12, 16, generator=generator) for _ in range(2))
+    score = crf(logits, image)[0, 0].sum()
+    parameters = [p for p in crf.parameters() if p.requires_grad]
+    first = torch.autograd.grad(score, parameters, retain_graph=True)
+    for once, twice in zip(first, torch.autograd.grad(score, parameters), strict=True):
+        torch.testing.assert_close(twice, once, rtol=1e-4, atol=1e-6)

@@ -248,8 +248,8 @@ def test_a_large_image_is_computed_by_the_kernel_on_request():
     explorer, sent = explore(image, logits, crf), []
     explorer.send = lambda content, buffers=None: sent.append((content, buffers))
     assert explorer.meta["panes"][0]["remote"] and "messages" in decode(explorer)
-    explorer.settings = explorer.settings | {"w_bilateral": 0.5, "iterations": 1}
-    explorer._handle_custom_msg({"kind": "compute", "pane": 0}, [])
+    settings = explorer.settings | {"w_bilateral": 0.5, "iterations": 1}
+    explorer._handle_custom_msg({"kind": "compute", "pane": 0, "settings": settings, "strokes": []}, [])
     ((content, buffers),) = sent
     assert content["meta"]["iterations"] == 1 and content["meta"]["weights"][1] == pytest.approx(0.5)
     assert buffers[0][:2] == b"\x1f\x8b"  # gzip

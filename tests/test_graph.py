@@ -287,3 +287,8 @@ def test_consistent_losses_have_their_minimum_at_the_truth_and_piecewise_has_not
 def test_graphs_that_do_not_fit_are_refused(name, change, message):
     with pytest.raises(ValueError, match=message):
         LIKELIHOODS[name](*change(*problem()))
+
+
+def test_the_node_that_is_outside_the_graph_is_named():
+    with pytest.raises(ValueError, match="node -1"):
+        graph.infer(torch.zeros(4, 2), torch.tensor([[-1, 3]]), torch.zeros(1, 2, 2))

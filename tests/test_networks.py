@@ -414,3 +414,8 @@ def test_small_maps_are_resized_and_adapters_are_not_stacked():
 def test_networks_that_return_no_logits_are_rejected(output, message):
     with pytest.raises(ValueError, match=message):
         as_unary(Stub(output))(torch.rand(2, 3, 8, 8))
+
+
+def test_a_network_of_another_number_of_classes_is_refused():
+    with pytest.raises(ValueError, match="has 7 classes; expected 5"):
+        as_unary(DeepLabLargeFOV(7, width=0.02), num_classes=5)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from nbconvert.exporters import HTMLExporter
-from nbconvert.preprocessors import ClearMetadataPreprocessor, CSSHTMLHeaderPreprocessor
+from nbconvert.preprocessors import CSSHTMLHeaderPreprocessor
 from nbgrader.converters.autograde import Autograde
 from nbgrader.converters.generate_assignment import GenerateAssignment
 from nbgrader.preprocessors import Execute, GetGrades
@@ -25,14 +25,7 @@ c.CourseDirectory.db_url = f"sqlite:///{COURSE / 'gradebook.db'}?timeout=60"
 
 c.ClearSolutions.code_stub = {"python": "# YOUR CODE HERE\nraise NotImplementedError"}
 c.ClearSolutions.text_stub = "*Your answer here.*"
-c.GenerateAssignment.preprocessors = [
-    *GenerateAssignment.preprocessors.default(),
-    ClearMetadataPreprocessor,
-    ForStudents,
-]
-c.ClearMetadataPreprocessor.enabled = True
-c.ClearMetadataPreprocessor.preserve_cell_metadata_mask = {"nbgrader", "editable", "deletable"}
-c.ClearMetadataPreprocessor.preserve_nb_metadata_mask = {"kernelspec", "language_info"}
+c.GenerateAssignment.preprocessors = [*GenerateAssignment.preprocessors.default(), ForStudents]
 
 c.Restore.release = str(COURSE / "release")
 c.Autograde.sanitize_preprocessors = [Restore, *Autograde.sanitize_preprocessors.default()]

@@ -297,12 +297,9 @@ class _Lattice(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, start, splat_weight, slice_weight, mixing, lattice, iterations, keep):
-        weights = splat_weight, slice_weight, mixing
-        f, start = _Filter(*weights, lattice), start.detach().contiguous().numpy()
-        wanted = zip(weights, ctx.needs_input_grad[1:], strict=False)
-        gradients = [np.zeros(t.shape, np.float32) if needed else None for t, needed in wanted]
+        f, start = _Filter(splat_weight, slice_weight, mixing, lattice), start.detach().contiguous().numpy()
         steps, table = [], np.empty((0, start.shape[-1]), np.float32)
-        ctx.extras = f, gradients, steps, iterations is not None
+        ctx.extras = f, steps, iterations is not None
         if iterations is None:
             blurred, table = f.blur(f.splat(start, f.splat_weight))
             steps.append((start, blurred, table))
@@ -319,7 +316,9 @@ class _Lattice(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        f, gradients, steps, softmax = ctx.extras
+        f, steps, softmax = ctx.extras
+        wanted = zip((f.splat_weight, f.slice_weight, f.mixing), ctx.needs_input_grad[1:], strict=False)
+        gradients = [np.zeros_like(array) if needed else None for array, needed in wanted]
         slope = grad.contiguous().numpy()
         total = slope.copy()
         for q, *rest in reversed(steps):

@@ -45,6 +45,16 @@ def make_trace(compatibility="potts", height=24, width=32, classes=4, iterations
                    compatibility=compatibility)
     return crf.trace(logits, image.clamp(0, 1), iterations=iterations)
 """
+LARGE = """
+import torch
+from pwlib.crf import DenseCRF
+
+def large_problem(w_bilateral=2):
+    generator = torch.Generator().manual_seed(0)
+    image, logits = torch.rand(3, 90, 80, generator=generator), 2 * torch.randn(3, 90, 80, generator=generator)
+    options = {"theta_alpha": 10, "theta_beta": 40, "theta_gamma": 2, "w_spatial": 1, "iterations": 2}
+    return image.half().float(), logits.half().float(), DenseCRF(3, **options, w_bilateral=w_bilateral)
+"""
 NOTEBOOK = [
     MAKE_TRACE,
     "from pwlib.course.explorer import explore\n"
@@ -127,15 +137,33 @@ def make_trace() -> Callable:
     return namespace["make_trace"]
 
 
-@pytest.fixture(scope="session")
-def notebook_path(tmp_path_factory) -> Path:
-    """A notebook with an explorer, not yet run."""
-    cells = [nbformat.v4.new_code_cell(source.strip(), id=f"cell-{n}") for n, source in enumerate(NOTEBOOK)]
+LARGE_NOTEBOOK = [
+    LARGE,
+    "from pwlib.course.explorer import explore\nexplore(*large_problem(), iteration=2, label=1, pixel=(5, 7))",
+]
+
+
+def write_notebook(path: Path, sources: list[str]) -> Path:
+    cells = [nbformat.v4.new_code_cell(source.strip(), id=f"cell-{n}") for n, source in enumerate(sources)]
     notebook = nbformat.v4.new_notebook(cells=cells)
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    path = tmp_path_factory.mktemp("notebooks") / "explorer.ipynb"
     nbformat.write(notebook, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def large_problem() -> Callable:
+    namespace: dict = {}
+    exec(LARGE, namespace)
+    return namespace["large_problem"]
+
+
+@pytest.fixture(scope="session")
+def notebook_path(tmp_path_factory) -> Path:
+    """A notebook with an explorer, not yet run; beside it one with an image too large for the browser."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    write_notebook(folder / "large.ipynb", LARGE_NOTEBOOK)
+    return write_notebook(folder / "explorer.ipynb", NOTEBOOK)
 
 
 def jupyter_environment(folder: Path) -> dict[str, str]:

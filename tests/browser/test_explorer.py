@@ -419,3 +419,28 @@ def test_in_jupyterlab(lab, open_page, trace):
     page.wait_for_selector("text=iteration 6 of 6")
     page.wait_for_timeout(500)
     assert python_knows() == "6 2 (3, 5) mass"
+
+
+def test_a_large_image_is_computed_by_the_kernel(lab, open_page, large_problem):
+    page = open_page(lab("large.ipynb"), width=1300, height=900)
+    page.wait_for_selector("text=Python 3 (ipykernel) | Idle")
+    for cell in page.locator(".jp-CodeCell .cm-content").all():
+        cell.click()
+        page.keyboard.press("Control+Enter")
+    drawn(page)
+    image, logits, crf = large_problem()
+    np.testing.assert_allclose(table(page), expected(crf.trace(logits, image, iterations=2), 2, 5, 7), **CLOSE)
+    page.locator("input[data-setting=w_bilateral]").evaluate(
+        "node => { node.value = 60; for (const kind of ['input', 'change']) node.dispatchEvent(new Event(kind)); }"
+    )
+    page.wait_for_selector(".explorer[data-busy=true]")
+    page.wait_for_selector(".explorer[data-busy=false]")
+    image, logits, crf = large_problem(w_bilateral=0.158)  # 0.01 * (100 / 0.01)^(60 / 200)
+    np.testing.assert_allclose(table(page), expected(crf.trace(logits, image, iterations=2), 2, 5, 7), **CLOSE)
+
+
+def test_a_notebook_that_is_not_trusted_asks_to_run_the_cell(lab, open_page, executed, notebook_path):
+    nbformat.write(executed, notebook_path.with_name("stored.ipynb"))
+    page = open_page(lab("stored.ipynb"), width=1300, height=900)
+    expect(page.get_by_text("Mean-field explorer. Run this cell to use it.")).to_be_visible()
+    assert page.locator(".explorer").count() == 0

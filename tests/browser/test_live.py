@@ -312,6 +312,17 @@ def test_two_pixels_oscillate_unless_they_are_updated_in_turn(live):
     assert page.locator(".warning").count() == 0
 
 
+def test_no_iterations_and_back(live):
+    """Zero iterations leave the unary alone; the first update comes back with its messages."""
+    page = live(*problem(iterations=2), pixel=(5, 7))
+    for steps, blank in [(0, 4), (2, 0)]:
+        move(page, "iterations", steps)
+        assert iteration(page) == steps
+        assert page.locator(".panel.empty").count() in (blank, blank + 1)
+    trace = problem()[2].trace(*problem()[1::-1], iterations=2)
+    np.testing.assert_allclose(table(page), expected(trace, 2, 5, 7), **LOOSE)
+
+
 # Pairs.
 
 
@@ -428,7 +439,7 @@ def test_a_page_that_refuses_workers_computes_in_slices(live, open_page, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["single", "pair", "graph", "many labels"])
-@pytest.mark.parametrize("width", [820, 1240])
+@pytest.mark.parametrize("width", [690, 820, 1240])
 def test_it_fits_on_a_screen(live, kind, width):
     image, logits, crf = problem(10, 48, 72) if kind != "many labels" else problem(21, 48, 72)
     source = ((image, logits, crf),) * 2 if kind == "pair" else (image, logits, crf)

@@ -1,6 +1,6 @@
 """What nbgrader does to a lab's notebook here, beyond its own steps. nbgrader_config.py says when.
 
-ForStudents     release: no attachment that no text shows
+ForStudents     release: nothing but cells, with the metadata that nbgrader needs
 Restore         grading: the cells that students may not change are as they were released
 RunConfined     grading: the notebook runs in a kernel confined by confine.py, and ends in time
 WithoutTests    feedback: the hidden tests stay hidden
@@ -46,10 +46,17 @@ KEPT = re.compile(r"PATH|LANG|LC_\w+|TZ|(OMP|MKL)_\w+|PWLIB_PROFILE|LAB_PROFILE"
 
 
 class ForStudents(NbGraderPreprocessor):
-    """Remove attachments that no text shows: they can hold what cells no longer do."""
+    """Remove metadata, widget state, and attachments that no text shows: they can hold what cells no longer do.
+
+    nbconvert's ClearMetadataPreprocessor leaves the metadata of text cells.
+    """
 
     def preprocess(self, nb, resources):
+        kept = {key: nb.metadata[key] for key in ("kernelspec", "language_info") if key in nb.metadata}
+        nb.metadata = nbformat.from_dict(kept)
         for cell in nb.cells:
+            kept = {key: cell.metadata[key] for key in ("nbgrader", "editable", "deletable") if key in cell.metadata}
+            cell.metadata = nbformat.from_dict(kept)
             shown = set(ATTACHED.findall(cell.source))
             attachments = {name: data for name, data in cell.pop("attachments", {}).items() if name in shown}
             if attachments:

@@ -198,9 +198,11 @@ class Explorer(anywidget.AnyWidget):
         return self._crf(pane).trace(self._logits(pane), self._image(pane))
 
     def _answer(self, _: Any, content: dict, buffers: list) -> None:
-        """Compute a pane that is too large for the browser with its present settings, and send the trace back."""
+        """Compute a pane that is too large for the browser with the settings it sends, and send the trace back."""
         if content.get("kind") == "compute":
             pane = int(content["pane"])
+            setattr(self, "settings_b" if pane else "settings", content["settings"])
+            self.strokes = content["strokes"]
             trace = replace(self._trace(pane), image=self._source(pane)[0].cpu())
             meta, data = pack_trace(trace, self._panes[pane]["classes"], None)
             self.send({"pane": pane, "meta": meta}, buffers=[data])

@@ -1,6 +1,7 @@
 // One mean field on show: a stored trace, or a problem that the browser computes anew when a setting changes.
 import { Computer } from "./computer.js";
 import { ComputedTrace, HALF, StoredTrace, unpack } from "./traces.js";
+import { toRuns } from "./painting.js";
 import { clamp } from "./tools.js";
 
 const SETTINGS = ["settings", "settings_b"]; // the widget's traits for the first pane and the second
@@ -53,7 +54,7 @@ export class Pane {
     if (!this.settable) return;
     const { app } = this, { strokes } = app.painting;
     if (this.remote) {
-      if (hard && app.model.send) { this.busy = true; app.model.send({ kind: "compute", pane: this.index }); }
+      if (hard && app.model.send) { this.busy = true; app.model.send({ kind: "compute", pane: this.index, settings: this.settings, strokes: toRuns(strokes) }); }
       return app.began(this);
     }
     this.computer ??= new Computer(this.problem, (step) => this.receive(step));
