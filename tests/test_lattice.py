@@ -1,6 +1,14 @@
-"""The permutohedral lattice against a dictionary in plain Python, dense matrices, finite differences and exact sums."""
+"""The permutohedral lattice against a dictionary in plain Python, dense matrices, finite differences and exact sums.
+
+Filters of float64 features use the plain backend, those of float32 the compiled one.
+"""
 
 import itertools
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,10 +16,9 @@ import torch
 from matplotlib import cbook
 from PIL import Image
 
-from pwlib import lattice, permutohedral
 from pwlib.crf import DenseCRF
-from pwlib.filters import ExactFilter, GridPositions
-from pwlib.lattice import LatticeBank, LatticeFilter
+from pwlib.filters import ExactFilter, FilterBank, GridPositions
+from pwlib.lattice import LatticeBank, LatticeFilter, geometry, plain
 
 SWITCHES = list(itertools.product(("symmetric", "row", "none"), (True, False)))
 
@@ -87,50 +94,38 @@ def normalised(k, normalization, self_message):
 
 @pytest.mark.parametrize(("dims", "spread"), [(1, 3.0), (2, 2.0), (3, 1.0), (5, 0.7), (6, 1.5)])
 @pytest.mark.parametrize("normalization", ["symmetric", "row", "none"])
-def test_equals_the_dictionary_lattice(dims, spread, normalization):
-    f = features(120, dims, spread=spread)
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_equals_the_dictionary_lattice(dims, spread, normalization, dtype, error):
+    f = features(120, dims, spread=spread, dtype=dtype)
     v = values(1, 120, 4)
-    expected = normalised(dictionary_matrix(f[0].numpy()), normalization, True) @ v[0]
-    torch.testing.assert_close(LatticeFilter(f, normalization=normalization)(v)[0], expected, rtol=1e-9, atol=1e-9)
-
-
-def work_in_blocks_of(points, monkeypatch):
-    """So small that a small image takes several, and several threads."""
-    monkeypatch.setattr("pwlib.permutohedral.BLOCK", points)
-    monkeypatch.setattr("pwlib.crew.WORTH", points)
+    expected = normalised(dictionary_matrix(f[0].double().numpy()), normalization, True) @ v[0]
+    found = LatticeFilter(f, normalization=normalization)(v.to(dtype))[0].double()
+    torch.testing.assert_close(found, expected, rtol=error, atol=error)
 
 
 @pytest.mark.parametrize("dims", [2, 5])
 def test_several_blocks_of_points_make_the_same_lattice(dims, monkeypatch):
-    work_in_blocks_of(32, monkeypatch)
+    monkeypatch.setattr(geometry, "BLOCK", 32)
     f, v = features(150, dims, spread=0.7), values(1, 150, 4)
-    built = LatticeFilter(f, normalization="none")
-    assert len(built.lattice.heard) > built.lattice.size  # some vertex hears from more than one block
-    torch.testing.assert_close(built(v)[0], dictionary_matrix(f[0].numpy()) @ v[0], rtol=1e-9, atol=1e-9)
+    found = LatticeFilter(f, normalization="none")(v)[0]
+    torch.testing.assert_close(found, dictionary_matrix(f[0].numpy()) @ v[0], rtol=1e-9, atol=1e-9)
 
 
-def test_pixels_that_share_a_simplex_are_found_and_change_nothing(monkeypatch):
-    f, v = features(40, 3, spread=0.3).repeat(1, 3, 1), values(1, 120, 2)
-    expected = LatticeFilter(f, normalization="none")(v)
-    torch.testing.assert_close(expected[0], dictionary_matrix(f[0].numpy()) @ v[0], rtol=1e-9, atol=1e-9)
-
-    def apart(base, rank, place):
-        points = torch.arange(base.shape[1])
-        return points, torch.ones_like(points), points
-
-    _, counts, _ = permutohedral._group(*permutohedral.enclosing_simplex(permutohedral.elevate(f[0].T)), 14)
-    assert counts.sum() == 120 and len(counts) <= 40
-    monkeypatch.setattr(permutohedral, "_group", apart)
-    torch.testing.assert_close(LatticeFilter(f, normalization="none")(v), expected, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_points_that_share_a_simplex_share_its_vertices(dtype, error):
+    f, v = features(40, 3, spread=0.3, dtype=dtype).repeat(1, 3, 1), values(1, 120, 2)
+    found = LatticeFilter(f, normalization="none")(v.to(dtype))[0].double()
+    torch.testing.assert_close(found, dictionary_matrix(f[0].double().numpy()) @ v[0], rtol=error, atol=error)
 
 
 def test_own_weight_is_the_lattice_s_diagonal_where_all_vertices_exist():
     # A fine grid of points fills the lattice: away from its border no vertex is missing.
-    grid = GridPositions(24, 24, torch.tensor(4.0, dtype=torch.float64))
-    f = LatticeFilter(grid.features(), normalization="none", self_message=False)
-    own = f.own.view(24, 24)[8:16, 8:16]
-    diagonal = dictionary_matrix(grid.features()[0].numpy()).diag().view(24, 24)[8:16, 8:16]
-    torch.testing.assert_close(own, diagonal, rtol=1e-9, atol=1e-9)
+    f = GridPositions(24, 24, torch.tensor(4.0, dtype=torch.float64)).features()
+    eye = torch.eye(24 * 24, dtype=torch.float64)[None]
+    others = LatticeFilter(f, normalization="none", self_message=False)(eye)[0]
+    expected = dictionary_matrix(f[0].numpy()).fill_diagonal_(0)
+    inside = torch.arange(24 * 24).view(24, 24)[8:16, 8:16].flatten()
+    torch.testing.assert_close(others[inside], expected[inside], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("normalization", "self_message"), SWITCHES)
@@ -143,7 +138,8 @@ def test_gradients_match_finite_differences(normalization, self_message):
     )
 
     def messages(f, shared, v, w, mu):
-        return LatticeBank([shared, f], normalization=normalization, self_message=self_message)(v, w, mu)
+        bank = LatticeBank.of([shared, f], normalization=normalization, self_message=self_message)
+        return bank(v, w, mu)
 
     # A step this small stays inside every simplex: the operator is smooth there.
     assert torch.autograd.gradcheck(messages, (f, shared, v, w, mu), eps=1e-7, atol=1e-5, fast_mode=True)
@@ -184,61 +180,109 @@ def test_bandwidth_gradients_are_near_the_exact_filter_s():
 
 def test_a_batch_is_its_images_and_shared_features_serve_every_image():
     f, shared, v = features(60, 5, batch=3), features(60, 2, seed=3), values(3, 60, 4)
-    w = torch.tensor([2.0, 3.0], dtype=torch.float64)
-    together = LatticeBank([shared, f])(v, w)
-    apart = torch.cat([LatticeBank([shared, f[i : i + 1]])(v[i : i + 1], w) for i in range(3)])
+    w = torch.tensor([2.0, 3.0], dtype=torch.float64).log()
+    together = LatticeBank.of([shared, f])(v, w)
+    apart = torch.cat([LatticeBank.of([shared, f[i : i + 1]])(v[i : i + 1], w) for i in range(3)])
     torch.testing.assert_close(together, apart, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(LatticeBank([shared])(v, w[:1].log())[1], 2 * LatticeFilter(shared)(v[1:2])[0])
+    torch.testing.assert_close(LatticeBank.of([shared])(v, w[:1])[1], 2 * LatticeFilter(shared)(v[1:2])[0])
 
 
-def test_bank_is_the_weighted_sum_of_its_messages():
-    bank = LatticeBank([features(80, 2), features(80, 5, seed=4)], self_message=False)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_values_that_do_not_fit_the_features_are_refused_in_words(dtype):
+    shared = LatticeBank.of([features(50, 2, dtype=dtype)])
+    own = LatticeBank.of([features(50, 2, batch=2, dtype=dtype)])
+    for bank, shape in ((own, (3, 50, 3)), (own, (1, 50, 3)), (shared, (1, 49, 3)), (shared, (50, 3))):
+        v = torch.zeros(shape, dtype=dtype)
+        expected = r"values have shape .*; expected \[(B|2), 50, C\]"
+        with pytest.raises(ValueError, match=expected):
+            bank(v, torch.zeros(1, dtype=dtype))
+        with pytest.raises(ValueError, match=expected):
+            bank.mean_field(v, torch.zeros(1, dtype=dtype), torch.eye(3, dtype=dtype), 1)
+        with pytest.raises(ValueError, match=expected):
+            bank.filters[0](v)
+
+
+@pytest.mark.parametrize(("normalization", "self_message"), SWITCHES)
+def test_bank_is_the_weighted_sum_of_its_messages(normalization, self_message):
+    f = [features(80, 2), features(80, 5, seed=4)]
+    bank = LatticeBank.of(f, normalization=normalization, self_message=self_message)
     v, w, mu = values(1, 80, 3), torch.tensor([0.5, 2.0], dtype=torch.float64), values(1, 3, 3, seed=9)[0]
     one, two = bank.messages(v)
     torch.testing.assert_close(bank(v, w.log()), 0.5 * one + 2 * two)
     torch.testing.assert_close(bank(v, w.log(), mu), (0.5 * one + 2 * two) @ mu.T)
 
 
-def one_message_at_a_time(crf, logits, image, steps):
-    """Mean field as its formula reads; every step is autograd's own business."""
-    log_p = torch.log_softmax(logits, 1).flatten(2).mT
-    filters, scores = crf.filters(image), log_p
-    for _ in range(steps):
-        scores = log_p - crf.pairwise(filters, torch.softmax(scores, -1))
-    return torch.log_softmax(scores, -1).mT.reshape(logits.shape)
+def penalties(labels, potts, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return 1 - torch.eye(labels) + 0.3 * (not potts) * torch.rand(labels, labels, generator=generator)
+
+
+def close(found, expected, error):
+    """Assert that two lists of tensors are equal up to `error`, relative to the largest number of each."""
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=error, atol=error * other.abs().max().item())
 
 
 @pytest.mark.parametrize(("normalization", "self_message"), SWITCHES)
-@pytest.mark.parametrize(("labels", "potts"), [(2, True), (5, False), (8, True), (21, False)])
-def test_mean_field_and_its_gradients_are_those_of_its_formula(normalization, self_message, labels, potts, monkeypatch):
-    work_in_blocks_of(64, monkeypatch)
+@pytest.mark.parametrize(("labels", "potts"), [(2, True), (3, False), (21, True), (21, False)])
+@pytest.mark.parametrize("what", ["message", "mean field"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_compiled_backend_is_the_plain_one(normalization, self_message, labels, potts, what, threads, monkeypatch):
+    """Values and the gradients with respect to values, log weights, penalties, features and bandwidths."""
     generator = torch.Generator().manual_seed(labels)
-    mu = 1 - torch.eye(labels) + 0.1 * (not potts) * torch.rand(labels, labels, generator=generator)
-    crf = DenseCRF(
-        labels, compatibility=mu, filtering="lattice", normalization=normalization, self_message=self_message
-    )
-    if normalization == "none":
-        torch.nn.init.constant_(crf.log_w, -4.0)
-    crf.double()
-    logits = torch.randn(2, labels, 12, 15, generator=generator).double().requires_grad_()
-    image = (torch.rand(2, 3, 12, 15, generator=generator).double() / 4).requires_grad_()
-    uphill = torch.randn(logits.shape, generator=generator).double()
-    inputs = [logits, image, *crf.parameters()]
-    expected = one_message_at_a_time(crf, logits, image, 3)
-    found = crf(logits, image, iterations=3)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    gradients = [torch.autograd.grad((out * uphill).sum(), inputs) for out in (found, expected)]
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-7 * theirs.abs().max().item())
-    # Float32 pads its rows. (Its bandwidth gradients are not float64's: features round to other sides of a simplex.)
-    crf, logits, image = crf.float(), logits.float(), image.float()
-    expected, found = one_message_at_a_time(crf, logits, image, 3), crf(logits, image, iterations=3)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    gradients = [torch.autograd.grad((out * uphill).sum(), inputs[2:]) for out in (found, expected)]
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
-    with torch.no_grad():
-        torch.testing.assert_close(crf(logits, image, iterations=3), expected, rtol=1e-4, atol=1e-4)
+    position, colour = features(700, 2, dtype=torch.float32), features(700, 3, batch=2, dtype=torch.float32, seed=2)
+    unary, slope = torch.randn(2, 2, 700, labels, generator=generator)
+    inputs = [
+        position.requires_grad_(),
+        colour.requires_grad_(),
+        torch.tensor([0.3, -0.2], requires_grad=True),  # log bandwidths
+        torch.tensor([-4.0, -3.0] if normalization == "none" else [0.5, 1.0]).requires_grad_(),  # log weights
+        unary.requires_grad_(),
+        penalties(labels, potts).requires_grad_(),
+    ]
+
+    def run(mean_field):
+        position, colour, log_theta, log_w, unary, mu = inputs
+        bilateral = torch.cat([position.expand(2, -1, -1) / log_theta[0].exp(), colour / log_theta[1].exp()], -1)
+        made = [position / log_theta[0].exp(), bilateral]
+        bank = LatticeBank.of(made, normalization=normalization, self_message=self_message)
+        if what == "message":
+            out = bank(torch.softmax(unary, -1), log_w, mu)
+        else:
+            out = mean_field(bank, unary, log_w, mu, 3)
+        return out, *torch.autograd.grad((out * slope).sum(), inputs)
+
+    monkeypatch.setattr("pwlib.lattice.compiled.CHUNK", 200)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = run(LatticeBank.mean_field)
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr("pwlib.lattice.bank.backend", lambda features: plain)
+    close(found, run(FilterBank.mean_field), 1e-3)
+    close(found[:1], run(FilterBank.mean_field)[:1], 1e-5)
+
+
+def test_mean_field_of_more_points_than_a_block():
+    """Without a gradient the marginals of a block are overwritten by the next."""
+    f, unary = features(5000, 3, dtype=torch.float32), values(1, 5000, 5, torch.float32)
+    bank, arguments = LatticeBank.of([f]), (unary, torch.ones(1), penalties(5, False), 4)
+    expected = FilterBank.mean_field(bank, *arguments)
+    torch.testing.assert_close(bank.mean_field(*arguments), expected, rtol=1e-5, atol=1e-5)
+    learned = bank.mean_field(unary.requires_grad_(), *arguments[1:])
+    torch.testing.assert_close(learned, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["message", "mean field"])
+def test_gradients_can_be_computed_twice(what):
+    f = features(60, 3, dtype=torch.float32).requires_grad_()
+    unary, log_w = values(1, 60, 4, torch.float32).requires_grad_(), torch.zeros(1, requires_grad=True)
+    bank, mu = LatticeBank.of([f]), penalties(4, False).requires_grad_()
+    out = bank(unary, log_w, mu) if what == "message" else bank.mean_field(unary, log_w, mu, 2)
+    inputs = (f, unary, log_w, mu)
+    first = [g.clone() for g in torch.autograd.grad(out.square().sum(), inputs, retain_graph=True)]
+    close(torch.autograd.grad(out.square().sum(), inputs), first, 1e-6)
 
 
 @pytest.mark.parametrize("log", [True, False])
@@ -248,7 +292,7 @@ def test_mean_field_s_gradients_match_finite_differences(log):
     w, mu = values(1, 1, 2)[0, 0].requires_grad_(), values(1, 3, 3)[0].requires_grad_()
 
     def update(f, shared, unary, w, mu):
-        return LatticeBank([shared, f], self_message=False).mean_field(unary, w, mu, 2, log=log)
+        return LatticeBank.of([shared, f], self_message=False).mean_field(unary, w, mu, 2, log=log)
 
     assert torch.autograd.gradcheck(update, (f, shared, unary, w, mu), eps=1e-7, atol=1e-5, fast_mode=True)
 
@@ -295,55 +339,36 @@ def test_scores_beyond_the_reach_of_exp_are_still_probabilities():
     torch.testing.assert_close(fast.sum(1), torch.ones(1, 16, 16))
 
 
-@pytest.mark.parametrize("count", [1, 2, 30_000])
-def test_every_key_is_located_whoever_shares_its_slot(count):
-    numbers = np.random.default_rng(0).choice(2**20, (2, count))
-    keys = torch.from_numpy(np.unique(numbers[0] * 6 - 2**40))
-    wanted = torch.cat([keys, keys + 6, keys - 1, torch.from_numpy(numbers[1]) * 6 - 2**40]).view(2, -1)
-    place = {key: at for at, key in enumerate(keys.tolist())}
-    expected = [place.get(key, len(keys)) for key in wanted.flatten().tolist()]
-    assert permutohedral._locate(keys, wanted).flatten().tolist() == expected
-
-
-@pytest.mark.parametrize("threads", [1, 4])
-def test_the_number_of_threads_changes_rounding_only(threads, monkeypatch):
-    work_in_blocks_of(256, monkeypatch)
-    f, v = portrait(40, 50), values(1, 2000, 7, dtype=torch.float32)
-    expected, before = LatticeFilter(f)(v), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        torch.testing.assert_close(LatticeFilter(f)(v), expected, rtol=1e-5, atol=1e-6)
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_same_input_same_bits():
     f, v = portrait(60, 80), values(1, 4800, 7, dtype=torch.float32)
     torch.testing.assert_close(LatticeFilter(f)(v), LatticeFilter(f)(v), rtol=0, atol=0)
 
 
 def test_positions_are_embedded_once_a_size_and_bandwidth():
-    positions = GridPositions(9, 11, torch.tensor(3.0))
-    first, second = (LatticeBank([positions]).filters[0] for _ in range(2))
-    assert first is second
-    other = LatticeBank([GridPositions(9, 11, torch.tensor(3.5))]).filters[0]
-    assert other is not first
+    def embedded(theta, height=9):
+        return LatticeBank.of([GridPositions(height, 11, theta)]).filters[0]
+
+    first = embedded(torch.tensor(3.0))
+    assert embedded(torch.tensor(3.0)) is first
+    assert embedded(torch.tensor(3.5)) is not first
+    for height in range(2, 12):
+        embedded(torch.tensor(3.0), height)
+    assert embedded(torch.tensor(3.0)) is not first  # only a few are kept
     learned = torch.tensor(3.0, requires_grad=True)
-    filtered = LatticeBank([GridPositions(9, 11, learned)])(values(1, 99, 2, torch.float32), torch.zeros(1))
-    filtered[0, 0, 0].backward()
+    LatticeBank([embedded(learned)])(values(1, 99, 2, torch.float32), torch.zeros(1))[0, 0, 0].backward()
     assert learned.grad.abs() > 0
-    for size in range(2, 12):
-        LatticeBank([GridPositions(size, 5, torch.tensor(3.0))])
-    assert len(lattice._grids) <= 4
 
 
-def test_positions_first_seen_under_inference_mode_still_train():
-    positions = GridPositions(7, 13, torch.tensor(2.0))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("self_message", [True, False])
+def test_positions_first_seen_under_inference_mode_still_train(dtype, self_message):
+    positions, v = GridPositions(7, 13, torch.tensor(2.0, dtype=dtype)), values(1, 91, 2, dtype)
+    log_w = torch.zeros(1, dtype=dtype, requires_grad=True)
     with torch.inference_mode():
-        LatticeBank([positions])
-    v = values(1, 91, 2, torch.float32).requires_grad_()
-    LatticeBank([positions])(v, torch.zeros(1)).sum().backward()
-    assert torch.isfinite(v.grad).all()
+        LatticeBank.of([positions], self_message=self_message)(v, log_w)
+    v.requires_grad_()
+    LatticeBank.of([positions], self_message=self_message)(v, log_w).sum().backward()
+    assert torch.isfinite(v.grad).all() and torch.isfinite(log_w.grad).all()
 
 
 def usual(theta_alpha=80 * 48 / 375, theta_beta=13.0):
@@ -388,8 +413,8 @@ def test_gradients_of_degenerate_inputs_are_finite():
         assert torch.isfinite(f.grad).all(), name
 
 
-def test_keys_too_wide_to_carry_a_position_sort_all_the_same():
-    # Two far clusters: 2^59 keys and 200 corners do not fit 63 bits together, the keys alone do.
+def test_clusters_far_apart_are_numbered_all_the_same():
+    # The keys of the vertices reach 2^59.
     near, v = features(20, 3, dtype=torch.float64), values(1, 40, 2)
     f = torch.cat([near, near + torch.tensor([4e5, 3e5, 2e5], dtype=torch.float64)], 1)
     got = LatticeFilter(f, normalization="none")(v)[0]
@@ -417,11 +442,11 @@ def test_bad_features_are_refused_in_words(bad, message):
 
 @pytest.mark.parametrize("fault", [False, True])
 def test_ties_of_the_pixel_grid_are_not_broken_by_rounding(fault, monkeypatch):
-    """At x = 0 and y a multiple of theta coordinates are equal, modulo the simplex; which vertices there are must not
-    hang on another feature's last digit. The fault is a product of matrices, which rounds the two apart."""
+    """At x = 0 and y a multiple of theta, coordinates are equal modulo the simplex. Which vertices are touched must not
+    depend on another feature's last digit. The planted fault is a matrix product, which rounds the two differently."""
     if fault:
-        basis = permutohedral.elevate(torch.eye(5, dtype=torch.float64))
-        monkeypatch.setattr(lattice, "elevate", lambda features: basis @ features)
+        basis = geometry.elevate(torch.eye(5, dtype=torch.float64))
+        monkeypatch.setattr("pwlib.lattice.geometry.elevate", lambda features: torch.tensordot(basis, features, 1))
     generator = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(torch.arange(24.0), torch.arange(36.0), indexing="ij")
     position = torch.stack([x, y], -1).reshape(1, -1, 2).double() / 5
@@ -433,3 +458,103 @@ def test_ties_of_the_pixel_grid_are_not_broken_by_rounding(fault, monkeypatch):
         there, *beside = (LatticeFilter(features, normalization="row")(values) for features in at)
         jumps += [(one - there).abs().max().item() for one in beside]
     assert (max(jumps) > 1e-6) == fault, jumps
+
+
+def photograph(height=72, width=64, labels=5):
+    """A noise image uint8 [H, W, 3] with more pixels than are filtered exactly, and probabilities [K, H, W]."""
+    generator = np.random.default_rng(0)
+    image = generator.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    return image, generator.dirichlet(np.ones(labels), (height, width)).transpose(2, 0, 1).astype(np.float32)
+
+
+def in_a_new_process(code, *, folder=None, seconds=120):
+    """The standard output of Python code, with `folder` first on its path; fails if it takes longer than `seconds`."""
+    root = Path(__file__).parents[1]
+    path = os.pathsep.join(str(p) for p in (folder, root, root / "tests", os.environ.get("PYTHONPATH")) if p)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=seconds, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_calls_from_several_threads_at_once_give_the_same_bits(threads, monkeypatch):
+    monkeypatch.setattr("pwlib.lattice.compiled.CHUNK", 1000)
+    crf = DenseCRF(5, filtering="lattice", iterations=3)
+    generator = torch.Generator().manual_seed(0)
+    problems = [
+        (torch.randn(1, 5, side, 60, generator=generator), torch.rand(1, 3, side, 60, generator=generator))
+        for side in (40, 50, 60, 70)
+    ]
+
+    def solve(problem):
+        logits = problem[0].clone().requires_grad_()
+        out = crf(logits, problem[1])
+        return out.detach(), *torch.autograd.grad(out[:, 0].sum(), [logits, crf.log_w, crf.log_theta_alpha])
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        alone = [solve(problem) for problem in problems]
+        with ThreadPoolExecutor(4) as pool:
+            together = [list(pool.map(solve, problems)) for _ in range(3)]
+    finally:
+        torch.set_num_threads(before)
+    for found in together:
+        for one, other in zip(found, alone, strict=True):
+            assert all(map(torch.equal, one, other))
+
+
+FORKED = """
+import multiprocessing, numpy as np, torch
+from pwlib import dense_crf
+from test_lattice import photograph
+torch.set_num_threads(2)
+expected = dense_crf(*photograph(144, 128))
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    found = pool.starmap(dense_crf, [photograph(144, 128)] * 4)
+assert all(np.abs(q - expected).max() < 1e-5 for q in found)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_forked_processes_finish_after_their_parent_used_the_lattice():
+    in_a_new_process(FORKED)
+
+
+WITHOUT_NUMBA = """
+import sys, warnings
+from pwlib import dense_crf
+from test_lattice import photograph
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    labels = [dense_crf(*photograph()).argmax(0) for _ in range(2)]
+assert (labels[0] == labels[1]).all()
+print([str(w.message) for w in caught if "numba" in str(w.message)])
+print(labels[0].tolist())
+"""
+
+
+def test_without_numba_one_warning_and_the_same_labels(tmp_path):
+    from pwlib import dense_crf
+
+    (tmp_path / "numba").mkdir()
+    (tmp_path / "numba" / "__init__.py").write_text('raise ImportError("numba is not here")')
+    warned, labels = in_a_new_process(WITHOUT_NUMBA, folder=tmp_path).splitlines()
+    assert warned.count("numba is not installed") == 1
+    assert labels == str(dense_crf(*photograph()).argmax(0).tolist())
+
+
+COUNT = """
+from pwlib.lattice import compiled
+stats = [f.stats for f in vars(compiled).values() if hasattr(f, "stats")]
+print(len(stats), sum(bool(s.cache_hits) for s in stats), sum(bool(s.cache_misses) for s in stats))
+"""
+
+
+def test_a_second_process_does_not_compile_again():
+    LatticeFilter(features(5, 2, dtype=torch.float32))  # compiles, unless that was done before
+    functions, hits, misses = map(int, in_a_new_process(COUNT).split())
+    assert functions == hits > 5 and misses == 0
