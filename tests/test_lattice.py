@@ -371,6 +371,20 @@ def test_positions_first_seen_under_inference_mode_still_train(dtype, self_messa
     assert torch.isfinite(v.grad).all() and torch.isfinite(log_w.grad).all()
 
 
+@pytest.mark.parametrize("self_message", [True, False])
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_call_without_gradients_does_not_change_later_gradients(self_message, images):
+    f, v, gradients = features(30, 3).requires_grad_(), values(images, 30, 2), []
+    log_w = torch.zeros(1, dtype=torch.float64)
+    for called_before in (True, False):
+        bank = LatticeBank.of([f], self_message=self_message)
+        if called_before:
+            with torch.no_grad():
+                bank(v, log_w)
+        gradients += torch.autograd.grad(bank(v, log_w).square().sum(), f)
+    torch.testing.assert_close(*gradients)
+
+
 def usual(theta_alpha=80 * 48 / 375, theta_beta=13.0):
     f = portrait(48, 36)
     return torch.cat([f[..., :2] * (80 * 48 / 375) / theta_alpha, f[..., 2:] * 13 / theta_beta], -1)
@@ -507,21 +521,32 @@ def test_calls_from_several_threads_at_once_give_the_same_bits(threads, monkeypa
             assert all(map(torch.equal, one, other))
 
 
+# PyTorch's own OpenMP threads do not survive a fork: a process whose parent used them must not use them.
 FORKED = """
 import multiprocessing, numpy as np, torch
 from pwlib import dense_crf
 from test_lattice import photograph
-torch.set_num_threads(2)
 expected = dense_crf(*photograph(144, 128))
-with multiprocessing.get_context("fork").Pool(2) as pool:
+with multiprocessing.get_context("fork").Pool(2, torch.set_num_threads, (1,)) as pool:
     found = pool.starmap(dense_crf, [photograph(144, 128)] * 4)
 assert all(np.abs(q - expected).max() < 1e-5 for q in found)
+"""
+FORKED_THREADS = """
+import multiprocessing, torch
+from pwlib.lattice.compiled import parallel
+torch.set_num_threads(2)
+def work(_=None):
+    return parallel(divmod, [(7, 2), (9, 4), (5, 5)])
+expected = work()
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert pool.map(work, range(4)) == [expected] * 4
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_forked_processes_finish_after_their_parent_used_the_lattice():
-    in_a_new_process(FORKED)
+@pytest.mark.parametrize("code", [FORKED, FORKED_THREADS], ids=["dense_crf", "threads"])
+def test_forked_processes_finish_after_their_parent_used_the_lattice(code):
+    in_a_new_process(code, seconds=60)
 
 
 WITHOUT_NUMBA = """
