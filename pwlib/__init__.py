@@ -6,6 +6,10 @@ losses, graph, context, metrics, model, objective, loaders, checkpoints, evaluat
 
 __version__ = "0.2.0"
 
+import os
+
+import torch
+
 from pwlib.context import ContextualCRF
 from pwlib.crf import DenseCRF, Kernel, Trace, dense_crf, probabilities_from_labels
 from pwlib.data import VOID, load
@@ -13,6 +17,10 @@ from pwlib.model import PiecewiseTrainedModel
 from pwlib.networks import DeepLabLargeFOV, FeatMapNet
 from pwlib.runs import load_run
 from pwlib.trainer import PiecewiseTrainer
+
+# A forked process has no threads, and PyTorch's would wait for them forever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 __all__ = [
     "VOID",

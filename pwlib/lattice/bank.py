@@ -74,12 +74,9 @@ class LatticeFilter(GaussianFilter):
         self.gain = geometry.gain(features.shape[-1])
         ones, mixing = torch.ones_like(self.weight[..., :1]), self.weight.new_full((1, 1, 1), self.gain)
         self.n = self.backend.message(ones, self.weight, self.weight, mixing, self.lattice)  # [B, N, 1]
-
-    @functools.cached_property
-    def own_share(self) -> Tensor:
-        """The factor of a pixel's own value in its normalised message, [B, N, 1]."""
-        own = torch.minimum(geometry.self_weight(self.weight) * self.gain, self.n)
-        return own if self.normalization == "none" else own / (self.n + EPS)
+        if not self_message:  # the factor of a pixel's own value in its normalised message, [B, N, 1]
+            own = torch.minimum(geometry.self_weight(self.weight) * self.gain, self.n)
+            self.own_share = own if normalization == "none" else own / (self.n + EPS)
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """The corners' weights [B, N, D + 1] in the splat and in the slice, with the normalisation included."""
@@ -100,6 +97,7 @@ class LatticeBank(FilterBank):
         self.self_message = self.filters[0].self_message
         self.gain = self.filters[0].weight.new_tensor([f.gain for f in self.filters])
         self._join(self.shape[0])
+        self.learns = self.splat_weight.requires_grad
 
     @classmethod
     def of(cls, features: Sequence[Tensor | GridPositions], **options) -> LatticeBank:
@@ -125,7 +123,8 @@ class LatticeBank(FilterBank):
             raise ValueError(
                 f"values have shape {tuple(values.shape)}; expected [{'B' if made == 1 else made}, {pixels}, C]"
             )
-        if len(values) != self.images:
+        # Weights that were joined without gradients have none.
+        if len(values) != self.images or (self.learns and torch.is_grad_enabled() != self.splat_weight.requires_grad):
             self._join(len(values))
 
     def __call__(self, values: Tensor, log_weights: Tensor, compatibility: Tensor | None = None) -> Tensor:
