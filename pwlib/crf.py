@@ -397,6 +397,10 @@ def probabilities_from_labels(
     outside = known & ((labels < 0) | (labels >= num_classes))
     if outside.any():
         raise ValueError(f"labels hold {int(labels[outside][0])}; expected 0 to {num_classes - 1}, or {void} for void")
+    if num_classes == 2 and void == VOID and not known.all() and not labels[known].any():
+        raise ValueError(
+            "labels hold only 0 and 255 (void); expected classes 0 and 1: for a mask of 0 and 255, labels > 0"
+        )
     one_hot = nn.functional.one_hot(labels.where(known, 0), num_classes).movedim(-1, 0).float()
     other = (1 - confidence) / (num_classes - 1)
     probabilities = torch.where(known, other + (confidence - other) * one_hot, 1 / num_classes)

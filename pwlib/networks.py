@@ -257,11 +257,8 @@ class FeatMapNet(VGGNetwork):
         unit = 2 * scale.denominator * self.output_stride
         cells = []
         for side in size:  # round(side * scale / output_stride), in integer arithmetic that torch.export can trace
-            nearest, rest = (
-                (2 * side * scale.numerator + unit // 2) // unit,
-                (2 * side * scale.numerator + unit // 2) % unit,
-            )
-            is_tie = 1 - (rest + unit - 1) // unit
+            doubled = 2 * side * scale.numerator + unit // 2
+            nearest, is_tie = doubled // unit, 1 - (doubled % unit + unit - 1) // unit
             cells.append(torch.sym_max(1, nearest - is_tie * (nearest % 2)))
         return cells[0], cells[1]
 

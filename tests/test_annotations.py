@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pwlib import probabilities_from_labels
 from pwlib.annotations.check import check_folder
 from pwlib.annotations.classes import LabelReader, label_arguments, parse_values, read_classes
 from pwlib.data import VOID, load, read_image, read_label, voc_palette
@@ -424,6 +425,21 @@ def test_the_suggested_mapping_repairs_binary_masks(tmp_path):
     assert report.pixels["train"].tolist() == [2 * (BINARY == 0).sum(), 2 * (BINARY == 255).sum(), 0]
     dataset = load("folder", "train", tmp_path, values={0: 0, 255: 1})
     assert dataset.num_classes == 2 and np.array_equal(dataset[0][1], BINARY // 255)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor, lambda mask: mask.astype(np.int64)])
+def test_binary_masks_as_labels_of_a_crf(kind):
+    """255 is void, so that a mask of 0 and 255 would be the class 0 everywhere."""
+    with pytest.raises(ValueError, match=r"only 0 and 255.*labels > 0"):
+        probabilities_from_labels(kind(BINARY), 2)
+    expected = np.where(BINARY > 0, 0.7, 0.3)
+    found = probabilities_from_labels(kind(BINARY) > 0, 2)
+    np.testing.assert_allclose(found[1], expected, atol=1e-6)
+    strokes = np.full((4, 5), VOID, np.uint8)
+    strokes[0], strokes[3] = 0, 1
+    assert probabilities_from_labels(kind(strokes), 2)[1, 3, 0] == pytest.approx(0.7)
+    found = probabilities_from_labels(kind(BINARY), 256, void=-1)
+    np.testing.assert_allclose(found[255], np.where(BINARY, 0.7, 0.3 / 255), atol=1e-6)
 
 
 def test_smoothed_colour_masks_are_reported(tmp_path):

@@ -154,7 +154,7 @@ def _check_pair(image: Path, label: Path, reader: LabelReader, report: Report, s
         pixels = read_image(image)
         if (warning := _raw_orientation(pixels, classes, image_orientation(image))) is not None:
             report.warnings.append((str(label), warning))
-    return classes, set(np.unique(values).tolist()) if values.ndim == 2 else set()
+    return classes, set(np.flatnonzero(np.bincount(values.ravel())).tolist()) if values.ndim == 2 else set()
 
 
 def _check_classes(report: Report, occurring: list[int], stored: set[int], named: bool, first: str) -> None:
@@ -192,16 +192,19 @@ def _hint(stored: set[int]) -> str:
 
 def _looks_blended(values: np.ndarray) -> bool:
     """Whether five or more rare values [H, W] occur mostly in isolated pixels, as anti-aliasing makes them."""
-    found, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    rare = counts < 0.01 * values.size + 1
+    if values.max(initial=0) >= 2**16:  # colours: number them
+        values = np.unique(values, return_inverse=True)[1].reshape(values.shape)
+    counts = np.bincount(values.ravel())
+    rare = (counts > 0) & (counts < 0.01 * values.size + 1)
     if rare.sum() < 5:
         return False
-    inverse = np.pad(inverse.reshape(values.shape), 1, constant_values=-1)  # [H + 2, W + 2]
-    inner = inverse[1:-1, 1:-1]
-    neighbours = (inverse[:-2, 1:-1], inverse[2:, 1:-1], inverse[1:-1, :-2], inverse[1:-1, 2:])
-    isolated = np.logical_and.reduce([inner != other for other in neighbours])
-    alone = np.bincount(inner.ravel(), isolated.ravel(), len(found)) / counts  # share of isolated pixels per value
-    return (alone[rare] > 0.5).sum() >= 5 and isolated.mean() < 0.3
+    isolated = np.ones(values.shape, bool)
+    for one, other in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        same = values[one] == values[other]
+        isolated[one] &= ~same
+        isolated[other] &= ~same
+    alone = np.bincount(values[isolated], minlength=len(counts))  # isolated pixels per value
+    return (alone[rare] > 0.5 * counts[rare]).sum() >= 5 and isolated.mean() < 0.3
 
 
 def image_orientation(image: Path) -> int:
