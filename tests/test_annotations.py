@@ -14,6 +14,7 @@ from pwlib import probabilities_from_labels
 from pwlib.annotations.check import check_folder
 from pwlib.annotations.classes import LabelReader, label_arguments, parse_values, read_classes
 from pwlib.data import VOID, load, read_image, read_label, voc_palette
+from pwlib.data.images import image_size
 
 RNG = np.random.default_rng(0)
 COLOURS = np.array([[0, 0, 0], [128, 64, 0], [0, 200, 30], [255, 255, 255]], np.uint8)  # the last: void
@@ -233,6 +234,21 @@ def test_heic_without_its_plugin(tmp_path, monkeypatch):
     (tmp_path / "train" / "images" / "im0.png").rename(tmp_path / "train" / "images" / "im0.HEIC")
     with pytest.raises(ValueError, match=r"im0\.HEIC: HEIC needs `pip install pillow-heif`"):
         load("folder", "train", tmp_path)
+
+
+@pytest.mark.parametrize("tag", [1, 6])
+def test_heic_with_its_plugin(tag, tmp_path):
+    plugin = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed (pip install '.[annotations]')")
+    plugin.register_heif_opener()
+    pixels = np.zeros((32, 48, 3), np.uint8)
+    pixels[:16, :24] = (200, 40, 40)  # upper left, as stored
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    save(tmp_path / "a.heic", pixels, quality=95, exif=exif.tobytes())
+    image = read_image(tmp_path / "a.heic")
+    expected = np.rot90(pixels, -1) if tag == 6 else pixels
+    assert image.shape == (3, *expected.shape[:2]) and image_size(tmp_path / "a.heic") == expected.shape[:2]
+    assert np.abs(255 * image.permute(1, 2, 0).numpy() - expected).mean() < 8
 
 
 # ------------------------------------------------------------------------------------------------------ bits, rotation
