@@ -505,12 +505,15 @@ def test_every_broken_file_is_reported(tmp_path):
     save(tmp_path / "train" / "labels" / "im1.png", blobs(3, (24, 31)))
     data = (tmp_path / "train" / "images" / "im2.png").read_bytes()
     (tmp_path / "train" / "images" / "im2.png").write_bytes(data[: len(data) // 2])
+    (tmp_path / "train" / "labels" / "im3.png").unlink()
+    save(tmp_path / "val" / "labels" / "im9.png", blobs(3))
     report = check_folder(tmp_path, decode_images=True)
     texts = {place.rsplit("/", 1)[1]: text for place, text in report.errors}
-    assert set(texts) == {"im0.png", "im1.png", "im2.png"}
+    assert set(texts) == {"im0.png", "im1.png", "im2.png", "im3.png", "im9.png"}
+    assert texts["im3.png"] == "there is no label of this name" and texts["im9.png"] == "there is no image of this name"
     assert "cannot be read completely" in texts["im0.png"] and "24x31 and its image im1.png 24x32" in texts["im1.png"]
     assert "im2.png: cannot be read completely as an image" in texts["im2.png"]
-    with pytest.raises(ValueError, match=r"and 2 more: python -m pwlib labels"):
+    with pytest.raises(ValueError, match=r"and 4 more: python -m pwlib labels"):
         report.raise_errors(tmp_path)
 
 

@@ -13,8 +13,16 @@ from PIL import Image
 
 from pwlib.annotations.classes import LabelReader, read_classes
 from pwlib.annotations.folder import find_split, split_names
-from pwlib.data.files import pair_files
-from pwlib.data.images import ORIENTATION, VOID, image_size, read_image, read_label_values
+from pwlib.data.files import by_stem
+from pwlib.data.images import (
+    IMAGE_SUFFIXES,
+    LABEL_SUFFIXES,
+    ORIENTATION,
+    VOID,
+    image_size,
+    read_image,
+    read_label_values,
+)
 from pwlib.data.palettes import voc_palette
 
 FLIPS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE"}
@@ -97,7 +105,12 @@ def check_folder(
     for split in splits:
         base, _ = find_split(root, split)
         report.sizes[split], found[split] = Counter(), []
-        for image, label in zip(*pair_files(base / "images", base / "labels", "folder"), strict=True):
+        images = by_stem(base / "images", "images", "folder", IMAGE_SUFFIXES)
+        labels = by_stem(base / "labels", "label maps", "folder", LABEL_SUFFIXES)
+        for stem in sorted(images.keys() ^ labels.keys()):
+            path, missing = (images[stem], "label") if stem in images else (labels[stem], "image")
+            report.errors.append((str(path), f"there is no {missing} of this name"))
+        for image, label in ((images[stem], labels[stem]) for stem in sorted(images.keys() & labels.keys())):
             try:
                 classes, raw = _check_pair(image, label, reader, report, split, decode_images)
             except ValueError as error:

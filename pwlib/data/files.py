@@ -36,8 +36,8 @@ def pair_files(image_folder, label_folder, name: str) -> tuple[list[Path], list[
     FileNotFoundError if a folder is missing or empty, or if an image has no label or a label no image.
     """
     image_folder, label_folder = Path(image_folder), Path(label_folder)
-    images = _by_stem(image_folder, "images", name, IMAGE_SUFFIXES)
-    labels = _by_stem(label_folder, "label maps", name, LABEL_SUFFIXES)
+    images = by_stem(image_folder, "images", name, IMAGE_SUFFIXES)
+    labels = by_stem(label_folder, "label maps", name, LABEL_SUFFIXES)
     for stem in sorted(images.keys() ^ labels.keys()):
         if stem in labels:
             raise FileNotFoundError(f"{name}: {labels[stem]} has no image {image_folder / stem}.*")
@@ -48,7 +48,7 @@ def pair_files(image_folder, label_folder, name: str) -> tuple[list[Path], list[
     return [images[stem] for stem in stems], [labels[stem] for stem in stems]
 
 
-def _by_stem(folder: Path, what: str, name: str, suffixes: tuple[str, ...]) -> dict[str, Path]:
+def by_stem(folder: Path, what: str, name: str, suffixes: tuple[str, ...]) -> dict[str, Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{name}: {folder} is not a folder; expected the {what} there")
     files: dict[str, Path] = {}

@@ -110,6 +110,8 @@ def sheet(
 
 def label_sheet(report: Report, count: int = 8) -> Image.Image:
     """A sheet of images with their labels drawn over them, for `count` files spread over a checked data set."""
+    if not report.files:
+        raise ValueError("no image has a label without an error; there is nothing to draw")
     chosen = np.linspace(0, len(report.files) - 1, min(count, len(report.files))).round().astype(int)
     pairs = [report.files[k] for k in chosen]
     rows = [(read_image(image), {"label": report.reader(label).long()}) for image, label in pairs]
