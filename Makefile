@@ -53,7 +53,7 @@ classroom: .venv-classroom/.ready ## Install nbgrader for the labs into .venv-cl
 
 .venv-classroom/.ready: pyproject.toml .venv/.ready
 	test -x .venv-classroom/bin/python || $(PYTHON) -m venv .venv-classroom
-	.venv-classroom/bin/python -m pip install --quiet $(shell sed -n 's/^classroom = \[\(.*\)\]$$/\1/p' pyproject.toml)
+	.venv-classroom/bin/python -m pip install --quiet $(shell sed -n 's/^classroom = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ,)
 	@touch $@
 
 release: classroom ## Write the labs without solutions to notebooks/labs/release (LAB=lab2, DUE='2030-11-28 18:00 CET')

@@ -105,7 +105,7 @@ def test_equals_the_dictionary_lattice(dims, spread, normalization, dtype, error
 
 @pytest.mark.parametrize("dims", [2, 5])
 def test_several_blocks_of_points_make_the_same_lattice(dims, monkeypatch):
-    monkeypatch.setattr(geometry, "BLOCK", 32)
+    monkeypatch.setattr(geometry, "SERIAL", 32)
     f, v = features(150, dims, spread=0.7), values(1, 150, 4)
     found = LatticeFilter(f, normalization="none")(v)[0]
     torch.testing.assert_close(found, dictionary_matrix(f[0].numpy()) @ v[0], rtol=1e-9, atol=1e-9)
@@ -583,3 +583,31 @@ def test_a_second_process_does_not_compile_again():
     LatticeFilter(features(5, 2, dtype=torch.float32))  # compiles, unless that was done before
     functions, hits, misses = map(int, in_a_new_process(COUNT).split())
     assert functions == hits > 5 and misses == 0
+
+
+WITHOUT_CACHE = """
+import sys, types, warnings
+class Numba(types.ModuleType):
+    def njit(self, *args, **kwargs):
+        raise RuntimeError("cannot cache function: no locator available")
+sys.modules["numba"] = Numba("numba")
+from pwlib import dense_crf
+from test_lattice import photograph
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    dense_crf(*photograph())
+assert any("numba cannot be used" in str(w.message) for w in caught)
+"""
+
+
+def test_without_a_place_for_the_cache_the_plain_version_is_used():
+    in_a_new_process(WITHOUT_CACHE)
+
+
+def test_values_changed_before_the_backward_pass_are_an_error():
+    values = torch.rand(1, 40, 2)
+    bank = LatticeBank([LatticeFilter(features(40, 2, dtype=torch.float32))])
+    out = bank(values, torch.zeros(1, requires_grad=True)).sum()
+    values.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()

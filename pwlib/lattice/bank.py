@@ -36,8 +36,9 @@ def _compiled() -> ModuleType:
     timer.start()
     try:
         from pwlib.lattice import compiled
-    except ImportError:
-        warnings.warn("numba is not installed: the dense CRF takes about three times as long", stacklevel=2)
+    except (ImportError, RuntimeError) as error:  # numba raises RuntimeError if it can store its results nowhere
+        reason = "numba is not installed" if isinstance(error, ImportError) else f"numba cannot be used ({error})"
+        warnings.warn(f"{reason}: the dense CRF takes about three times as long", stacklevel=2)
         return plain
     finally:
         timer.cancel()
@@ -68,7 +69,7 @@ class LatticeFilter(GaussianFilter):
         if not torch.isfinite(largest):
             raise ValueError("features hold NaN or infinity; expected finite numbers (is a bandwidth zero?)")
         self.backend = backend(features)
-        weight, *keys = geometry.embed(features.double() if largest > LARGE else features, self.backend.parallel)
+        weight, *keys = geometry.embed(features.double() if largest > LARGE else features)
         self.weight = weight.to(features.dtype)  # [B, N, D + 1]
         self.lattice = self.backend.number(*keys)
         self.gain = geometry.gain(features.shape[-1])

@@ -297,6 +297,7 @@ class _Lattice(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, start, splat_weight, slice_weight, mixing, lattice, iterations, keep):
+        ctx.save_for_backward(start, splat_weight, slice_weight, mixing)  # autograd notices if they change in place
         f, start = _Filter(splat_weight, slice_weight, mixing, lattice), start.detach().contiguous().numpy()
         steps, table = [], np.empty((0, start.shape[-1]), np.float32)
         ctx.extras = f, steps, iterations is not None
@@ -316,7 +317,7 @@ class _Lattice(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        f, steps, softmax = ctx.extras
+        (f, steps, softmax), _ = ctx.extras, ctx.saved_tensors
         wanted = zip((f.splat_weight, f.slice_weight, f.mixing), ctx.needs_input_grad[1:], strict=False)
         gradients = [np.zeros_like(array) if needed else None for array, needed in wanted]
         slope = grad.contiguous().numpy()

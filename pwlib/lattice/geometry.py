@@ -29,14 +29,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-BLOCK = 2**14  # points
+SERIAL = 2**15  # numbers; PyTorch divides more than these among its threads
 
 
 def elevate(features: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def corner_keys(base: Tensor, rank: Tensor, low: Tensor, strides: Tensor) -> Ten
     return torch.stack(keys, -1)
 
 
-def embed(features: Tensor, parallel: Callable[[Callable, list], list]) -> tuple[Tensor, Tensor, Tensor]:
+def embed(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Place points with features [B, N, D] on the lattice.
 
     Returns:
@@ -125,21 +125,17 @@ def embed(features: Tensor, parallel: Callable[[Callable, list], list]) -> tuple
             0, which becomes D, to key + steps[j] + steps[D+1].
     """
     batch, points, d = features.shape
-    # Blocks of points that stay in the cache, and for which PyTorch uses one thread; `parallel` runs several blocks.
-    block = max(1, BLOCK // batch) if features.device.type == "cpu" else points
-    grad = torch.is_grad_enabled()
-
-    def place(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.set_grad_enabled(grad):
-            elevated = elevate(part)
-            base, rank = enclosing_simplex(elevated.detach())
-            return barycentric(elevated, base, rank), base, rank
-
-    blocks = parallel(place, [(part,) for part in features.movedim(-1, 0).split(block, -1)])
-    weight, bases, ranks = zip(*blocks, strict=True)
+    # Blocks of points that stay in the cache, and are so few that PyTorch does not divide them among threads.
+    block = max(1, SERIAL // (batch * (d + 1))) if features.device.type == "cpu" else points
+    weight, simplices = [], []
+    for part in features.movedim(-1, 0).split(block, -1):
+        elevated = elevate(part)
+        base, rank = enclosing_simplex(elevated.detach())
+        weight.append(barycentric(elevated, base, rank))
+        simplices.append((base, rank))
     # One spare value per digit: a step out of the box of all vertices, on either side, leads to it and finds no vertex.
-    low = torch.stack([base[:d].amin((1, 2)) for base in bases]).amin(0) - 1
-    high = torch.stack([base[:d].amax((1, 2)) for base in bases]).amax(0) + 1
+    low = torch.stack([base[:d].amin((1, 2)) for base, _ in simplices]).amin(0) - 1
+    high = torch.stack([base[:d].amax((1, 2)) for base, _ in simplices]).amax(0) + 1
     spans = [int(span) for span in (high - low + 1).tolist()]
     strides = [(d + 1) * math.prod(spans[:i]) for i in range(d + 1)]
     if strides[d] * batch >= 2**62:
@@ -148,9 +144,7 @@ def embed(features: Tensor, parallel: Callable[[Callable, list], list]) -> tuple
             "expected bandwidths that are not so small beside the features' range"
         )
     places = torch.tensor(strides, device=features.device)
-    keys = torch.cat(
-        parallel(corner_keys, [(*simplices, low, places) for simplices in zip(bases, ranks, strict=True)]), 1
-    )
+    keys = torch.cat([corner_keys(base, rank, low, places) for base, rank in simplices], 1)
     steps = torch.tensor([*(stride - 1 for stride in strides[:d]), -1, d + 1 - sum(strides[:d])], device=keys.device)
     return torch.cat(weight, 1), keys, steps
 

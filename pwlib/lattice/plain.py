@@ -10,18 +10,11 @@ with the splat's weights. Splat and slice are sparse matrices, the transposes of
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pwlib.lattice.geometry import Lattice
-
-
-def parallel(task: Callable, items: list[tuple]) -> list:
-    """[task(*item) for item in items]; PyTorch has threads of its own."""
-    return [task(*item) for item in items]
 
 
 def number(keys: Tensor, steps: Tensor) -> Lattice:

@@ -66,7 +66,7 @@ def _save_onnx(program: torch.export.ExportedProgram, path: Path, about: dict) -
     try:
         from onnxscript import opset18 as op
     except ImportError as error:
-        raise ValueError("ONNX export needs the packages of `pip install 'pwlib[export]'`") from error
+        raise ValueError("ONNX export needs onnx and onnxscript: pip install onnx onnxscript") from error
 
     def maximum(a, b):
         return op.Max(op.Cast(a, to=7), op.Cast(b, to=7))  # 7: int64
