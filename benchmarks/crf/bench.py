@@ -9,6 +9,7 @@ from round to round: the first set-up of a round has to make the lattice, and th
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -102,11 +103,12 @@ def ours(filtering: str, device: str) -> Callable[..., tuple[Callable, Callable[
         crf = DenseCRF(logits.shape[1], **THETA, filtering=filtering).to(device)
         pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float().to(device) / 255
         logits = logits.to(device)
+        bandwidth, used = crf.log_theta_gamma.detach().clone(), itertools.count(1)
 
         @torch.no_grad()
         def set_up(fresh: bool = False):
-            if fresh:
-                crf.log_theta_gamma.add_(1e-6)  # a bandwidth whose lattice is not kept
+            # The lattice of a bandwidth that was not used before is not kept.
+            crf.log_theta_gamma.copy_(bandwidth + (1e-6 * next(used) if fresh else 0))
             filters = crf.filters(pixels)
             _wait(device)
             return filters
@@ -210,10 +212,10 @@ def measure(height: int, width: int, labels: int, args: argparse.Namespace, bar:
     for repeat in range(args.repeats + 1):
         for name, (set_up, infer) in built.items():
             bar.set_postfix_str(f"{height}x{width}, {labels} labels, {name}")
-            first, state = seconds(lambda set_up=set_up: set_up(True))
+            first, _ = seconds(lambda set_up=set_up: set_up(True))
+            again, state = seconds(set_up)
             none, _ = seconds(lambda infer=infer, state=state: infer(state, 0))
             all_, marginals[name] = seconds(lambda infer=infer, state=state: infer(state, args.iterations))
-            again, _ = seconds(set_up)
             if repeat:  # the first round warms up
                 times[name].append((first, again, (all_ - none) / args.iterations, first + all_))
             bar.update()
