@@ -84,6 +84,7 @@ def test_an_explorer_steps_on_the_page(site, open_page):
 
 def test_the_front_page_segments_a_photograph_and_follows_the_theme(site, open_page):
     page = open_page((site / "index.html").as_uri(), width=1280, height=720)
+    page.locator(".explorer").scroll_into_view_if_needed()  # it computes when it comes into view
     page.wait_for_selector(".explorer[data-busy=false]")
     page.get_by_role("tab", name="Paint").click()
     assert page.locator(".share").inner_text() == "6.0 % of the pixels painted"  # the strokes of notebook 02
