@@ -32,7 +32,7 @@ LARGE = 2**12  # beyond it, float32 has too few digits to place a point inside i
 def _compiled() -> ModuleType:
     """The compiled backend; `plain` where numba is not installed."""
     note = "pwlib compiles the loops of its lattice, which takes some seconds; the result is kept for later processes"
-    timer = threading.Timer(2.0, print, [note], {"file": sys.stderr})
+    timer = threading.Timer(5.0, print, [note], {"file": sys.stderr})
     timer.start()
     try:
         from pwlib.lattice import compiled
