@@ -80,7 +80,7 @@ PROFILES: dict[tuple[str, str], Profile] = {
 
 def pretrained(settings: dict, weights: str, *, batch_norm: bool) -> dict:
     """The settings that change if a profile starts from VGG-16's weights: full width, and a smaller learning rate."""
-    rate = settings["learning_rate"] if settings["weights"] else 2e-4
+    rate = settings["learning_rate"] if settings["weights"] else 3e-4
     return {"weights": weights, "width": 1.0, "batch_norm": batch_norm, "learning_rate": rate}
 
 
