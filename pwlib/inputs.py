@@ -1,4 +1,4 @@
-"""Checks of images and labels, which every public function of the library applies once.
+"""Checks of images and labels.
 
 image    float RGB [B, 3, H, W] in [0, 1]
 label    integers 0..K-1, 255 = void

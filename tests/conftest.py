@@ -85,3 +85,12 @@ def _literal(node: ast.expr) -> bool:
     except (ValueError, TypeError):
         return False
     return True
+
+
+@pytest.fixture
+def one_thread():
+    """The rounding of sums depends on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -20,13 +20,7 @@ from pwlib.evaluation import best_record
 TINY_RUN = Path(__file__).with_name("tiny_run.py")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The rounding of sums depends on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

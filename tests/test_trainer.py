@@ -15,14 +15,7 @@ from pwlib.model import PiecewiseTrainedModel
 from pwlib.objective import Objective, fit_temperature, schedule_factor
 from pwlib.trainer import PiecewiseTrainer
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The rounding of sums depends on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def scenes(length=8, **options):

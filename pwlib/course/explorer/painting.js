@@ -62,7 +62,7 @@ export function paintingPanel(painting, pane, names, colours, chosen, choose) {
   const node = make("div", { class: "painting" },
     make("div", { class: "pens", role: "group", "aria-label": "Class to paint" }, ...pens, eraser),
     make("div", { class: "tools" }, make("label", { class: "choice" }, make("span", {}, "brush"), brush), undo, clear, share), confidence.node,
-    make("p", {}, "Draw on the image. With the keyboard: arrows move the mark on a picture, Enter puts the pen down and lifts it, Delete erases the marked pixel, Ctrl+Z undoes. A stroke changes the unary only; the CRF may still give a painted pixel another label."));
+    make("p", {}, "Draw on the image. Keyboard: arrows move the mark, Enter lowers and lifts the pen, Delete erases a pixel, Ctrl+Z undoes. A stroke changes the unary; the CRF may give a painted pixel another label."));
   function show() {
     pens.forEach((pen, k) => press(pen, !painting.erase && k === chosen()));
     press(eraser, painting.erase);
