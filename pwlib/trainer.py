@@ -119,7 +119,7 @@ class PiecewiseTrainer:
         if stage2_epochs and crf_loader is None:
             dataset = getattr(train_loader, "dataset", None)
             if isinstance(dataset, SegmentationDataset):
-                fit, held = hold_out(dataset, self.options.held_out, self.options.seed)
+                fit, held = hold_out(dataset, self.options.held_out)
                 fit_loader = loaders.rebuilt(train_loader, dataset=fit)
                 crf_loader = loaders.rebuilt(train_loader, dataset=held.with_transform(None))
             else:

@@ -116,9 +116,9 @@ def test_unknown_names():
 # -------------------------------------------------------------------------------------------------------- holding out
 
 
-def parts(names, groups=None, fraction=0.25, seed=0):
+def parts(names, groups=None, fraction=0.25, split=0):
     whole = dataset(names, groups=groups)
-    fit, held = hold_out(whole, fraction, seed)
+    fit, held = hold_out(whole, fraction, split)
     assert sorted(fit.names + held.names) == sorted(whole.names) and not set(fit.names) & set(held.names)
     assert fit.names and held.names
     return fit, held
@@ -127,44 +127,39 @@ def parts(names, groups=None, fraction=0.25, seed=0):
 def test_items_without_groups_are_split_at_random_but_reproducibly():
     names = [f"{i:03d}" for i in range(100)]
     _, held = parts(names)
-    assert len(held) == 25 and held.names == parts(names)[1].names != parts(names, seed=1)[1].names
+    assert len(held) == 25 and held.names == parts(names)[1].names != parts(names, split=1)[1].names
     assert len(parts(names[:2], fraction=0.01)[1]) == 1 == len(parts(names[:2], fraction=0.99)[0])
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_many_groups_stay_whole(seed):
+@pytest.mark.parametrize("split", range(5))
+def test_many_groups_stay_whole(split):
     groups = [f"drive{i // 7}" for i in range(84)]
-    fit, held = parts([f"{i:03d}" for i in range(84)], groups, seed=seed)
+    fit, held = parts([f"{i:03d}" for i in range(84)], groups, split=split)
     assert not set(fit.groups) & set(held.groups) and len(held) == 21
 
 
 def test_groups_of_different_sizes():
     groups = [*"a" * 90, *"bcde"]
-    for seed in range(10):
-        fit, held = parts([f"{i:03d}" for i in range(94)], groups, seed=seed)
+    for split in range(10):
+        fit, held = parts([f"{i:03d}" for i in range(94)], groups, split=split)
         assert not set(fit.groups) & set(held.groups)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_few_drives_are_cut_at_one_end(seed):
-    groups = [*"a" * 62, *"b" * 101, *"c" * 204]
-    names = [f"{group}{i:03d}" for i, group in enumerate(groups)]
-    _, held = parts(names, groups, seed=seed)
-    assert Counter(held.groups) == {"a": 16, "b": 25, "c": 51}
-    side = [name in set(held.names) for name in names]
-    cuts = sum(
-        first != second
-        for (first, second), group in zip(itertools.pairwise(side), itertools.pairwise(groups), strict=True)
-        if group[0] == group[1]
-    )
-    assert cuts == 3  # each drive is cut in one place
+@pytest.mark.parametrize("split", range(3))
+@pytest.mark.parametrize(("fraction", "expected"), [(0.1, "a"), (0.25, "b"), (0.6, "c")])
+def test_of_few_drives_the_one_of_the_closest_size_is_held_out(split, fraction, expected):
+    groups = [*"a" * 62, *"b" * 101, *"c" * 204]  # CamVid's
+    _, held = parts([f"{group}{i:03d}" for i, group in enumerate(groups)], groups, fraction, split)
+    assert Counter(held.groups) == {expected: groups.count(expected)}
 
 
-def test_held_out_frames_are_consecutive_in_any_order_of_items():
+@pytest.mark.parametrize("split", range(3))
+def test_of_a_single_drive_the_last_frames_are_held_out_in_any_order_of_items(split):
     names = [f"{i:03d}" for i in np.random.default_rng(0).permutation(40)]
-    _, held = parts(names, ["drive"] * 40)
-    numbers = sorted(map(int, held.names))
-    assert numbers == list(range(numbers[0], numbers[0] + 10)) and (numbers[0] == 0 or numbers[-1] == 39)
+    _, held = parts(names, ["drive"] * 40, split=split)
+    assert sorted(map(int, held.names)) == list(range(30, 40))
+    for fraction, count in ((0.001, 1), (0.999, 39)):
+        assert len(parts(names, ["drive"] * 40, fraction)[1]) == count
 
 
 def test_impossible_splits():

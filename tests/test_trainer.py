@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from pwlib.crf import DenseCRF
-from pwlib.data import Augment, load
+from pwlib.data import Augment, hold_out, load
 from pwlib.evaluation import best_record, evaluate
 from pwlib.model import PiecewiseTrainedModel
 from pwlib.objective import Objective, fit_temperature, schedule_factor
@@ -70,8 +70,10 @@ def test_stage_3_takes_smaller_steps():
     assert steps[1] < 0.5 * steps[0]
 
 
-def test_train_piecewise_holds_out_images_for_stage_2():
-    """Stage 1 uses no held-out image; stage 2 uses only these, without augmentation; stage 3 uses all."""
+@pytest.mark.parametrize("seed", [0, 3])
+def test_train_piecewise_holds_out_images_for_stage_2(seed):
+    """Stage 1 uses no held-out image; stage 2 uses only these, without augmentation; stage 3 uses all. No seed decides
+    which images are held out."""
     dataset, asked = load("scenes", "train", size=SIZE, length=12), {True: [], False: []}
     # The augmentation only flips, so that every image which the network receives can be identified.
     both = ((i, image) for i in range(12) for image in (dataset[i][0], dataset[i][0].flip(-1)))
@@ -86,12 +88,13 @@ def test_train_piecewise_holds_out_images_for_stage_2():
     model.unary.register_forward_pre_hook(spy)
     flip = Augment(scale=(1, 1), flip=1.0, colour=0.0)
     loader = DataLoader(dataset.with_transform(flip), batch_size=3, shuffle=True)
-    trainer_of(model).train_piecewise(loader, 1, 1, 1)
+    trainer_of(model, seed=seed).train_piecewise(loader, 1, 1, 1)
     fitted, held, everything = asked[True][:9], asked[False], asked[True][9:]
     # Each held-out image is used twice: for the temperature, and in the epoch.
     assert len(held) == 6 and all(as_it_is for _, as_it_is in held)
     assert not any(as_it_is for _, as_it_is in fitted + everything)
     assert {i for i, _ in fitted}.isdisjoint(i for i, _ in held)
+    assert {dataset.names[i] for i, _ in held} == {*hold_out(dataset)[1].names}
     seen = sorted(i for i, _ in fitted + held[:3])
     assert seen == list(range(12)) == sorted(i for i, _ in everything)
 

@@ -131,7 +131,7 @@ def main() -> None:
     args = parser.parse_args()
     config = read_config(args.run)
     train, val = (load_split(config, split, root=args.root) for split in ("train", "val"))
-    held = hold_out(train, config["settings"]["held_out"], config["seed"])[1]
+    held = hold_out(train, config["settings"]["held_out"])[1]
     classes = train.num_classes
     model = build_model(config["settings"], classes).eval()
     checkpoints.load_model(args.run / "stage1-best.pt", model)

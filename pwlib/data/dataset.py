@@ -109,14 +109,15 @@ class SegmentationDataset(Dataset):
 
 
 def hold_out(
-    dataset: SegmentationDataset, fraction: float = 0.25, seed: int = 0
+    dataset: SegmentationDataset, fraction: float = 0.25, split: int = 0
 ) -> tuple[SegmentationDataset, SegmentationDataset]:
     """Split into (fit, held), with about `fraction` of the items in held and none in both.
 
-    Neighbouring frames of a video are almost the same image, so the frames of a sequence must not be split at random.
-    With four groups or more, whole groups are held out. With fewer (CamVid's train split has three drives of 62, 101
-    and 204 frames), that would remove all images of one street or one light from training. Instead, consecutive frames
-    at one end of each drive are held out (the seed decides which end), so that it is cut in one place only.
+    The split depends on names, groups and these arguments, and not on the seed of a training run: runs with different
+    seeds hold out the same images. Neighbouring frames of a video are almost the same image, so whole groups are held
+    out. Of four groups or more these are the first ones in a random order, which `split` numbers. Of two or three it is
+    the group whose size comes closest (of CamVid's train split drive 0006R0, 101 of 367 frames). A single group is cut:
+    its last frames are held out.
 
     ValueError if `fraction` is not between 0 and 1, or if one part would be empty.
     """
@@ -124,25 +125,19 @@ def hold_out(
         raise ValueError(f"hold_out: fraction {fraction} is not between 0 and 1")
     if len(dataset) < 2:
         raise ValueError(f"hold_out: {dataset!r} has too few items to hold any out; expected at least two")
-    generator = torch.Generator().manual_seed(seed)
     members: dict[str, list[int]] = {}
     for index in sorted(range(len(dataset)), key=dataset.names.__getitem__):
         members.setdefault(dataset.groups[index], []).append(index)
-    groups = list(members.values())
+    groups, wanted = list(members.values()), max(fraction * len(dataset), 1)
     held: list[int] = []
     if len(groups) >= 4:
-        wanted = max(fraction * len(dataset), 1)
-        for which in torch.randperm(len(groups), generator=generator).tolist():
+        for which in torch.randperm(len(groups), generator=torch.Generator().manual_seed(split)).tolist():
             # Take a group if the count gets closer to the wanted one, and something is left to fit.
             if len(held) + len(groups[which]) / 2 <= wanted and len(held) + len(groups[which]) < len(dataset):
                 held += groups[which]
-        if not held:
-            held = min(groups, key=len)
+        held = held or min(groups, key=len)
+    elif len(groups) > 1:
+        held = min(groups, key=lambda group: abs(len(group) - wanted))
     else:
-        for group in groups:
-            count = max(min(round(fraction * len(group)), len(group) - 1), len(groups) == 1)
-            at_start = bool(torch.rand((), generator=generator) < 0.5)
-            held += group[:count] if at_start else group[len(group) - count :]
-        if not held:
-            held = [max(groups, key=len)[-1]]
+        held = groups[0][len(dataset) - min(round(wanted), len(dataset) - 1) :]
     return dataset.subset(sorted({*range(len(dataset))} - {*held})), dataset.subset(sorted(held))

@@ -61,9 +61,7 @@ def train(
 
     torch.manual_seed(config["seed"])
     model = build_model(settings, train_set.num_classes, weights=None if resume else settings["weights"])
-    fit_set, held_set = (
-        hold_out(train_set, settings["held_out"], config["seed"]) if epochs[1] else (train_set, train_set)
-    )
+    fit_set, held_set = hold_out(train_set, settings["held_out"]) if epochs[1] else (train_set, train_set)
     power = settings["class_balance"]
     trainer = PiecewiseTrainer(
         model,
