@@ -18,15 +18,27 @@ z_pq, and learned as a classifier of nodes or of pairs, without inference. For i
 pairwise term contains evidence about its two nodes, so the plain sum counts that evidence once per edge, and a node has
 dozens of edges. `counting` chooses the energy:
 
-    sum     E = -sum_p log P_U(x_p) - sum_e log P_V(x_p, x_q)                                        as in the paper
-    tree    E = -sum_p log P_U(x_p) - rho sum_e [log P_V(x_p, x_q) - log P_U(x_p) - log P_U(x_q)]
+    sum               E = -sum_p log P_U(x_p) - sum_e log P_V(x_p, x_q)                               as in the paper
+    tree              E = -sum_p log P_U(x_p) - rho sum_e [log P_V(x_p, x_q) - log P_U(x_p) - log P_U(x_q)]
+    reparametrised    E = -sum_p log P_U(x_p) - rho sum_e [log P_V(x_p, x_q) - log P_e(x_p) - log P_e(x_q)]
 
-In "tree" an edge adds only what exceeds the evidence of its nodes. On a tree with rho = 1, and if the terms are the
-true marginals (those of P_V then equal P_U), that is the exact joint distribution. On other graphs rho = (N - 1) / E is
-the mean probability that an edge belongs to a random spanning tree (tree-reweighted counting numbers, Wainwright,
-Jaakkola & Willsky 2005, with one number for all edges). Where the marginals of P_V differ from P_U, the difference is
-still counted once per edge. With `residual`, P_V starts as the product of its nodes' P_U: z_pq(a, b) = log P_U(a) +
-log P_U(b) + the network's score, and at the start of training the edges of "tree" contribute almost nothing.
+P_e(x_p) = sum_b P_V(x_p, b) and P_e(x_q) = sum_a P_V(a, x_q) are the marginals of the edge's own term. Both "tree" and
+"reparametrised" come from the factorisation of a distribution mu on a tree (its reparametrisation by marginals,
+Wainwright, Jaakkola & Willsky 2003), to which the evidence f_p of each node is added, independent given its label:
+
+    mu(x) = prod_p mu_p(x_p) prod_e mu_e(x_p, x_q) / (mu_p(x_p) mu_q(x_q)),    P(x | f) ~ mu(x) prod_p P(f_p | x_p)
+
+and P_U(x_p) ~ mu_p(x_p) P(f_p | x_p) in both (~: proportional to). They differ in what P_V knows. If the terms have
+seen the evidence of their two nodes, P_V ~ mu_e P(f_p | x_p) P(f_q | x_q), it cancels in P_V / (P_U P_U), and "tree" is
+exact. If they have not, P_V = mu_e, and "reparametrised" is exact, whatever P_U is. The two agree where the marginals
+of P_V equal P_U. Features of a large receptive field are not independent given the labels; then P_e differs from P_U by
+errors of estimation and by evidence that the edges of a node share, and "tree" counts the difference once per edge. In
+"reparametrised" an edge adds the pointwise mutual information of its term: nothing, if the term is a product. On graphs
+with cycles rho = (N - 1) / E is the mean probability that an edge belongs to a random spanning tree (tree-reweighted
+counting numbers, Wainwright, Jaakkola & Willsky 2005, with one number for all edges).
+
+With `residual`, P_V starts as the product of its nodes' P_U: z_pq(a, b) = log P_U(a) + log P_U(b) + the network's
+score, and at the start of training the edges contribute almost nothing, except in "sum".
 """
 
 from __future__ import annotations
@@ -44,7 +56,7 @@ from pwlib.losses import pairwise_nll
 from pwlib.trace import Trace, record
 
 RELATIONS = ("surrounding", "above_below")
-COUNTING = ("tree", "sum")
+COUNTING = ("tree", "reparametrised", "sum")
 
 # ------------------------------------------------------------------------------------------------------------- graph
 
@@ -130,6 +142,20 @@ class PairwiseNet(nn.Module):
 # --------------------------------------------------------------------------------------------------------------- CRF
 
 
+class _NonNegative(torch.autograd.Function):
+    """max(w, 0). A weight below 0 gets the gradient only if that raises it, so that it stays near 0 and can return."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return weight.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (weight,) = ctx.saved_tensors
+        return torch.where((weight > 0) | (gradient < 0), gradient, 0)
+
+
 class ContextualCRF(nn.Module):
     """A CRF over the cells of a feature map; `context(logits, features) -> log_q`, all at the map's resolution.
 
@@ -141,13 +167,13 @@ class ContextualCRF(nn.Module):
         reach: side of the range box as a share of the map's short side.
         neighbours: None for all cells in the box; 24 for a regular sample, as in the paper's journal version.
         iterations: of mean field, unless a call gives another number; 3 in the paper.
-        counting: "tree" or "sum", see the module's head.
+        counting: "tree", "reparametrised" or "sum", see the module's head.
         residual: whether log P_U of both nodes is added to the networks' scores; False in the paper.
         temperature: divides the combined energy; above 1, marginals become less certain.
 
-    Learnable: the pairwise networks, through `loss` or `pair_loss`; `log_weight` [relations], the logarithm of a factor
-    on each relation's energies, and `log_temperature`. The piecewise likelihood does not depend on the last two; they
-    are learned through inference.
+    Learnable: the pairwise networks, through `loss` or `pair_loss`; `weight` [relations], a factor on each relation's
+    energies, which counts as 0 where it is negative, and `log_temperature`. The piecewise likelihood does not depend on
+    the last two; they are learned through inference. A weight becomes 0 where its relation does not help.
     """
 
     def __init__(
@@ -181,17 +207,17 @@ class ContextualCRF(nn.Module):
         self.relations, self.reach, self.neighbours = tuple(relations), reach, neighbours
         self.iterations, self.counting, self.residual = iterations, counting, residual
         self.networks = nn.ModuleDict({r: PairwiseNet(in_channels, num_classes, hidden) for r in relations})
-        self.log_weight = nn.Parameter(torch.zeros(len(relations)))
+        self.weight = nn.Parameter(torch.ones(len(relations)))  # not a logarithm, which could not reach 0
         self.log_temperature = nn.Parameter(torch.tensor(float(temperature)).log())
 
     def edges(self, height: int, width: int) -> dict[str, Tensor]:
         """The edges of each relation, int64 [E_r, 2]."""
         options = {"reach": self.reach, "neighbours": self.neighbours}
-        return {r: box_edges(r, height, width, **options).to(self.log_weight.device) for r in self.relations}
+        return {r: box_edges(r, height, width, **options).to(self.weight.device) for r in self.relations}
 
     def pair_energies(self, logits: Tensor, features: Tensor) -> dict[str, Tensor]:
         """psi_pq = -z_pq of each relation, [B, E_r, K, K], from logits [B, K, h, w] and features [B, C, h, w]."""
-        rows, result = features.to(self.log_weight).flatten(2).mT, {}  # [B, N, C]
+        rows, result = features.to(self.weight).flatten(2).mT, {}  # [B, N, C]
         log_u = self._log_p(logits)
         for relation, edges in self.edges(*features.shape[-2:]).items():
             scores = self.networks[relation](rows, edges)
@@ -211,19 +237,12 @@ class ContextualCRF(nn.Module):
             terms: log P_V of each relation, [B, E_r, K, K], from `pairwise_terms`.
 
         Returns:
-            unary [B, N, K], edges int64 [E, 2] and pair [B, E, K, K]. Under "tree", log P_U of an edge's nodes is
-            subtracted from the unary energies, once per edge, and not from the pair energies: the sum is the same.
+            unary [B, N, K], edges int64 [E, 2] and pair [B, E, K, K].
         """
-        log_u, graph = self._log_p(logits), self._graph(*logits.shape[-2:])
-        edges = torch.cat([edges for edges, _ in graph.values()])
-        strength = torch.cat([factor.expand(len(edges)) for edges, factor in graph.values()])  # [E]
-        pair = -strength[:, None, None] * torch.cat([terms[r] for r in graph], dim=1)
-        unary = -log_u / self.log_temperature.exp()
-        if self.counting == "tree":
-            received = torch.zeros(log_u.shape[1]).to(strength)  # [N]: the factors of all edges at a node
-            received = received.index_add(0, edges.flatten(), strength.repeat_interleave(2))
-            unary = unary + received[:, None] * log_u
-        return unary, edges, pair
+        log_u = self._log_p(logits)
+        graph = self._interactions(log_u, logits.shape[-2:], terms).values()
+        edges, pair = torch.cat([edges for edges, _ in graph]), -torch.cat([scores for _, scores in graph], dim=1)
+        return -log_u / self.log_temperature.exp(), edges, pair
 
     def forward(
         self, logits: Tensor, features: Tensor, *, iterations: int | None = None, frozen: bool = False
@@ -245,25 +264,19 @@ class ContextualCRF(nn.Module):
         """As `forward`, for one map ([1, ...] or without the batch dimension), as a `Trace` on the map's grid.
 
         The kernels of the trace are the relations. messages[t, r, :, p] is minus the expected energy, in nats, that p
-        receives along the edges of r, after weight, rho and temperature; compatibility is -1 on the diagonal. Under
-        "tree", log P_U of both nodes is subtracted from each edge, so that a message contains only what exceeds the
-        nodes' own evidence. unary is -log P_U / temperature, and q[0] is P_U. image [3, H, W], of any size, is stored
-        for display.
+        receives along the edges of r, after counting, weight and temperature; compatibility is -1 on the diagonal.
+        unary is -log P_U / temperature, and q[0] is P_U. image [3, H, W], of any size, is stored for display.
         """
         if logits.ndim == 3:
             logits, features = logits[None], features[None]
         if len(logits) != 1:
             raise ValueError(f"logits have shape {tuple(logits.shape)}; expected one map")
         self._check(logits, features)
-        log_u, graph = self._log_p(logits), self._graph(*logits.shape[-2:])
-        terms = self.pairwise_terms(logits, features)
-        for relation, (edges, factor) in graph.items():
-            if self.counting == "tree":
-                terms[relation] = terms[relation] - self._both_nodes(log_u, edges)
-            terms[relation] = factor * terms[relation]
+        log_u = self._log_p(logits)
+        graph = self._interactions(log_u, logits.shape[-2:], self.pairwise_terms(logits, features))
 
         def messages(q: Tensor) -> Tensor:
-            return torch.cat([expected_energies(edges, terms[r], q[None]) for r, (edges, _) in graph.items()])
+            return torch.cat([expected_energies(edges, scores, q[None]) for edges, scores in graph.values()])
 
         return record(
             -log_u[0] / self.log_temperature.exp(),
@@ -310,12 +323,21 @@ class ContextualCRF(nn.Module):
             options = {"iterations": self.iterations, "initial": -self._log_p(logits), **options}
         return LIKELIHOODS[likelihood](unary, edges, pair, label.flatten(1), **options)
 
-    def _graph(self, height: int, width: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """Edges [E_r, 2] of each relation, and the factor of its log P_V in the energy: weight * rho / temperature."""
-        graph = self.edges(height, width)
-        rho = (height * width - 1) / max(1, sum(map(len, graph.values()))) if self.counting == "tree" else 1.0
-        factors = rho * self.log_weight.exp() / self.log_temperature.exp()
-        return {r: (edges, factor) for (r, edges), factor in zip(graph.items(), factors, strict=True)}
+    def _interactions(self, log_u: Tensor, size: tuple[int, int], terms: dict[str, Tensor]) -> dict:
+        """Edges [E_r, 2] of each relation, and their scores [B, E_r, K, K] in -E: log P_V less what `counting`
+        subtracts, times weight * rho / temperature.
+        """
+        edges, result = self.edges(*size), {}
+        rho = 1.0 if self.counting == "sum" else (size[0] * size[1] - 1) / max(1, sum(map(len, edges.values())))
+        factors = rho * _NonNegative.apply(self.weight) / self.log_temperature.exp()
+        for (relation, ends), factor in zip(edges.items(), factors, strict=True):
+            score = terms[relation]
+            if self.counting == "tree":
+                score = score - self._both_nodes(log_u, ends)
+            elif self.counting == "reparametrised":
+                score = score - score.logsumexp(-1, keepdim=True) - score.logsumexp(-2, keepdim=True)
+            result[relation] = ends, factor * score
+        return result
 
     @staticmethod
     def _both_nodes(log_u: Tensor, edges: Tensor) -> Tensor:
@@ -325,7 +347,7 @@ class ContextualCRF(nn.Module):
 
     def _log_p(self, logits: Tensor) -> Tensor:
         """log P_U of every node: [B, N, K]."""
-        return torch.log_softmax(logits.to(self.log_weight).flatten(2).mT, dim=-1)
+        return torch.log_softmax(logits.to(self.weight).flatten(2).mT, dim=-1)
 
     def _check(self, logits: Tensor, features: Tensor) -> None:
         if features.ndim != 4 or features.shape[1] != self.in_channels:

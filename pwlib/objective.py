@@ -176,4 +176,4 @@ class Objective(nn.Module):
     def _unused(self) -> Tensor | float:
         """0, as a function of parameters that the loss may not use: DistributedDataParallel needs all gradients."""
         context = self.model.context
-        return 0.0 if context is None else 0 * (context.log_weight.sum() + context.log_temperature)
+        return 0.0 if context is None else 0 * (context.weight.sum() + context.log_temperature)

@@ -177,7 +177,7 @@ class PiecewiseTrainer:
     def _is_trained(self, name: str, stage: int) -> bool:
         """Whether a stage trains the parameter of this name. Pairwise networks belong to stage 1 or to stage 2."""
         context = ("context.",) if self.options.joint_pieces else ()
-        second = ("context.log_",) if self.options.joint_pieces else ("context.",)
+        second = ("context.weight", "context.log_") if self.options.joint_pieces else ("context.",)
         return name.startswith({1: ("unary.", *context), 2: ("crf.", *second), 3: ("",)}[stage])
 
     def _optimizer(self, trained: dict[str, nn.Parameter], stage: int) -> torch.optim.Optimizer:
@@ -185,7 +185,7 @@ class PiecewiseTrainer:
         options, factor = self.options, self.options.stage3_factor if stage == 3 else 1.0
         decayed, plain, crf = [], [], []
         for name, parameter in trained.items():
-            of_crf = name.startswith(("crf.", "context.log_"))
+            of_crf = name.startswith(("crf.", "context.weight", "context.log_"))
             (crf if of_crf else decayed if parameter.ndim > 1 else plain).append(parameter)
         groups = [
             {"params": decayed, "peak": factor * options.learning_rate, "weight_decay": options.weight_decay},

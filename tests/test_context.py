@@ -157,13 +157,15 @@ def by_hand(crf, logits, features, iterations):
     log_u = torch.log_softmax(logits[0].flatten(1).T, -1)
     all_edges, terms = [], []
     log_v = crf.pairwise_terms(logits, features)
-    for relation, weight in zip(crf.relations, crf.log_weight.exp(), strict=True):
+    for relation, weight in zip(crf.relations, crf.weight, strict=True):
         all_edges += box_edges(relation, height, width, reach=crf.reach, neighbours=crf.neighbours).tolist()
         terms += [(weight, term) for term in log_v[relation][0]]
-    rho = (height * width - 1) / len(all_edges) if crf.counting == "tree" else 1.0
+    rho = 1.0 if crf.counting == "sum" else (height * width - 1) / len(all_edges)
     if crf.counting == "tree":
         ends = (log_u[p][:, None] + log_u[q][None] for p, q in all_edges)
         terms = [(weight, term - both) for (weight, term), both in zip(terms, ends, strict=True)]
+    elif crf.counting == "reparametrised":
+        terms = [(w, (term.exp() / term.exp().sum(1)[:, None] / term.exp().sum(0)).log()) for w, term in terms]
     q = log_u.exp()
     for _ in range(iterations):
         score = log_u.clone()
@@ -178,7 +180,7 @@ def by_hand(crf, logits, features, iterations):
 @pytest.mark.parametrize("iterations", [0, 1, 3])
 def test_inference_is_the_loop(counting, iterations):
     crf, (logits, features, _) = make(counting=counting, temperature=1.3), problem()
-    crf.log_weight.data = torch.tensor([0.3, -0.4], dtype=torch.float64)
+    crf.weight.data = torch.tensor([1.3, 0.7], dtype=torch.float64)
     log_q = crf(logits, features, iterations=iterations)
     torch.testing.assert_close(log_q[0], by_hand(crf, logits, features, iterations))
     torch.testing.assert_close(log_q.exp().sum(1), torch.ones(2, H, W, dtype=torch.float64))
@@ -189,7 +191,7 @@ def test_inference_is_the_loop(counting, iterations):
 @pytest.mark.parametrize("counting", context.COUNTING)
 def test_a_trace_is_what_forward_does_and_its_parts_add_up(counting):
     crf, (logits, features, _) = make(counting=counting, temperature=1.3), problem(1)
-    crf.log_weight.data = torch.tensor([0.3, -0.4], dtype=torch.float64)
+    crf.weight.data = torch.tensor([1.3, 0.7], dtype=torch.float64)
     image = torch.rand(3, 4 * H, 4 * W)
     trace = crf.trace(logits, features, image, iterations=3)
     assert trace.kernels == context.RELATIONS and trace.iterations == 3 and trace.image is not None
@@ -253,12 +255,58 @@ def test_on_a_tree_the_true_marginals_as_terms_give_the_joint():
         unary, found_edges, pair = crf.potentials(logits, terms)
         assert found_edges.tolist() == edges.tolist()
         combined[counting] = graph.infer(unary[0], edges, pair[0])
-    assert combined["tree"].log_z.item() == pytest.approx(0, abs=1e-10)
-    torch.testing.assert_close(combined["tree"].marginals, truth.marginals)
-    torch.testing.assert_close(combined["tree"].pair_marginals, truth.pair_marginals)
+    for counting in ("tree", "reparametrised"):
+        assert combined[counting].log_z.item() == pytest.approx(0, abs=1e-10)
+        torch.testing.assert_close(combined[counting].marginals, truth.marginals)
+        torch.testing.assert_close(combined[counting].pair_marginals, truth.pair_marginals)
     # The plain sum counts an inner node's evidence three times: its marginals have less than 0.7 of the entropy.
     entropy = {name: torch.special.entr(part.marginals).sum().item() for name, part in combined.items()}
     assert entropy["sum"] < 0.7 * entropy["tree"]
+
+
+@pytest.mark.parametrize("counting", ["tree", "reparametrised"])
+@pytest.mark.parametrize("seed", range(4))
+def test_on_a_tree_the_posterior_is_exact_although_the_marginals_differ(counting, seed):
+    """Independent evidence is added to a random chain. The terms have seen it ("tree") or not ("reparametrised"), and
+    either way the combination is the posterior that enumeration gives for the chain with the evidence."""
+    edges, prior, _, terms = chain(seed=seed)
+    evidence = 2 * torch.randn(prior.marginals.shape, generator=torch.Generator().manual_seed(seed)).double()
+    posterior = graph.infer(-prior.marginals.log() - evidence, edges, -mutual(prior, edges))
+    logits = (prior.marginals.log() + evidence).T[None, :, :, None]  # P_U: each node's prior and its own evidence
+    if counting == "tree":
+        both = evidence[edges[:, 0], :, None] + evidence[edges[:, 1], None, :]
+        terms = {"above_below": (terms["above_below"] + both).flatten(2).log_softmax(-1).unflatten(-1, (K, K))}
+    own = terms["above_below"][0].exp().sum(2)
+    assert (own - logits[0, :, edges[:, 0], 0].softmax(0).T).abs().max() > 0.05, "the marginals differ"
+    found = {}
+    for name in ("tree", "reparametrised"):
+        unary, _, pair = make(relations=("above_below",), counting=name).potentials(logits, terms)
+        found[name] = graph.infer(unary[0], edges, pair[0])
+    torch.testing.assert_close(found[counting].marginals, posterior.marginals)
+    torch.testing.assert_close(found[counting].pair_marginals, posterior.pair_marginals)
+    del found[counting]
+    assert all((other.marginals - posterior.marginals).abs().max() > 0.02 for other in found.values())
+
+
+def mutual(exact, edges):
+    """Pointwise mutual information of every edge, [E, K, K]."""
+    first, second = (exact.marginals[index] for index in edges.unbind(1))
+    return (exact.pair_marginals / first[:, :, None] / second[:, None, :]).log()
+
+
+def test_reparametrised_terms_that_are_products_add_nothing():
+    """Whatever their marginals are. "tree" adds the difference between them and P_U, once per edge."""
+    logits, features, _ = problem()
+    g = torch.Generator().manual_seed(5)
+    off = {}
+    for counting in ("tree", "reparametrised"):
+        crf = make(counting=counting)
+        parts = {r: torch.randn(2, 2, len(e), K, generator=g).double() for r, e in crf.edges(H, W).items()}
+        crf.pairwise_terms = lambda *_, parts=parts: {
+            r: a.log_softmax(-1)[..., :, None] + b.log_softmax(-1)[..., None, :] for r, (a, b) in parts.items()
+        }
+        off[counting] = (crf(logits, features) - logits.log_softmax(1)).abs().max().item()
+    assert off["reparametrised"] < 1e-12 and off["tree"] > 0.5
 
 
 def test_temperature_and_weights():
@@ -266,8 +314,9 @@ def test_temperature_and_weights():
     hot = make(temperature=4.0)
     entropy = [torch.special.entr(one(logits, features).exp()).mean() for one in (crf, hot)]
     assert entropy[1] > entropy[0] + 0.1
-    crf.log_weight.data.fill_(-20.0)  # without pairwise terms the unary is left
-    torch.testing.assert_close(crf(logits, features), logits.log_softmax(1), rtol=0, atol=1e-6)
+    for nothing in (0.0, -0.5):  # without pairwise terms the unary is left
+        crf.weight.data.fill_(nothing)
+        torch.testing.assert_close(crf(logits, features), logits.log_softmax(1))
 
 
 def test_an_untrained_context_changes_little():
@@ -372,14 +421,39 @@ def test_every_learnable_parameter_has_a_gradient():
     frozen = make()
     logits.requires_grad_(), features.requires_grad_()
     F.nll_loss(frozen(logits, features, frozen=True), label).backward()
-    assert {n for n, p in frozen.named_parameters() if p.grad is not None} == {"log_weight", "log_temperature"}
+    assert {n for n, p in frozen.named_parameters() if p.grad is not None} == {"weight", "log_temperature"}
     assert logits.grad is None and features.grad is None
-    for name in ("log_weight", "log_temperature"):
+    for name in ("weight", "log_temperature"):
         torch.testing.assert_close(getattr(frozen, name).grad, getattr(crf, name).grad)
     piecewise = make()
     piecewise.pair_loss(logits, features.detach(), label).backward()
     assert logits.grad is None
-    assert {n for n, p in piecewise.named_parameters() if p.grad is None} == {"log_weight", "log_temperature"}
+    assert {n for n, p in piecewise.named_parameters() if p.grad is None} == {"weight", "log_temperature"}
+
+
+def test_the_weight_of_a_harmful_relation_becomes_zero_and_returns_when_it_helps():
+    """The label of a cell is what its own logits state, or what the cell above has in its features; the pairwise terms
+    prefer the latter. Adam's momentum carries the weight below 0, where it counts as 0."""
+    crf, (logits, features, _) = make(2, 2, relations=("above_below",)), problem(4, 2, 2, (6, 6))
+    above = F.pad(features[:, :, :-1], (0, 0, 1, 0)).argmax(1)  # [B, h, w]
+    edges = crf.edges(6, 6)["above_below"]
+    index = features.argmax(1).flatten(1)[:, edges[:, 1]]  # [B, E]: what the upper cell prefers
+    terms = torch.full((4, len(edges), 2, 2), 0.02).double()
+    terms = terms.scatter_(2, index[..., None, None].expand(-1, -1, 1, 2), 0.48).log()
+    crf.pairwise_terms = lambda *_: {"above_below": terms}
+    optimizer = torch.optim.Adam([crf.weight], lr=0.05)
+
+    def learn(label, steps):
+        for _ in range(steps):
+            loss = F.nll_loss(crf(logits, features, frozen=True), label)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    learn((2 * logits).argmax(1), 100)
+    assert -1 < crf.weight.item() <= 0
+    learn(above, 100)
+    assert crf.weight.item() > 0.3
 
 
 def test_class_weights_cancel_in_what_a_pair_adds_beyond_its_nodes():
@@ -456,7 +530,7 @@ def test_context_distinguishes_labels_that_the_unary_cannot():
     [
         ({"num_classes": 1}, "num_classes is 1"),
         ({"iterations": -1}, "iterations is -1"),
-        ({"counting": "twice"}, "'twice'; expected one of tree, sum"),
+        ({"counting": "twice"}, "'twice'; expected one of tree, reparametrised, sum"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"relations": ()}, "relations are"),
         ({"relations": ("below",)}, "'below'; expected one of surrounding, above_below"),

@@ -95,7 +95,7 @@ def test_stage_2_trains_both_crfs_and_not_the_network(crf_loss, monkeypatch):
     model = model_of()
     expected = names(model, "context.", "crf.")
     if crf_loss == "piecewise":  # runs no inference, and does not train what only inference depends on
-        expected -= {"context.log_weight", "context.log_temperature"}
+        expected -= {"context.weight", "context.log_temperature"}
         monkeypatch.setattr(ContextualCRF, "forward", lambda *_: pytest.fail("inference was run"))
         monkeypatch.setattr(DenseCRF, "forward", lambda *_: pytest.fail("inference was run"))
     assert changed(model, lambda: trainer_of(model, crf_loss=crf_loss).train_stage2(scenes(), 1)) == expected
@@ -105,7 +105,7 @@ def test_stage_2_trains_both_crfs_and_not_the_network(crf_loss, monkeypatch):
 def test_stage_2_keeps_the_pairwise_networks_that_stage_1_trained(crf_loss):
     model = model_of()
     expected = names(model, "crf.") | (
-        {"context.log_weight", "context.log_temperature"} if crf_loss == "marginal" else set()
+        {"context.weight", "context.log_temperature"} if crf_loss == "marginal" else set()
     )
     trainer = trainer_of(model, crf_loss=crf_loss, joint_pieces=True)
     assert changed(model, lambda: trainer.train_stage2(scenes(), 1)) == expected
@@ -152,10 +152,10 @@ def test_gradients_of_the_pair_loss():
     assert not any(name.startswith("unary.") for name in stage2)
     for name in names(model, "context.networks"):
         torch.testing.assert_close(stage2[name], pairs[name], atol=1e-6, rtol=1e-4)
-    assert stage2["context.log_weight"].abs().max() > 0
+    assert stage2["context.weight"].abs().max() > 0
     left = gradient(model, objective(2, joint=True)(image, label)[0])
     assert not any(left[name].any() for name in names(model, "context.networks") & left.keys())
-    assert left["context.log_weight"].abs().max() > 0
+    assert left["context.weight"].abs().max() > 0
 
 
 def test_a_run_is_resumed_and_loaded(tmp_path):

@@ -161,7 +161,7 @@ def run(data: str, root: str, seed: int, profile: Profile, epochs: tuple[int, in
         if seconds is not None:
             row["cpu_seconds"] = seconds
         if model.context is not None:
-            row["weights"] = [round(w, 3) for w in model.context.log_weight.exp().tolist()]
+            row["weights"] = [round(w, 3) for w in model.context.weight.clamp(min=0).tolist()]
             row["temperature"] = round(model.context.log_temperature.exp().item(), 3)
         keep(name, row | {part: summary(scores) for part, scores in found.items()})
         took = "trained before" if seconds is None else f"{seconds} CPU seconds"
@@ -169,7 +169,7 @@ def run(data: str, root: str, seed: int, profile: Profile, epochs: tuple[int, in
         if name == "context":
             model.context.counting = "sum"
             with torch.no_grad():  # the paper's plain sum of the same terms
-                model.context.log_weight.zero_(), model.context.log_temperature.zero_()
+                model.context.weight.fill_(1), model.context.log_temperature.zero_()
             keep("context, summed", {"context": summary(evaluate(model, loader)["context"])})
         if name == "second":
             both = Ensemble(models["scales"].unary, models["second"].unary)

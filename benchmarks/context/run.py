@@ -150,7 +150,7 @@ def run(seed: int, counting: str, network: str, data_name: str, root: str) -> di
         "network": network,
         "counting": counting,
         "cpu_seconds": round(time.process_time() - start),
-        "weights": [round(w, 3) for w in context.log_weight.exp().tolist()],
+        "weights": [round(w, 3) for w in context.weight.clamp(min=0).tolist()],
         "temperature": round(context.log_temperature.exp().item(), 3),
         "rows": {name: summary(found) for name, found in rows.items()},
     }
