@@ -1,0 +1,81 @@
+"""What the studies of this folder share: a result file that is written after every run, and intervals over seeds."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pwlib import checkpoints
+
+# 97.5 % quantile of Student's t with n - 1 degrees of freedom, by n
+T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 12: 2.201}
+
+
+class Study:
+    """A JSON file with one entry under "runs" for every finished run; several processes may add to it.
+
+    Args:
+        path: of the file. If it exists, its settings must be equal.
+        settings: everything that decides the results, ready for JSON.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path, self.settings = Path(path), json.loads(json.dumps(settings))
+        self.commit = commit()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and json.loads(self.path.read_text("utf-8"))["settings"] != self.settings:
+            raise SystemExit(f"{path} was made with other settings; move it away, or name another --out")
+
+    @property
+    def runs(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text("utf-8"))["runs"] if self.path.exists() else {}
+
+    def add(self, key: str, row: dict[str, Any], **more) -> None:
+        """Store a run with the commit that it was made with; `more` is stored beside "runs"."""
+        with open(self.path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            content = {"settings": self.settings, "machine": machine(), **more, "runs": self.runs}
+            content["runs"][key] = {**row, "commit": self.commit}
+            checkpoints.save_json(self.path, content)
+
+
+def machine() -> str:
+    return f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__.split('+')[0]}"
+
+
+def commit() -> str:
+    """The commit of the code, with "+" if tracked Python files differ from it; "" outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True).stdout.strip()
+
+    return git("rev-parse", "--short=7", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno", "--", "*.py"))
+
+
+def command() -> str:
+    """The command line, as a reader would type it in the repository's root."""
+    root = Path(__file__).parents[1]
+    return " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(root)), *sys.argv[1:]])
+
+
+def mean_and_half(values: list[float]) -> tuple[float, float]:
+    """The mean and half the width of its 95 % interval (Student's t); nan for one value."""
+    half = T_975[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), half
+
+
+def cell(values: list[float], *, sign: bool = False, digits: int = 1) -> str:
+    """Format `mean_and_half` for a table; the mean alone for one value."""
+    mean, half = mean_and_half(values)
+    text = f"{mean:{'+' if sign else ''}.{digits}f}"
+    return text if math.isnan(half) else f"{text} ± {half:.{digits}f}"
