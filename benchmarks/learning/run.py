@@ -1,0 +1,224 @@
+"""Measure what a dense CRF learns behind a frozen network, until it has converged and for eight orders of the batches.
+
+The code of notebook 04's stage 2: Adam with a constant rate of 0.1, three images of 32x48 px a step, five mean-field
+iterations, exact filtering. The network is trained on 48 scenes ("fit") once and frozen. Four ways to learn:
+
+    held, full matrix    likelihood of the marginals on 24 scenes that the network was not trained on
+    held, Potts          the same with a fixed compatibility: only weights and bandwidths are learned
+    fit, full matrix     on the scenes that the network was trained on
+    held, piecewise      the piecewise likelihood of sampled pairs instead of that of the marginals
+
+After every 25 steps the CRF is scored on 20 scenes that nothing was trained on: accuracy, negative log-likelihood (NLL)
+and expected calibration error (ECE, 15 bins). "calibrated" is the NLL after division of log q by a temperature that is
+fitted to the held-out scenes. A seed decides the order of the batches and the sampled pairs.
+
+    python benchmarks/learning/run.py            about 25 CPU minutes on one core; continues where it was stopped
+    python benchmarks/learning/run.py --table    prints the tables from result.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from study import Study, cell, command
+
+from pwlib.crf import DenseCRF
+from pwlib.data import VOID, load
+from pwlib.losses import structured
+from pwlib.objective import fit_temperature
+
+HERE = Path(__file__).parent
+WAYS = {
+    "held, full matrix": {"on": "held"},
+    "held, Potts": {"on": "held", "compatibility": False},
+    "fit, full matrix": {"on": "fit"},
+    "held, piecewise": {"on": "held", "loss": "piecewise"},
+}
+SETTINGS = {
+    "size": [32, 48],
+    "images": {"fit": 48, "held": 24, "test": 20},
+    "network_steps": 350,
+    "steps": 400,
+    "every": 25,
+    "batch": 3,
+    "rate": 0.1,
+    "iterations": 5,
+    "pairs": 2048,
+    "crf": {"theta_alpha": 8.0, "theta_beta": 10.0, "theta_gamma": 1.0, "w_bilateral": 3.0, "w_spatial": 1.0},
+}
+# What is shown of a run: {column: (index in a curve's row, factor, digits)}
+COLUMNS = {"accuracy": (1, 100, 1), "NLL": (2, 1, 3), "ECE": (3, 100, 1), "calibrated": (4, 1, 3)}
+
+
+def prepare() -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Images, labels and the frozen network's logits of the three sets."""
+    torch.manual_seed(0)
+    counts, images, labels = SETTINGS["images"], {}, {}
+    train, val = (load("scenes", split, size=tuple(SETTINGS["size"])) for split in ("train", "val"))
+    sources = {
+        "fit": (train, range(counts["fit"])),
+        "held": (train, range(counts["fit"], counts["fit"] + counts["held"])),
+        "test": (val, range(counts["test"])),
+    }
+    for name, (dataset, numbers) in sources.items():
+        parts = zip(*(dataset[i] for i in numbers), strict=True)
+        images[name], labels[name] = (torch.stack(part) for part in parts)
+    layers = [(3, 24, 5, 2, 1), (24, 48, 3, 2, 1), (48, 64, 3, 1, 2), (64, 64, 3, 1, 4)]
+    network = nn.Sequential(
+        *(
+            layer
+            for a, b, kernel, stride, dilation in layers
+            for layer in (nn.Conv2d(a, b, kernel, stride, dilation * (kernel // 2), dilation), nn.ReLU())
+        ),
+        nn.Conv2d(64, train.num_classes, 1),
+    )
+
+    def logits(image: Tensor) -> Tensor:
+        return F.interpolate(network(image - 0.5), size=image.shape[-2:], mode="bilinear")
+
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(SETTINGS["network_steps"]):
+        chosen = torch.randperm(counts["fit"], generator=generator)[:10]
+        loss = F.cross_entropy(logits(images["fit"][chosen]), labels["fit"][chosen], ignore_index=VOID)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return images, labels, {name: logits(batch) for name, batch in images.items()}
+
+
+def quality(log_p: Tensor, label: Tensor) -> list[float]:
+    """Accuracy, NLL in nats a pixel, and ECE over 15 bins of confidence, of log-probabilities [N, K]."""
+    confidence, prediction = log_p.exp().max(1)
+    right = (prediction == label).double()
+    bins = (confidence * 15).long().clamp(max=14)
+    gaps = torch.zeros(15, dtype=torch.float64).index_add(0, bins, confidence.double() - right)
+    nll = F.nll_loss(log_p, label).item()
+    return [round(right.mean().item(), 5), round(nll, 5), round(gaps.abs().sum().item() / len(label), 5)]
+
+
+class Judge:
+    """Scores a CRF, or the network if it is None, on a set."""
+
+    def __init__(self, images, labels, logits):
+        self.images, self.labels, self.logits = images, labels, logits
+
+    @torch.no_grad()
+    def log_p(self, crf: DenseCRF | None, name: str) -> tuple[Tensor, Tensor]:
+        z, x, y = self.logits[name], self.images[name], self.labels[name]
+        log_p = (
+            z.log_softmax(1) if crf is None else torch.cat([crf(a[None], b[None]) for a, b in zip(z, x, strict=True)])
+        )
+        known = y.flatten() != VOID
+        return log_p.movedim(1, -1).flatten(0, 2)[known], y.flatten()[known]
+
+    def __call__(self, crf: DenseCRF | None) -> list[float]:
+        """Accuracy, NLL and ECE on the test images, and NLL with a temperature fitted on "held"."""
+        temperature = fit_temperature(*self.log_p(crf, "held"))
+        log_p, label = self.log_p(crf, "test")
+        calibrated = F.nll_loss((log_p / temperature).log_softmax(1), label).item()
+        return [*quality(log_p, label), round(calibrated, 5), round(temperature, 3)]
+
+
+def new_crf(classes: int) -> DenseCRF:
+    return DenseCRF(classes, **SETTINGS["crf"], iterations=SETTINGS["iterations"], filtering="exact")
+
+
+def learn(way: dict, seed: int, judge: Judge) -> dict:
+    """Train once. Rows of "curve": step, accuracy, NLL, ECE, calibrated NLL, temperature, and then the parameters: w
+    spatial, w bilateral, theta alpha, beta, gamma, mean of mu off its diagonal less that on it.
+    """
+    images, labels, logits, on = judge.images, judge.labels, judge.logits, way["on"]
+    crf = new_crf(logits["fit"].shape[1])
+    crf.compatibility.requires_grad_(way.get("compatibility", True))
+    optimizer = torch.optim.Adam([p for p in crf.parameters() if p.requires_grad], lr=SETTINGS["rate"])
+    generator = torch.Generator().manual_seed(seed)
+    curve = []
+    for step in range(SETTINGS["steps"] + 1):
+        if step % SETTINGS["every"] == 0:
+            thetas = (crf.log_theta_alpha, crf.log_theta_beta, crf.log_theta_gamma)
+            mu = crf.compatibility.detach()
+            strength = (mu - mu.diag()[None]).sum().item() / (len(mu) ** 2 - len(mu))
+            parameters = [*crf.log_w.exp().tolist(), *(t.exp().item() for t in thetas), strength]
+            curve.append([step, *judge(crf), *(round(p, 3) for p in parameters)])
+        chosen = torch.randperm(len(images[on]), generator=generator)[: SETTINGS["batch"]]
+        z, x, y = logits[on][chosen], images[on][chosen], labels[on][chosen]
+        if way.get("loss") == "piecewise":
+            loss = structured(z, y, x, crf, pairs=SETTINGS["pairs"], generator=generator)
+        else:
+            loss = F.nll_loss(crf(z, x), y, ignore_index=VOID)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return {"curve": curve, "fit": quality(*judge.log_p(crf, "fit")), "held": quality(*judge.log_p(crf, "held"))}
+
+
+def table(runs: dict[str, dict]) -> str:
+    """Markdown: test scores after 25, 100, 200 and 400 steps, and the parameters at the end."""
+    runs, lines = (
+        content,
+        [f"| learned on | orders | steps | {' | '.join(COLUMNS)} | w bilateral x mu | w spatial x mu |"],
+    )
+    lines.append("|---|--:|--:|" + "--:|" * len(head))
+    for name in ("network", "default CRF"):
+        row = [0, *runs[name]["test"]] if name in runs else None
+        if row:
+            values = [f"{factor * row[i]:.{digits}f}" for i, factor, digits in COLUMNS.values()]
+            lines.append(f"| {name} | | | {' | '.join(values)} | | |")
+    for way in WAYS:
+        mine = [run for run in runs.values() if run.get("way") == way]
+        for step in (25, 100, 200, SETTINGS["steps"]) if mine else ():
+            rows = [next(row for row in run["curve"] if row[0] == step) for run in mine]
+            values = [cell([f * row[i] for row in rows], digits=d) for i, f, d in COLUMNS.values()]
+            values += [cell([row[i] * row[11] for row in rows], digits=2) for i in (7, 6)]
+            lines.append(f"| {way} | {len(mine)} | {step} | {' | '.join(values)} |")
+    lines += ["", "| difference by order, last step | " + " | ".join(COLUMNS) + " |", "|---|" + "--:|" * len(COLUMNS)]
+    for way, other in (("fit, full matrix", "held, full matrix"), ("held, Potts", "held, full matrix")):
+        pairs = [
+            (runs[f"{way}, order {s}"]["curve"][-1], runs[f"{other}, order {s}"]["curve"][-1])
+            for s in range(1, 100)
+            if f"{way}, order {s}" in runs and f"{other}, order {s}" in runs
+        ]
+        if pairs:
+            values = [cell([f * (a[i] - b[i]) for a, b in pairs], sign=True, digits=d) for i, f, d in COLUMNS.values()]
+            lines.append(f"| {way} minus {other} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 9)), help="orders of the batches")
+    parser.add_argument("--out", type=Path, default=HERE / "result.json")
+    parser.add_argument("--table", action="store_true", help="print the stored result's tables and stop")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    study = Study(given.out, SETTINGS)
+    if not given.table:
+        judge = Judge(*prepare())
+        for name, crf in (("network", None), ("default CRF", new_crf(judge.logits["fit"].shape[1]))):
+            if name not in study.runs:
+                sets = {split: quality(*judge.log_p(crf, split)) for split in ("fit", "held")}
+                study.add(name, {**sets, "test": judge(crf)}, command=command())
+        for seed in given.seeds:
+            for way, options in WAYS.items():
+                key = f"{way}, order {seed}"
+                if key not in study.runs:
+                    start = time.process_time()
+                    row = {"way": way, "seed": seed, **learn(options, seed, judge)}
+                    row["minutes"] = round((time.process_time() - start) / 60, 2)
+                    study.add(key, row, command=command())
+                    print(key, row["curve"][-1], row["minutes"], "minutes", flush=True)
+    print(table(study.runs))
+
+
+if __name__ == "__main__":
+    main()
