@@ -100,7 +100,8 @@ def test_faulty_class_lists(text, message, tmp_path):
 
 def test_mappings_of_values():
     assert parse_values("0=0,255=1, 128 = void") == {0: 0, 255: 1, 128: VOID}
-    for text in ("", "0", "0=", "a=1", "0=256", "0=255", "0=-1", "0=1;1=2"):
+    assert parse_values("0-2=0, 3 - 4 = void,5=1") == {0: 0, 1: 0, 2: 0, 3: VOID, 4: VOID, 5: 1}
+    for text in ("", "0", "0=", "a=1", "0=256", "0=255", "0=-1", "0=1;1=2", "4-3=0", "-3=0", "0-=1", "0-99999999999=0"):
         with pytest.raises(ValueError, match="is not a mapping"):
             parse_values(text)
     assert label_arguments("a,b", None, [(0, 0)], "none") == {
@@ -417,7 +418,7 @@ FAULTY = {
     "smoothed, 200 levels": (np.asarray(smoothed(circle(value=200))), None, "many values occur only in single pixels"),
     "downsized": (DOWNSIZED, None, "many values occur only in single pixels"),
     "JPEG": (jpeg(BINARY), None, "many values|never occur"),
-    "colours": (COLOURS[blobs(3)], None, "is a colour image; list the colours in classes.txt"),
+    "colours": (COLOURS[blobs(3)], None, r"is a colour image \(colours .*\); list them with their names in classes"),
 }  # fmt: skip
 
 
@@ -432,6 +433,16 @@ def test_labels_that_cannot_be_trained_on(kind, tmp_path):
         report.raise_errors(tmp_path)
     if len(report.errors) > 1:
         assert {place.rsplit("/", 1)[1] for place, _ in report.errors} == {"im0.png", "im1.png", "im2.png"}
+
+
+def test_smoothed_masks_can_be_mapped_by_ranges(tmp_path):
+    mask = np.asarray(smoothed(BINARY))
+    write_folder(tmp_path, [mask] * 3)
+    place, text = check_folder(tmp_path).errors[0]
+    assert "map ranges with --values 0-127=0,128-255=1" in text
+    assert "map ranges" in check_folder(tmp_path, values={0: 0, 255: 1}).errors[0][1]
+    report = check_folder(tmp_path, values=parse_values("0-127=0,128-255=1"))
+    assert not report.errors and np.array_equal(report.reader(place), mask >= 128)
 
 
 def test_the_suggested_mapping_repairs_binary_masks(tmp_path):

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import re
 import sys
 
 import numpy as np
@@ -273,7 +274,61 @@ def test_grey_masks_with_a_mapping(tmp_path):
         convert(tmp_path / "masks", tmp_path / "other")
 
 
+@pytest.mark.parametrize("with_images", [True, False])
+def test_a_folder_that_cvat_exports(with_images, tmp_path):
+    """SegmentationClass/, labelmap.txt and, if the user asks for it, JPEGImages/."""
+    colours = np.array([[0, 0, 0], [250, 50, 83]], np.uint8)
+    index = RNG.integers(0, 2, SIZE)
+    photo(tmp_path / ("cvat/JPEGImages" if with_images else "photos") / "a.jpg")
+    (tmp_path / "cvat" / "SegmentationClass").mkdir(parents=True)
+    Image.fromarray(colours[index]).save(tmp_path / "cvat" / "SegmentationClass" / "a.png")
+    (tmp_path / "cvat" / "labelmap.txt").write_text(
+        "# label:color_rgb:parts:actions\nbackground:0,0,0::\nroof:250,50,83::\n"
+    )
+    convert(tmp_path / "cvat", tmp_path / "out", images=None if with_images else tmp_path / "photos")
+    dataset = load("folder", "all", tmp_path / "out")
+    assert dataset.class_names == ("background", "roof") and np.array_equal(dataset[0][1], index)
+
+
+@pytest.mark.parametrize("name", ["a_mask", "a-mask", "a_Masks", "a.mask"])
+def test_names_of_masks(name, tmp_path):
+    photo(tmp_path / "photos" / "a.jpg")
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(RNG.choice([0, 1], SIZE).astype(np.uint8)).save(tmp_path / "masks" / f"{name}.png")
+    convert(tmp_path / "masks", tmp_path / "out", images=tmp_path / "photos")
+    assert (tmp_path / "out" / "labels" / "a.png").is_file()
+
+
 # -------------------------------------------------------------------------------------------------------------- faults
+
+
+RAMP = np.linspace(0, 255, SIZE[1]).astype(np.uint8)
+RAMP = np.where(np.abs(np.arange(SIZE[1]) - 30) < 4, RAMP, 255 * (np.arange(SIZE[1]) > 30))  # a smoothed edge
+MASKS = {
+    # what the masks are: (a mask, further arguments, the error)
+    "0 and 255": (RNG.choice([0, 255], SIZE), [], "only class 0 occurs.*--values 0=0,255=1"),
+    "0 and 255 with names": (
+        RNG.choice([0, 255], SIZE),
+        ["--classes", "a,b"],
+        "only class 0 occurs.*--values 0=0,255=1",
+    ),
+    "0, 7, 200": (RNG.choice([0, 7, 200], SIZE), [], "198 of 201 classes never occur.*--values 0=0,7=1,200=2"),
+    "0 and 128 with names": (RNG.choice([0, 128], SIZE), ["--classes", "a,b"], "only class 0 occurs.*0=0,128=1"),
+    "smoothed": (np.tile(RAMP, (SIZE[0], 1)), ["--values", "0=0,255=1"], "the label has the values .*; --values"),
+    "transparent": (np.dstack([np.full((*SIZE, 3), 255), RNG.choice([0, 255], SIZE)]), [], "partly transparent"),
+    "colours": (np.array([[0, 0, 0], [9, 8, 7]])[RNG.choice([0, 1], SIZE)], [], "colours .*9 8 7.*list them"),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks_that_need_an_option(kind, tmp_path, capsys):
+    mask, options, message = MASKS[kind]
+    photo(tmp_path / "photos" / "a.jpg")
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(mask.astype(np.uint8)).save(tmp_path / "masks" / "a.png")
+    command = ["convert", tmp_path / "masks", "--images", tmp_path / "photos", "--out", tmp_path / "out", *options]
+    assert main(list(map(str, command))) == 2 and not (tmp_path / "out").exists()
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_faulty_sources(tmp_path, capsys):
@@ -285,6 +340,8 @@ def test_faulty_sources(tmp_path, capsys):
     fails("no such file or folder", tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     fails("is neither COCO JSON, nor a folder of LabelMe JSON", tmp_path / "empty")
+    photo(tmp_path / "jpeg" / "a.jpg")
+    fails("JPEG changes the values of masks", tmp_path / "jpeg")
     (tmp_path / "broken.json").write_text("{")
     fails("is not JSON", tmp_path / "broken.json")
     labelme(tmp_path / "in" / "a.json", [shape("x", HOUSE)], "a.jpg")

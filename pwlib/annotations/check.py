@@ -142,18 +142,7 @@ def check_folder(
 
 def _check_pair(image: Path, label: Path, reader: LabelReader, report: Report, split: str, decode: bool):
     """Check an image and its label; return the classes [H, W] and the set of values in the file."""
-    values = read_label_values(label, colours=reader.palette is not None)
-    if values.ndim == 2 and reader.values is None and _looks_blended(values):
-        raise ValueError(
-            f"{label}: many values occur only in single pixels between other values, as anti-aliasing makes them; "
-            "export the mask without smoothing"
-        )
-    try:
-        classes = reader.classes(values, label)
-    except ValueError as error:
-        blended = values.ndim == 3 and _looks_blended(values[..., :3].astype(np.int64) @ (65536, 256, 1))
-        remedy = "; export the mask without smoothing (anti-aliasing)" if blended else ""
-        raise ValueError(f"{error}{remedy}") from None
+    values, classes = read_classes_of(label, reader)
     size = image_size(image)
     if classes.shape != size:
         raw = "; it is rotated as the stored pixels of the photo, whose EXIF tag the label must follow"
@@ -170,27 +159,48 @@ def _check_pair(image: Path, label: Path, reader: LabelReader, report: Report, s
     return classes, set(np.flatnonzero(np.bincount(values.ravel())).tolist()) if values.ndim == 2 else set()
 
 
+def read_classes_of(label: Path, reader: LabelReader) -> tuple[np.ndarray, np.ndarray]:
+    """The stored values of a label file, and its classes uint8 [H, W]; ValueError if its borders are smoothed."""
+    values = read_label_values(label, colours=reader.palette is not None)
+    if values.ndim == 2 and reader.values is None and _looks_blended(values):
+        binary = {*np.argsort(np.bincount(values.ravel()))[-2:].tolist()} == {0, 255}
+        raise ValueError(
+            f"{label}: many values occur only in single pixels between other values, as anti-aliasing makes them; "
+            f"export the mask without smoothing{', or map ranges with --values 0-127=0,128-255=1' if binary else ''}"
+        )
+    try:
+        return values, reader.classes(values, label)
+    except ValueError as error:
+        numbers = values if values.ndim == 2 else values[..., :3].astype(np.int64) @ (65536, 256, 1)
+        remedy = "; export the mask without smoothing (anti-aliasing)" if _looks_blended(numbers) else ""
+        if remedy and values.ndim == 2:
+            remedy += ", or map ranges of values, like 0-127=0,128-255=1"
+        raise ValueError(f"{error}{remedy}") from None
+
+
 def _check_classes(report: Report, occurring: list[int], stored: set[int], named: bool, first: str) -> None:
     """Add the problems that concern the whole data set: classes that never occur, and masks that look binary."""
     count = len(report.class_names)
     if report.errors:
         return
-    if len(occurring) < 2:
-        what = f"only class {occurring[0]} occurs" if occurring else "no class occurs"
-        report.errors.append(("labels", f"{what}, so there is nothing to learn; {_hint(stored)}"))
-    elif not named and len(occurring) < count / 2:
-        report.errors.append(
-            (
-                "labels",
-                f"{count - len(occurring)} of {count} classes never occur; {_hint(stored)} or list them in classes.txt",
-            )
-        )
+    if (text := classes_error(occurring, count, stored, named=named)) is not None:
+        report.errors.append(("labels", text))
     for k, name in enumerate(() if report.errors else report.class_names):
         splits = [split for split, images in report.images.items() if images[k]]
         if not splits:
             report.warnings.append(("labels", f"{name} (class {k}) never occurs"))
         elif first not in splits:
             report.warnings.append(("labels", f"{name} (class {k}) occurs in {splits[0]} but not in {first}"))
+
+
+def classes_error(occurring: Sequence[int], count: int, stored: set[int], *, named: bool) -> str | None:
+    """What is wrong if of `count` classes only these occur, in files with the values `stored`; None: nothing."""
+    if len(occurring) < 2:
+        what = f"only class {occurring[0]} occurs" if occurring else "no class occurs"
+        return f"{what}, so there is nothing to learn; {_hint(stored)}"
+    if not named and len(occurring) < count / 2:
+        return f"{count - len(occurring)} of {count} classes never occur; {_hint(stored)} or list them in classes.txt"
+    return None
 
 
 def _hint(stored: set[int]) -> str:

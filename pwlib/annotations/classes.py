@@ -82,15 +82,19 @@ def parse_classes(text: str) -> tuple[tuple[str, ...], np.ndarray | None]:
 
 
 def parse_values(text: str) -> dict[int, int]:
-    """Parse `--values`, for example `0=0,255=1,128=void`: {value in the label files: class number, or 255 for void}."""
+    """Parse `--values`: {value in the label files: class number, or 255 for void}.
+
+    Single values (`0=0,255=1,128=void`) and ranges (`0-127=0,128-255=1`, for masks with smoothed borders).
+    """
     mapping = {}
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*[=:]\s*(\d+|void)\s*", part)
-        if not match or (match[2] != "void" and int(match[2]) >= VOID):
+        match = re.fullmatch(r"\s*(\d{1,5})(?:\s*-\s*(\d{1,5}))?\s*[=:]\s*(\d+|void)\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last or (match[3] != "void" and int(match[3]) >= VOID):
             raise ValueError(
                 f"{part!r} is not a mapping of a value to a class; expected, for example, 0=0,255=1,128=void"
             )
-        mapping[int(match[1])] = VOID if match[2] == "void" else int(match[2])
+        mapping |= dict.fromkeys(range(first, last + 1), VOID if match[3] == "void" else int(match[3]))
     return mapping
 
 
@@ -142,9 +146,14 @@ class LabelReader:
                 if index.ndim == 3:
                     raise
                 values = index  # a palette image with other colours: its values are classes
+        if values.ndim == 3 and values.shape[2] in (2, 4) and (values[..., :1] == values[..., :-1]).all():
+            raise ValueError(f"{path}: the label is partly transparent; export it on a black background, without alpha")
         if values.ndim == 3:
+            found, counts = np.unique(values[..., :3].reshape(-1, 3), axis=0, return_counts=True)
+            common = ", ".join("{} {} {}".format(*found[k]) for k in np.argsort(-counts)[:5])
             raise ValueError(
-                f"{path}: the label is a colour image; list the colours in classes.txt (name r g b) or with --palette"
+                f"{path}: the label is a colour image (colours {common}{', ...' if len(found) > 5 else ''}); list them "
+                "with their names in classes.txt or a file for --palette, in lines like: cat 255 0 0"
             )
         largest = int(values.max(initial=0))
         mapping = {} if self.void is None else {self.void: VOID}

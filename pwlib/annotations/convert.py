@@ -11,6 +11,7 @@ import base64
 import io
 import json
 import math
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pwlib.annotations.check import FLIPS, image_orientation
+from pwlib.annotations.check import FLIPS, classes_error, image_orientation, read_classes_of
 from pwlib.annotations.classes import LabelReader, parse_classes, parse_values, read_text
 from pwlib.data.files import list_files
 from pwlib.data.images import IMAGE_SUFFIXES, LABEL_SUFFIXES, VOID, image_size
@@ -80,8 +81,9 @@ def convert(
     """Write `out/images`, `out/labels` (or below `out/<split>`) and `out/classes.txt`.
 
     Args:
-        source: a COCO file, a folder of LabelMe files, or a folder of masks.
-        images: folder of the images; None: the places that the annotations name. Masks need it.
+        source: a COCO file, a folder of LabelMe files, a folder of masks (with the names of their images; "-mask" or
+            "_mask" may follow), or a folder in VOC's layout, as CVAT exports "segmentation masks".
+        images: folder of the images; None: the places that the annotations name. A folder of masks needs it.
         classes: class names, separated by commas or in a file (see `read_classes`); None: those in the annotations, by
             COCO's ids or in alphabetical order.
         palette, values, void: the meaning of masks, see `LabelReader`; palette: a file with lines `name r g b`.
@@ -96,6 +98,9 @@ def convert(
             raise FileExistsError(f"{base / part} is not empty; choose another --out or --split")
     kind, content = _open_source(source)
     summary = Summary()
+    if kind == "voc":
+        images, palette = images or source / "JPEGImages", palette or str(source / "labelmap.txt")
+        kind, content = _open_source(source / "SegmentationClass")
     if kind == "masks":
         return _convert_masks(content, base, Path(out), images, classes, palette, values, void, summary)
     reader = {"coco": _read_coco, "labelme": _read_labelme}[kind]
@@ -133,6 +138,8 @@ def _open_source(source: Path) -> tuple[str, Any]:
     """The kind of a source, and its content: a COCO dictionary, {path: LabelMe dictionary}, or a list of masks."""
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder; expected COCO JSON, LabelMe JSON or masks")
+    if (source / "SegmentationClass").is_dir() and (source / "labelmap.txt").is_file():
+        return "voc", None
     paths = list_files(source, (".json",)) if source.is_dir() else [source]
     contents = {path: _read_json(path) for path in paths}
     coco = [path for path, content in contents.items() if {"images", "annotations", "categories"} <= content.keys()]
@@ -144,7 +151,9 @@ def _open_source(source: Path) -> tuple[str, Any]:
         return "labelme", labelme
     if source.is_dir() and not paths and (masks := list_files(source, LABEL_SUFFIXES)):
         return "masks", masks
-    raise ValueError(f"{source} is neither COCO JSON, nor a folder of LabelMe JSON, nor a folder of masks")
+    jpeg = source.is_dir() and list_files(source, (".jpg", ".jpeg"))
+    remedy = "; JPEG changes the values of masks, which must be PNG" if jpeg else ""
+    raise ValueError(f"{source} is neither COCO JSON, nor a folder of LabelMe JSON, nor a folder of masks{remedy}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -279,16 +288,34 @@ def _convert_masks(
     names, colours = parse_classes(palette or classes) if palette or classes else (None, None)
     names = parse_classes(classes)[0] if classes and palette else names
     reader = LabelReader(colours, values, void)
+    if not Path(images).is_dir():
+        raise FileNotFoundError(f"{images} is not a folder; expected the images of the masks there (--images)")
     stems = {path.stem: path for path in list_files(images, IMAGE_SUFFIXES)}
+    if colours is None and values is None:
+        _check_values(masks, reader, names)
     for path in masks:
         try:
-            if path.stem not in stems:
-                raise FileNotFoundError(f"{path}: no image of this name in {images}")
-            _write_pair(stems[path.stem], reader(path).numpy(), base, summary)
+            image = stems.get(path.stem) or stems.get(re.sub(r"[-_. ]masks?$", "", path.stem, flags=re.IGNORECASE))
+            if image is None:
+                raise FileNotFoundError(f"{path}: no image {path.stem}.* in {images}; expected the same name")
+            _write_pair(image, read_classes_of(path, reader)[1], base, summary)
         except (ValueError, FileNotFoundError) as error:
             summary.failed.append(str(error))
     largest = max((k for k in summary.pixels if k != VOID), default=0)
     return _finish(out, names or [f"class {k}" for k in range(largest + 1)], colours, summary)
+
+
+def _check_values(masks: Sequence[Path], reader: LabelReader, names: Sequence[str] | None) -> None:
+    """ValueError with a suggestion for --values if the values of the masks are not the numbers of classes."""
+    stored, occurring = set(), set()
+    for path in masks:
+        values, classes = read_classes_of(path, reader)
+        stored |= set(np.unique(values).tolist())
+        occurring |= set(np.unique(classes).tolist()) - {VOID}
+    count = len(names) if names else max(occurring, default=0) + 1
+    error = classes_error(sorted(occurring & {*range(count)}), count, stored, named=bool(names))
+    if error is not None:
+        raise ValueError(f"masks: {error}")
 
 
 def _write_pair(image: Path, label: np.ndarray, base: Path, summary: Summary) -> None:
@@ -332,7 +359,9 @@ def _finish(out: Path, names: Sequence[str], colours: np.ndarray | None, summary
 EXAMPLES = """examples:
   python -m pwlib convert photos/ --out my_images                 LabelMe: photos/*.jpg with photos/*.json
   python -m pwlib convert instances.json --images photos --out my_images
-  python -m pwlib convert masks/ --images photos --palette labelmap.txt --out my_images
+  python -m pwlib convert cvat_export/ --out my_images            CVAT's "segmentation mask"; --images if without images
+  python -m pwlib convert masks/ --images photos --palette colours.txt --out my_images
+  python -m pwlib convert masks/ --images photos --values 0=0,255=1 --classes background,cat --out my_images
 
 """
 
@@ -340,14 +369,14 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the arguments of `python -m pwlib convert`."""
     parser.epilog = EXAMPLES + parser.epilog.strip()
-    parser.add_argument("source", metavar="SOURCE", help="COCO file, folder of LabelMe files, or folder of masks")
+    parser.add_argument("source", metavar="SOURCE", help="COCO file; folder of LabelMe files, of masks, or from CVAT")
     parser.add_argument("--out", metavar="ROOT", required=True, help="data set to write: ROOT/images, ROOT/labels")
     parser.add_argument("--images", metavar="DIR", help="folder of the images (default: as the annotations say)")
     parser.add_argument("--split", metavar="NAME", help="write ROOT/NAME/images and ROOT/NAME/labels instead")
     parser.add_argument("--rest", default=BACKGROUND, metavar="NAME|void", help="class of pixels without annotation")
     parser.add_argument("--classes", metavar="A,B,C|FILE", help="class names, in the order of their numbers")
     parser.add_argument("--palette", metavar="FILE", help="lines `name r g b`: colours of colour masks")
-    parser.add_argument("--values", metavar="V=K,...", help="values of grey masks: 0=0,255=1,9=void")
+    parser.add_argument("--values", metavar="V=K,...", help="values of grey masks: 0=0,255=1,9=void; 0-127=0,128-255=1")
     parser.add_argument("--void", metavar="V|none", help="value of grey masks that is void (default: 255)")
 
 
