@@ -164,10 +164,8 @@ def learn(way: dict, seed: int, judge: Judge) -> dict:
 
 def table(runs: dict[str, dict]) -> str:
     """Markdown: test scores after 25, 100, 200 and 400 steps, and the parameters at the end."""
-    runs, lines = (
-        content,
-        [f"| learned on | orders | steps | {' | '.join(COLUMNS)} | w bilateral x mu | w spatial x mu |"],
-    )
+    head = (*COLUMNS, "w bilateral x mu", "w spatial x mu")
+    lines = [f"| learned on | orders | steps | {' | '.join(head)} |"]
     lines.append("|---|--:|--:|" + "--:|" * len(head))
     for name in ("network", "default CRF"):
         row = [0, *runs[name]["test"]] if name in runs else None
