@@ -6,6 +6,7 @@ import fcntl
 import json
 import math
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -66,6 +67,14 @@ def command() -> str:
     """The command line, as a reader would type it in the repository's root."""
     root = Path(__file__).parents[1]
     return " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(root)), *sys.argv[1:]])
+
+
+def settings_searched(default: dict[str, float], ranges: dict[str, list[float]], count: int) -> list[dict[str, float]]:
+    """`count` settings of a CRF: the default one, and others drawn uniformly in the logarithm of each parameter."""
+    draw, found = random.Random(0), [default]
+    while len(found) < count:
+        found.append({k: round(math.exp(draw.uniform(math.log(a), math.log(b))), 3) for k, (a, b) in ranges.items()})
+    return found
 
 
 def mean_and_half(values: list[float]) -> tuple[float, float]:

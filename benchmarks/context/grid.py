@@ -27,8 +27,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
-import random
 import sys
 import time
 from pathlib import Path
@@ -38,7 +36,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from study import Study, cell, command
+from study import Study, cell, command, settings_searched
 
 from pwlib.context import ContextualCRF
 from pwlib.crf import DenseCRF
@@ -176,15 +174,6 @@ class Scored:
         return row | {"look_alikes": round(100 * sum(ious) / len(ious), 2)}
 
 
-def settings_searched() -> list[dict[str, float]]:
-    """The default parameters, and others drawn uniformly in the logarithm of each parameter."""
-    draw, found = random.Random(0), [SETTINGS["crf"]]
-    while len(found) < SETTINGS["settings_searched"]:
-        ranges = SETTINGS["searched"].items()
-        found.append({k: round(math.exp(draw.uniform(math.log(a), math.log(b))), 3) for k, (a, b) in ranges})
-    return found
-
-
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
@@ -254,7 +243,8 @@ def score_all(model: PiecewiseTrainedModel, seed: int, counts: Tensor, held, val
         if model.context:
             found[f"sweep, {dense}"] = {str(w): [v["miou"], t["miou"]] for w, (v, t) in by_weight.items()}
     on_val, on_test = logits[found["default"].get("weight")]
-    crfs = [(DenseCRF(model.num_classes, filtering="lattice", **some), some) for some in settings_searched()]
+    searched = settings_searched(SETTINGS["crf"], SETTINGS["searched"], SETTINGS["settings_searched"])
+    crfs = [(DenseCRF(model.num_classes, filtering="lattice", **some), some) for some in searched]
     crf, some = max(crfs, key=lambda one: val.score(on_val, one[0])["miou"])
     found["searched"] = test.score(on_test, crf) | {"parameters": some}
     if model.context:
