@@ -237,6 +237,11 @@ def test_sources_that_do_not_fit_are_refused(sources, sentence):
         explore(*sources(*make_problem()))
 
 
+def test_a_truth_of_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"truth has shape \[6, 4\]; expected \[6, 5\]"):
+        explore(*make_problem(), truth=torch.zeros(6, 4, dtype=torch.int64))
+
+
 def test_settings_have_their_names():
     explorer = explore(*make_problem())
     with pytest.raises(ValueError, match="settings differ in theta; change values, not names"):

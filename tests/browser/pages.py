@@ -17,6 +17,7 @@ def drawn(page) -> None:
     """Wait until the explorer is there and has drawn its last change."""
     page.wait_for_selector(".explorer canvas[aria-label]")
     page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    page.wait_for_selector(".explorer[data-drawn=true]")
 
 
 def numbers(text: str) -> float:
@@ -24,10 +25,10 @@ def numbers(text: str) -> float:
 
 
 def table(page) -> np.ndarray:
-    """[K, columns] as the reader sees it; a dash is nan."""
+    """[K, columns] as the reader sees it, but for the last one, the numbers of pixels; a dash is nan."""
     drawn(page)
     rows = page.locator(".explorer tbody tr").evaluate_all(
-        "rows => rows.map(row => [...row.querySelectorAll('td')].map(cell => cell.textContent))"
+        "rows => rows.map(row => [...row.querySelectorAll('td:not(:last-child)')].map(cell => cell.textContent))"
     )
     return np.array([[math.nan if cell == "–" else numbers(cell) for cell in row] for row in rows])
 

@@ -264,7 +264,7 @@ def test_a_contextual_trace_shows_what_each_relation_says(still):
     trace = crf.trace(2 * torch.randn(4, 9, 12), torch.randn(3, 9, 12), image)
     page = still(trace, class_names=NAMES, iteration=0, label=1, pixel=(5, 7))
     headings = page.locator(".explorer thead th").all_inner_texts()
-    assert headings == ["class", "unary ψ", "surrounding msg", "above_below msg", "pairwise", "ψ + pw.", "q"]
+    assert headings == ["class", "unary ψ", "surrounding msg", "above_below msg", "pairwise", "ψ + pw.", "q", "pixels"]
     for t in range(4):
         np.testing.assert_allclose(table(page), expected(trace, t, 5, 7), **CLOSE)
         if t < 3:

@@ -19,6 +19,7 @@ from pwlib.data import VOID  # noqa: E402
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 NAMES = ["sky", "sea", "land", "tree"]
+PENS = np.array([[255, 0, 255], [0, 255, 255], [255, 255, 0], [1, 2, 3]], np.uint8)
 LOOSE = {"rtol": 3e-3, "atol": 3e-3}  # digits on the page, and single precision in Python
 
 
@@ -160,6 +161,54 @@ def test_the_last_setting_wins(live):
     np.testing.assert_allclose(table(page), expected(trace, 6, 5, 7), **LOOSE)
 
 
+def counts(page) -> list[str]:
+    drawn(page)
+    return page.locator(".explorer tbody tr td:last-child").all_inner_texts()
+
+
+def test_pixels_of_each_label_are_counted_and_wrong_ones_shown(live):
+    image, logits, crf = problem()
+    truth = problem()[1].argmax(0)
+    truth[:, :5], truth[3:9, 10:20] = VOID, 2
+    page = live(image, logits, crf, truth=truth, palette=PENS, iteration=3)
+    labels = crf.trace(logits, image, iterations=6).labels[3]
+    assert counts(page) == [str(int((labels == k).sum())) for k in range(4)]
+    wrong = (labels != truth) & (truth != VOID)
+    shown = np.where(wrong[..., None], PENS[truth.clamp(max=3)], 0)
+    np.testing.assert_array_equal(colours(page, "wrong"), shown)
+    assert page.locator(".wrong .legend").inner_text() == f"{int(wrong.sum())} of {24 * 27} pixels"
+
+
+def test_a_rescaled_range_of_colours_is_marked(live):
+    page = live(*problem(), pixel=(5, 7))
+    pairwise = page.locator(".panel.pairwise .legend")
+    first = pairwise.inner_text().split()
+    assert page.locator(".legend.moved").count() == 0
+    move(page, "w_bilateral", 160)
+    expect(page.locator(".panel.pairwise .legend.moved")).to_be_visible()
+    assert pairwise.get_attribute("title").endswith(f"they covered {first[0]} to {first[-1]}.")
+    page.get_by_role("button", name="Reset the settings").click()
+    computed(page)
+    assert page.locator(".legend.moved").count() == 0
+
+
+def test_nothing_is_announced_before_the_reader_acts(live):
+    page = live(*problem())
+    page.wait_for_timeout(500)  # announcements wait for 0.3 s
+    live_region = page.locator(".explorer [aria-live=polite]")
+    assert live_region.inner_text() == ""
+    page.locator("button.back").click()
+    expect(live_region).to_contain_text("Iteration 5 of 6.")
+
+
+def test_the_wrong_sign_is_visible_from_the_first_iteration_on(live):
+    page = live(*problem(compatibility=torch.eye(4)), iteration=0)
+    assert page.locator(".warning").count() == 0
+    for _ in range(3):
+        page.locator("button.step").click()
+        expect(page.locator(".warning").filter(has_text="the labels oscillate")).to_be_visible()
+
+
 # Painting.
 
 
@@ -175,9 +224,6 @@ def on_image(page, explorer_palette, height, width):
     for k, colour in enumerate(explorer_palette):
         labels[torch.from_numpy((shown == colour).all(-1))] = k
     return labels
-
-
-PENS = np.array([[255, 0, 255], [0, 255, 255], [255, 255, 0], [1, 2, 3]], np.uint8)
 
 
 def test_strokes_change_the_unary_and_spread(live):
@@ -367,6 +413,21 @@ def test_two_settings_beside_each_other(live):
     np.testing.assert_allclose(table(page)[:, :3], expected(right, 6, 5, 7)[:, [0, 3, 5]], **CLOSE)
 
 
+def test_a_pair_shows_its_senders_in_place_of_its_messages(live):
+    image, logits, crf = problem()
+    stored = problem(w_bilateral=0.5)[2].trace(logits, image, iterations=6)
+    page = live((image, logits, crf), stored, iteration=4, label=2, pixel=(5, 7))
+    page.get_by_role("button", name="senders: weight × q").click()
+    drawn(page)
+    for trace, end in ((crf.trace(logits, image, iterations=6), ""), (stored, "-b")):
+        for m in range(2):
+            total = numbers(page.locator(f".message{m}{end} .sum").inner_text().removeprefix("Σ "))
+            assert total == pytest.approx(trace.messages[3, m, 2, 5, 7].item(), abs=3e-3)
+    page.get_by_role("button", name="messages").click()
+    drawn(page)
+    assert page.locator(".sum").count() == 0
+
+
 # Speed. On a busy machine a measurement is repeated; the bound stays.
 
 WATCH = """
@@ -485,6 +546,15 @@ def test_light_and_dark_follow_the_page(live, mark):
     for theme in ("dark", "light"):
         page.evaluate(mark.format(theme))
         expect(frame).to_have_attribute("data-theme", theme)
+
+
+def test_a_light_theme_of_high_contrast_is_light(live):
+    """VS Code gives it the class of the dark one, too."""
+    page = live(*problem())
+    page.evaluate("document.body.className = 'vscode-high-contrast'")
+    expect(page.locator(".frame")).to_have_attribute("data-theme", "dark")
+    page.evaluate("document.body.className = 'vscode-high-contrast-light vscode-high-contrast'")
+    expect(page.locator(".frame")).to_have_attribute("data-theme", "light")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

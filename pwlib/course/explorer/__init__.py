@@ -55,8 +55,8 @@ class Explorer(anywidget.AnyWidget):
     """The widget `explore` returns.
 
     Traits, in step with the page and open to `observe`: `iteration` 0..T (0: the unary alone), `label` 0..K-1, `pixel`
-    (row, column), `senders` "mass" or "weights", `settings` (of a pair's second: `settings_b`), `strokes` as runs
-    [label, first pixel, pixels]. A value out of range raises ValueError.
+    (row, column), `senders` "mass", "weights" or (of a pair) "none", `settings` (of a pair's second: `settings_b`),
+    `strokes` as runs [label, first pixel, pixels]. A value out of range raises ValueError.
 
     To go on in Python from what is on show: `image`, `logits`, `crf` (or `coupling`), `painted`, and `trace()`.
     """
@@ -67,7 +67,7 @@ class Explorer(anywidget.AnyWidget):
     iteration = traitlets.Int(0).tag(sync=True)
     label = traitlets.Int(0).tag(sync=True)
     pixel = traitlets.Tuple(traitlets.Int(), traitlets.Int(), default_value=(0, 0)).tag(sync=True)
-    senders = traitlets.Enum(["mass", "weights"], default_value="mass").tag(sync=True)
+    senders = traitlets.Enum(["mass", "weights", "none"], default_value="mass").tag(sync=True)
     settings = traitlets.Dict().tag(sync=True)
     settings_b = traitlets.Dict().tag(sync=True)
     strokes = traitlets.List().tag(sync=True)
@@ -217,12 +217,13 @@ def explore(
     class_names: Sequence[str] | None = None,
     palette: np.ndarray | None = None,
     strokes: Tensor | None = None,
+    truth: Tensor | None = None,
     titles: Sequence[str] = ("A", "B"),
     iterations: int | None = None,
     iteration: int | None = None,
     label: int | None = None,
     pixel: tuple[int, int] | None = None,
-    senders: str = "mass",
+    senders: str | None = None,
 ) -> Explorer:
     """An explorer of one image's mean field, or of two side by side.
 
@@ -236,26 +237,28 @@ def explore(
         palette: uint8 [K, 3] or, with a last row for void, [K + 1, 3]; default: a colour-blind-safe one.
         strokes: int64 [H, W], labels painted on the image to begin with, 255 where there is none. They replace the
             unary there, as `probabilities_from_labels` does.
+        truth: int64 [H, W], the true labels, 255 where unknown. A picture shows the wrong pixels (not of a pair).
         titles: what the two of a comparison are called.
         iterations: of mean field in the browser; default: the CRF's (10 on a graph).
         iteration: to begin with; 0 is the unary alone, t what the t-th update made of it. Default: the last, or 1 of a
             stored trace.
         label: the class to begin with; default: the one whose marginals mean field changes most.
         pixel: (row, column) to begin with; default: the pixel whose marginals change most.
-        senders: "mass", a pixel's weight times its marginal, or "weights" alone.
+        senders: "mass", a pixel's weight times its marginal, or "weights" alone. A pair shows either in place of its
+            messages, or the messages with "none". Default: "none" of a pair, else "mass".
     """
     if len(sources) == 3 and isinstance(sources[0], Tensor):
         sources = (sources,)
     if len(sources) not in (1, 2):
         raise ValueError(f"explore got {len(sources)} sources; expected image, logits, crf, or one or two traces")
     sources = tuple(s.sources[0] if isinstance(s, Explorer) else s for s in sources)
-    if len(sources) == 2:  # a pair has no panels of senders
-        sources = tuple(replace(s, features=(), sums=None) if isinstance(s, Trace) else s for s in sources)
     packed = [_pack(source, iterations, class_names, palette, strokes) for source in sources]
     panes, data, traces = [p[0] for p in packed], b"".join(p[1] for p in packed), [p[2] for p in packed]
     if any(p["size"] != panes[0]["size"] or len(p["classes"]) != len(panes[0]["classes"]) for p in panes):
         shapes = " and ".join(f"{p['size']} with {len(p['classes'])} labels" for p in panes)
         raise ValueError(f"the two sources differ in size or labels: {shapes}; expected the same")
+    if truth is not None and list(truth.shape) != panes[0]["size"]:
+        raise ValueError(f"truth has shape {list(truth.shape)}; expected {panes[0]['size']}")
     start = 0
     for pane, title in zip(panes, titles, strict=False):
         pane |= {"bytes": [start, pane["bytes"][1]], "title": str(title)}
@@ -264,8 +267,9 @@ def explore(
         warnings.warn(f"this explorer holds {len(data) / 1e6:.0f} MB; a smaller image is easier to keep", stacklevel=2)
     settings = [pane.get("settings", {}) for pane in panes]
     change = (traces[-1][-1] - traces[0][0]).abs()
+    meta = {"panes": panes, "truth": None if truth is None else runs(truth)}
     explorer = Explorer(
-        meta={"panes": panes}, data=data, settings=settings[0], settings_b=settings[1] if len(settings) > 1 else {},
+        meta=meta, data=data, settings=settings[0], settings_b=settings[1] if len(settings) > 1 else {},
         strokes=[] if strokes is None else runs(strokes), sources=sources,
     )  # fmt: skip
     last = max(s.get("iterations", p.get("iterations")) for s, p in zip(settings, panes, strict=True))
@@ -274,7 +278,7 @@ def explore(
     explorer.iteration = iteration
     explorer.label = int(change.sum((1, 2)).argmax()) if label is None else label
     explorer.pixel = divmod(int(change.sum(0).argmax()), change.shape[-1]) if pixel is None else tuple(pixel)
-    explorer.senders = senders
+    explorer.senders = senders or ("none" if len(panes) > 1 else "mass")
     return explorer
 
 

@@ -1,7 +1,7 @@
 // The mean-field explorer: what the reader sees and does. anywidget calls render; a page without a kernel does the same
 // with stillModel in place of the widget's model. CSS is explorer.css, which bundle.py adds.
 import { charts, numbersTable, story } from "./numbers.js";
-import { Painting, paintingPanel, toRuns } from "./painting.js";
+import { Painting, fromRuns, paintingPanel, toRuns } from "./painting.js";
 import { Pane } from "./pane.js";
 import { arrange, differencePanel, imagePanel, panelsOf } from "./panels.js";
 import { settingsPanel } from "./settings.js";
@@ -32,13 +32,17 @@ async function render({ model, el }) {
     get c() { return model.get("label"); },
     get pixel() { return model.get("pixel"); },
     get i() { const [y, x] = model.get("pixel"); return y * width + x; },
-    get mass() { return model.get("senders") === "mass"; },
+    get mass() { return model.get("senders") !== "weights"; },
+    // Of a pair: messages stand where senders may.
+    get messages() { return model.get("senders") === "none"; },
   });
   app.painting = new Painting(height, width, model.get("strokes"), (hard) => {
     panes.forEach((pane) => pane.compute(hard));
     if (hard) { ownStrokes = true; model.set("strokes", toRuns(app.painting.strokes)); ownStrokes = false; model.save_changes(); }
     schedule();
   });
+  const { truth } = model.get("meta");
+  app.truth = truth && fromRuns(truth, N);
   const panes = metas.map((each, n) => new Pane(app, n, each)), pair = panes.length > 1, letters = pair ? ["A", "B"] : [""];
   const data = model.get("data");
   await Promise.all(panes.map((pane) => pane.load(new Uint8Array(data.buffer, data.byteOffset + pane.meta.bytes[0], pane.meta.bytes[1]))));
@@ -68,13 +72,13 @@ async function render({ model, el }) {
   const classes = make("select", { "aria-label": "Class shown", onchange: () => app.choose(+classes.value) }, ...names.map((name, k) => make("option", { value: k }, name)));
   const swatch = make("span", { class: "swatch", "aria-hidden": "true" });
   const mode = (value, text) => make("button", { type: "button", "data-senders": value, onclick: () => { model.set("senders", value); model.save_changes(); } }, text);
-  const modes = !pair && panes[0].hasSenders ? [mode("mass", "weight × q"), mode("weights", "weight")] : [];
+  const modes = panes.some((pane) => pane.hasSenders) ? [...(pair ? [mode("none", "messages")] : []), mode("mass", `${pair ? "senders: " : ""}weight × q`), mode("weights", `${pair ? "senders: " : ""}weight`)] : [];
   const toolbar = make("div", { class: "toolbar", role: "toolbar", "aria-label": "Iterations and class" },
     make("span", { class: "buttons" },
       button("first", "First iteration", () => { stop(); go(0); }), button("back", "Step back", () => { stop(); go(state.t - 1); }), playButton,
       button("step", "Step forward", () => { stop(); go(state.t + 1); }), button("last", "Last iteration", () => { stop(); go(last()); })),
     slider, reading, make("label", { class: "class" }, "class ", swatch, classes));
-  const senders = modes.length ? make("span", { class: "modes", role: "group", "aria-label": "What the sender panels show" }, make("span", { class: "name" }, "senders"), ...modes) : "";
+  const senders = modes.length ? make("span", { class: "modes", role: "group", "aria-label": "What the sender panels show" }, make("span", { class: "name" }, pair ? "kernels" : "senders"), ...modes) : "";
   const status = make("div", { class: "status" });
   const live = make("div", { class: "hidden", role: "status", "aria-live": "polite" });
 
@@ -93,6 +97,10 @@ async function render({ model, el }) {
     order = senders.length || messages.length > 2 ? [...upper, ...lower] : [image, unary, q, labels, ...messages, pairwise, entropy];
   }
   const panels = order.filter((p) => p.canvas);
+  const tails = !pair && sets[0].senders.length && sets[0].messages.length > 1 ? [sets[0].pairwise, sets[0].entropy] : [];
+  // To the left of the settings these form a row of their own.
+  for (const p of tails) p.node.classList.add("tail");
+  if (pair) for (const p of [image, rest]) p.node.classList.add("start");
   app.focusable = (panel) => { for (const other of panels) other.canvas.tabIndex = other === panel ? 0 : -1; };
   app.focusable(panels[0]);
   const pictures = make("div", { class: "panels", role: "group", "aria-label": "Pictures; with one in focus, arrow keys move the marked pixel" }, ...order.map((p) => p.node ?? p));
@@ -103,13 +111,13 @@ async function render({ model, el }) {
   const painter = settable && paintingPanel(app.painting, { get settings() { return settable.settings; }, change: (c, hard) => panes.forEach((pane) => pane.settable && pane.change(c, hard)) }, names, app.colours, () => state.c, (k) => app.choose(k));
   const chart = make("div", { class: "charts" });
   const help = make("div", { class: "help" },
-    make("p", {}, "Left and right: step. Space: play or pause. Home, End: first and last iteration. On a picture the arrows move the marked pixel (with Shift by 8), Page Up and Page Down step, Enter holds the mark in place and Escape frees it; so does a click. Click a row of the table to show its class."),
-    make("p", {}, "At iteration t the marginals of iteration t − 1 send the messages; the pairwise energy is the compatibility times the weighted messages; q is the softmax of minus (unary + pairwise). Colours cover the range of all iterations, written under each picture; the notch is the marked pixel. Senders are the pixels whose messages reach the marked one: their weight times q, or the weight alone."));
+    make("p", {}, "Left and right: step. Space: play or pause. Home, End: first and last iteration. On a picture the arrows move the marked pixel (with Shift by 8), Page Up and Page Down step, Enter or a click ends that the mark follows the pointer; Escape or another click lets it follow again. Click a row of the table to show its class. Sliders and headings explain themselves when you point at them."),
+    make("p", {}, "At iteration t the marginals of iteration t − 1 send the messages; the pairwise energy is the compatibility times the weighted messages; q is the softmax of minus (unary + pairwise). Colours cover the range of all iterations; a range in blue has changed with the settings. The notch is the marked pixel. Senders are the pixels whose messages reach the marked one: their weight times q, or the weight alone."));
   const tabs = [
     ...settings.flatMap((s, n) => (s ? [[`Settings${letters[n] && ` ${letters[n]}`}`, s.node]] : [])), ...(painter ? [["Paint", painter.node]] : []), ["Energy", chart], ["Help", help],
   ].map(([name, node], n) => {
     const id = `tab-${n}`, tab = make("button", { type: "button", role: "tab", id, "aria-controls": `${id}-panel`, onclick: () => open(n) }, name);
-    const panel = make("section", { role: "tabpanel", id: `${id}-panel`, "aria-labelledby": id }, node);
+    const panel = make("section", { role: "tabpanel", tabindex: name === "Help" ? 0 : false, id: `${id}-panel`, "aria-labelledby": id }, node);
     return { name, tab, panel };
   });
   const tablist = make("div", { class: "tabs", role: "tablist", "aria-label": "Settings, painting, energies and help", onkeydown: (event) => {
@@ -126,6 +134,7 @@ async function render({ model, el }) {
     opened = tabs[n].name;
     tabs.forEach(({ tab, panel }, k) => { tab.setAttribute("aria-selected", k === n); tab.tabIndex = k === n ? 0 : -1; panel.hidden = k !== n; });
     app.painting.active = opened === "Paint";
+    settings.forEach((s, k) => { if (s) s.foot.hidden = opened !== `Settings${letters[k] && ` ${letters[k]}`}`; });
     frame.classList.toggle("drawing", app.painting.active);
     for (const p of order) (p.node ?? p).hidden = !(p.groups ?? ["maps"]).includes(app.painting.active ? "paint" : "maps");
     layout();
@@ -133,26 +142,33 @@ async function render({ model, el }) {
   }
   const table = numbersTable(app, panes);
   const numbers = make("section", { class: "numbers", tabindex: 0, "aria-label": "Numbers of the marked pixel" }, table.node);
+  const below = make("div", { class: "below" }, make("section", { class: "left" }, tablist, ...tabs.map(({ panel }) => panel)), numbers);
   const what = pair ? `two mean fields, ${panes.map((p) => p.meta.title).join(" and ")}` : `${names.length} labels`;
   const root = make("div", { class: "explorer", tabindex: -1, role: "group", "aria-label": `Mean-field explorer: ${height} by ${width} pixels, ${what}` },
-    toolbar, make("div", { class: "news" }, status, senders), pictures,
-    make("div", { class: "below" }, make("section", { class: "left" }, tablist, ...tabs.map(({ panel }) => panel)), numbers), live);
+    toolbar, make("div", { class: "news" }, status, senders),
+    make("div", { class: "main" }, pictures, below),
+    ...settings.flatMap((s) => s?.foot ?? []), live);
   const frame = make("div", { class: "frame" }, root);
   shadow.replaceChildren(make("style", {}, CSS), frame);
   const endTheme = followTheme(el, frame);
 
-  // As many columns as make the pictures large, in a height that leaves room for what stands below.
+  // Pictures stand above settings and table, or to their left where that makes them larger: as many columns as fill the
+  // height that can be seen. In VS Code and Colab this page is a frame of any height, so the screen's counts.
   function layout() {
-    const space = root.clientWidth - 26, shown = order.filter((p) => !(p.node ?? p).hidden).length, aspect = width / height;
+    const space = root.clientWidth - 26, shown = order.filter((p) => !(p.node ?? p).hidden).length, aspect = width / height, painting = app.painting.active;
     if (space <= 0) return;
-    const phone = space < 620, tall = phone ? Infinity : clamp(innerHeight - 484, 215, 460);
-    const columns = app.painting.active ? shown : perRow;
-    const { columns: c, size } = phone ? { columns: 2, size: (space - 10) / 2 } : arrange(shown, columns, aspect, space, tall, pair);
+    const phone = space < 620, seen = (self === parent ? innerHeight : screen.availHeight - 100) - 110, high = clamp(seen - 122, 480, 800);
+    const above = arrange(shown, painting ? shown : perRow, aspect, space, clamp(seen - (space < 760 ? 396 : 380), 204, 460), pair && !painting);
+    const left = arrange(pair && !painting ? 4 * (most + 2) : shown, painting ? (pair ? 3 : 2) : tails.length || pair ? most + 2 : perRow, aspect, space - 434, high, pair || tails.length || painting);
+    const side = !phone && space > 900 && left.size > above.size;
+    const { columns: c, size } = phone ? { columns: 2, size: (space - 10) / 2 } : side ? left : above;
     pictures.style.gridTemplateColumns = `repeat(${c}, minmax(0, ${Math.min(size, 420)}px))`;
+    below.style.height = side ? `${high}px` : "";
     frame.classList.toggle("phone", phone);
+    frame.classList.toggle("side", side);
     frame.classList.toggle("small", size < 108);
-    frame.classList.toggle("narrow", !phone && space < (pair ? 1000 : 760));
-    if (app.tiny !== size < 84) { app.tiny = size < 84; schedule(); }
+    frame.classList.toggle("narrow", !phone && space < (pair ? 1000 : 900));
+    if (app.tiny !== size < 108) { app.tiny = size < 108; schedule(); }
   }
 
   function drawStatus() {
@@ -178,25 +194,36 @@ async function render({ model, el }) {
     Object.assign(root.dataset, { asked: panes.map((pane) => pane.computer?.id), run: panes.map((pane) => pane.trace.run), ready: Math.min(...panes.map((pane) => pane.trace.ready)), busy: busy() });
   }
 
-  let pending = false;
-  const schedule = (app.schedule = () => { // however many changes, one drawing a frame
-    if (pending) return;
-    pending = true;
-    requestAnimationFrame(() => {
-      pending = false;
-      if (panes.some((pane) => !pane.trace)) return;
-      drawStatus();
-      for (const p of panels) if (!p.node.hidden) p.draw();
-      table.draw();
-      if (opened === "Energy") chart.replaceChildren(...panes.flatMap((pane, n) => charts(pane, letters[n], Math.max(chart.clientWidth, 120), pane.t, last(), (t) => { stop(); go(t); })));
-      settings.forEach((s) => s?.show(state.pixel, width));
-      if (opened === "Paint") painter.show();
-    });
+  // What has to be drawn, longest waiting first. Frame by frame as much as leaves the page responsive.
+  const drawings = [
+    drawStatus, table.draw, ...panels.map((p) => () => { if (!p.node.hidden) p.draw(); }), () => settings.forEach((s) => s?.show(state.pixel, width)), () => { if (opened === "Paint") painter.show(); },
+    () => { if (opened === "Energy") chart.replaceChildren(...panes.flatMap((pane, n) => charts(pane, letters[n], Math.max(chart.clientWidth, 120), pane.t, last(), (t) => { stop(); go(t); }))); },
+  ], waiting = new Set();
+  function frameOf() {
+    const end = performance.now() + 8;
+    if (panes.some((pane) => !pane.trace)) return waiting.clear();
+    try {
+      for (const draw of waiting) {
+        waiting.delete(draw);
+        draw();
+        if (performance.now() > end) break;
+      }
+    } finally {
+      root.dataset.drawn = !waiting.size;
+      if (waiting.size) requestAnimationFrame(frameOf);
+    }
+  }
+  const schedule = (app.schedule = () => {
+    if (!waiting.size) requestAnimationFrame(frameOf);
+    for (const draw of drawings) waiting.add(draw);
+    root.dataset.drawn = false;
   });
 
-  // Announcements wait until the reader pauses, and while playing until the end.
-  let speaking = null;
+  // Announcements wait until the reader pauses, and while playing until the end; before the reader's first act there are none.
+  let speaking = null, used = false;
+  for (const kind of ["pointerdown", "keydown", "input"]) root.addEventListener(kind, () => { used = true; }, true);
   function say(text) {
+    if (!used) return;
     clearTimeout(speaking);
     speaking = setTimeout(() => { if (!timer && panes.every((pane) => pane.trace)) live.textContent = text(); }, 300);
   }

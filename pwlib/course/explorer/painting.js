@@ -56,7 +56,7 @@ export function paintingPanel(painting, pane, names, colours, chosen, choose) {
   const undo = make("button", { type: "button", onclick: () => painting.undo() }, "Undo");
   const clear = make("button", { type: "button", onclick: () => painting.clear() }, "Clear");
   const least = Math.ceil(100 / K + 1) / 100;
-  const confidence = slider({ key: "confidence", text: "confidence", low: least, high: 0.99, linear: 0.01, about: "Probability that a stroke's label is right. The other labels share the rest. In pydensecrf: gt_prob." },
+  const confidence = slider({ key: "confidence", text: "confidence", low: least, high: 0.99, linear: 0.01, about: "Probability that a stroke's label is right. The other labels share the rest. pydensecrf: gt_prob." },
     () => pane.settings.confidence, (v, hard) => pane.change({ confidence: v }, hard));
   const share = make("span", { class: "share" });
   const node = make("div", { class: "painting" },
@@ -70,8 +70,7 @@ export function paintingPanel(painting, pane, names, colours, chosen, choose) {
     undo.disabled = !painting.past.length;
     const count = painting.strokes.reduce((n, s) => n + (s !== NONE), 0);
     clear.disabled = !count;
-    share.textContent = `${number1(count, painting.strokes.length)} of the pixels painted`;
+    share.textContent = `${((100 * count) / painting.strokes.length).toFixed(1)} % of the pixels painted`;
   }
   return { node, show };
 }
-const number1 = (count, all) => `${((100 * count) / all).toFixed(1)} %`;

@@ -70,6 +70,8 @@ export class Pane {
     // The trace before stays on show until there is a message to see.
     if (this.incoming.ready < Math.min(this.trace ? 1 : 0, this.app.state.t, this.settings.iterations)) return;
     this.trace = this.incoming;
+    // Later ranges of colours are compared with its.
+    this.first ??= this.trace;
     if (step.t !== undefined || !("at" in step)) this.app.arrived(this, false);
   }
   async receiveTrace(meta, data) { // from Python

@@ -3,19 +3,19 @@ import { clamp, icon, make, number } from "./tools.js";
 
 // Sliders. Logarithmic ones cover `low` to `high` by equal factors.
 const DENSE = [
-  { key: "w_bilateral", text: "w bilateral", low: 0.01, high: 100, about: "Weight of the bilateral kernel. In pydensecrf: compat of addPairwiseBilateral." },
-  { key: "w_spatial", text: "w spatial", low: 0.01, high: 100, about: "Weight of the spatial kernel. In pydensecrf: compat of addPairwiseGaussian." },
-  { key: "theta_alpha", text: "θ α", low: 0.5, high: 200, unit: "px", about: "Bandwidth theta_alpha of the bilateral kernel in position, a standard deviation in pixels. In pydensecrf: sxy of addPairwiseBilateral." },
-  { key: "theta_beta", text: "θ β", low: 0.5, high: 500, unit: "grey levels", short: "lv", about: "Bandwidth theta_beta of the bilateral kernel in colour, a standard deviation in grey levels (0-255). In pydensecrf: srgb of addPairwiseBilateral." },
-  { key: "theta_gamma", text: "θ γ", low: 0.2, high: 50, unit: "px", about: "Bandwidth theta_gamma of the spatial kernel, a standard deviation in pixels. In pydensecrf: sxy of addPairwiseGaussian." },
+  { key: "w_bilateral", text: "w bilateral", low: 0.01, high: 100, about: "Weight of the bilateral kernel. Larger: pixels of similar colour agree more, and thin objects may vanish. pydensecrf: compat of addPairwiseBilateral." },
+  { key: "w_spatial", text: "w spatial", low: 0.01, high: 100, about: "Weight of the spatial kernel. Larger: neighbours agree more, whatever their colours; small regions vanish. pydensecrf: compat of addPairwiseGaussian." },
+  { key: "theta_alpha", text: "θ α", low: 0.5, high: 200, unit: "px", about: "Bandwidth theta_alpha of the bilateral kernel in position (standard deviation). Larger: more distant pixels send messages. pydensecrf: sxy of addPairwiseBilateral." },
+  { key: "theta_beta", text: "θ β", low: 0.5, high: 500, unit: "grey levels", about: "Bandwidth theta_beta of the bilateral kernel in colour, from 0 to 255 (standard deviation). Larger: more different colours count as similar, and messages cross edges. pydensecrf: srgb of addPairwiseBilateral." },
+  { key: "theta_gamma", text: "θ γ", low: 0.2, high: 50, unit: "px", about: "Bandwidth theta_gamma of the spatial kernel (standard deviation). Larger: smoothing over a wider neighbourhood. pydensecrf: sxy of addPairwiseGaussian." },
 ];
 const GRAPH = [
-  { key: "scale", text: "all weights ×", low: 0.05, high: 20, about: "Factor on every coupling J_ij of the given graph." },
-  { key: "self_weight", text: "self weight", low: 0, high: 10, linear: 0.05, about: "The diagonal J_ii of the coupling matrix: what a pixel sends to itself." },
+  { key: "scale", text: "all weights ×", low: 0.05, high: 20, about: "Factor on every coupling J_ij of the given graph. Larger: neighbours agree more." },
+  { key: "self_weight", text: "self weight", low: 0, high: 10, linear: 0.05, about: "The diagonal J_ii of the coupling matrix: what a pixel sends to itself. Larger: marginals change less from one iteration to the next, and become overconfident." },
 ];
 const BOTH = [
-  { key: "temperature", text: "temperature", half: true, low: 0.1, high: 10, about: "The logits are divided by the temperature: above 1 the unary is less sure, below 1 surer." },
-  { key: "iterations", text: "iterations", half: true, low: 0, high: 30, linear: 1, about: "Iterations of mean field. In pydensecrf: the argument of inference." },
+  { key: "temperature", text: "temperature", half: true, low: 0.1, high: 10, about: "The logits are divided by the temperature. Larger: the unary is less confident, and the messages count for more." },
+  { key: "iterations", text: "iterations", half: true, low: 0, high: 30, linear: 1, about: "Iterations of mean field. Larger: closer to a fixed point, if there is one. pydensecrf: the argument of inference." },
 ];
 // Choices: [value, text] each.
 const CHOICES = {
@@ -57,7 +57,7 @@ export function python(meta, settings, painted) {
 }
 
 const STEPS = 200;
-export function slider({ key, text, low, high, linear, half = false, unit = "", short = unit, about }, get, change) {
+export function slider({ key, text, low, high, linear, half = false, unit = "", about }, get, change) {
   const steps = linear ? (high - low) / linear : STEPS;
   const value = (at) => (linear ? +(low + at * linear).toFixed(6) : +(low * (high / low) ** (at / steps)).toPrecision(3));
   const position = (v) => Math.round(linear ? (v - low) / linear : (steps * Math.log(v / low)) / Math.log(high / low));
@@ -68,8 +68,8 @@ export function slider({ key, text, low, high, linear, half = false, unit = "", 
     const v = get();
     input.value = clamp(position(v), 0, steps);
     const digits = linear ? String(v) : number(v).replace(/(\.\d*?)0+$/, "$1").replace(/\.$/, "");
-    reading.textContent = `${digits} ${short}`.trim();
-    input.setAttribute("aria-valuetext", `${digits} ${unit}`.trim());
+    reading.textContent = `${digits} ${unit}`.trim();
+    input.setAttribute("aria-valuetext", reading.textContent);
   };
   return { node: make("label", { class: half ? "setting half" : "setting", title: about }, make("span", { class: "name" }, text), input, reading), show };
 }
@@ -96,7 +96,7 @@ export function settingsPanel(pane, letter = "") {
     catch { getSelection().selectAllChildren(line); }
   } }, icon("copy"));
   const reset = make("button", { type: "button", class: "reset", "aria-label": `Reset the settings${letter && ` of ${letter}`}`, onclick: () => pane.reset() }, "Reset");
-  const node = make("div", { class: "settings" }, make("div", { class: "sliders" }, ...rows), edges, make("div", { class: "choices" }, ...picks), make("div", { class: "line" }, line, copy, reset));
+  const node = make("div", { class: "settings" }, make("div", { class: "sliders" }, ...rows), edges, make("div", { class: "choices" }, ...picks)), foot = make("div", { class: "line" }, line, copy, reset);
   let shown = null;
   function show(pixel, width) {
     for (const f of shows) f();
@@ -110,7 +110,7 @@ export function settingsPanel(pane, letter = "") {
       shown = { pixel, shows: [] };
       const others = [...Array(N).keys()].filter((j) => j !== pixel && (meta.coupling[pixel * N + j] || Math.abs(Math.floor(j / width) - y) + Math.abs((j % width) - x) === 1));
       edges.replaceChildren(...others.map((j) => {
-        const s = slider({ key: `edge${j}`, text: `to (${Math.floor(j / width)}, ${j % width})`, low: -5, high: 10, linear: 0.05, about: "The coupling J of these two pixels; negative: they prefer to differ." },
+        const s = slider({ key: `edge${j}`, text: `to (${Math.floor(j / width)}, ${j % width})`, low: -5, high: 10, linear: 0.05, about: "The coupling J of these two pixels. Larger: they agree more; negative: they prefer to differ." },
           () => pane.coupling(pixel, j), (v, hard) => pane.changeEdge(pixel, j, v, hard));
         shown.shows.push(s.show);
         return s.node;
@@ -118,5 +118,5 @@ export function settingsPanel(pane, letter = "") {
     }
     for (const f of shown.shows) f();
   }
-  return { node, show };
+  return { node, foot, show };
 }

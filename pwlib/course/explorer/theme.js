@@ -2,8 +2,9 @@
 function isDark(el) {
   const { body, documentElement: html } = document;
   if (body.dataset.jpThemeLight) return body.dataset.jpThemeLight === "false";
-  if (body.classList.contains("vscode-dark") || body.classList.contains("vscode-high-contrast")) return true;
-  if (body.classList.contains("vscode-light")) return false;
+  const code = body.dataset.vscodeThemeKind ?? body.className; // a light theme of high contrast has the classes of both
+  if (/vscode-(high-contrast-)?light/.test(code)) return false;
+  if (/vscode-(dark|high-contrast)/.test(code)) return true;
   const said = html.dataset.theme ?? html.getAttribute("theme");
   if (said === "dark" || said === "light") return said === "dark";
   const text = getComputedStyle(el).color.match(/[\d.]+/g).map(Number);

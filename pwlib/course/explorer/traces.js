@@ -41,11 +41,9 @@ class Trace {
     this.K = meta.classes.length;
     this.M = meta.kernels.length;
     this.ranges = new Map();
+    this.changes = [];
   }
-  unary(c) { return this.plane("unary", 0, c); }
   q(t, c) { return this.plane("q", t, c); }
-  message(t, m, c) { return this.plane("messages", t, c, m); }
-  pairwise(t, c) { return this.plane("pairwise", t, c); }
   entropy(t) {
     const out = new Float32Array(this.N);
     for (let k = 0; k < this.K; k++) {
@@ -55,11 +53,17 @@ class Trace {
     return out;
   }
   changed(t) { // how many pixels took another label at iteration t, and how many of those went back to the one before
+    if (this.changes[t]) return this.changes[t];
     const now = this.labels(t), before = this.labels(t - 1), earlier = t > 1 ? this.labels(t - 2) : null;
     let changed = 0, returned = 0;
     for (let i = 0; i < this.N; i++)
       if (now[i] !== before[i]) { changed++; if (earlier && now[i] === earlier[i]) returned++; }
-    return { changed, returned };
+    return (this.changes[t] = { changed, returned });
+  }
+  counts(t) { // how many pixels have each label
+    const out = new Uint32Array(this.K);
+    for (const k of this.labels(t)) out[k]++;
+    return out;
   }
   range(name, c, m) { // lowest and highest over all iterations, so that colours keep their meaning while playing
     const key = [name, c, m].join();
