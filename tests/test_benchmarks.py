@@ -46,6 +46,24 @@ def test_quantiles_of_t_agree_with_scipy(ablation):
         assert abs(t - stats.t.ppf(0.975, count - 1)) < 6e-4
 
 
+def test_a_study_is_continued_and_refuses_other_settings(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from study import T_975, Study, mean_and_half
+
+    for count, t in T_975.items():
+        assert abs(t - stats.t.ppf(0.975, count - 1)) < 6e-4
+    values = [50.0, 53.0, 49.0, 51.5]
+    low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
+    np.testing.assert_allclose(mean_and_half(values), (np.mean(values), (high - low) / 2), rtol=1e-3)
+    path = tmp_path / "new" / "result.json"
+    one, other = Study(path, {"sizes": (1, 2)}), Study(path, {"sizes": (1, 2)})
+    one.add("a", {"miou": 1}, command="x")
+    other.add("b", {"miou": 2}, command="x")  # a second process
+    assert {name: row["miou"] for name, row in Study(path, {"sizes": [1, 2]}).runs.items()} == {"a": 1, "b": 2}
+    with pytest.raises(SystemExit, match="other settings"):
+        Study(path, {"sizes": [3]})
+
+
 def test_time_to_target():
     target = runpy.run_path(str(BENCHMARKS / "piecewise" / "target.py"))
     rows = [
