@@ -69,6 +69,19 @@ DETAILS = {
     "the same, plain sum of terms": ("context, summed", "context"),
     "two networks, no dense CRF": ("ensemble", "unary"),
 }
+# The rows of the tables in words.
+WORDS = {
+    "baseline": "network at one scale",
+    "+ pooling": "the same with pyramid pooling",
+    "+ scales": "three scales, with pooling",
+    "+ dense CRF": "three scales, then a dense CRF",
+    "+ context": "network trained with a contextual CRF, both CRFs",
+    "control": "two networks averaged, then a dense CRF",
+    "context's network, alone": "network trained with a contextual CRF, no CRF",
+    "context, no dense CRF": "network trained with a contextual CRF, that CRF only",
+    "the same, plain sum of terms": "the same, terms summed as in the paper",
+    "two networks, no dense CRF": "two networks averaged, no CRF",
+}
 # The differences that are reported: (rung, the rung it is compared with).
 STEPS = (
     ("+ pooling", "baseline"),
@@ -116,7 +129,7 @@ def train(name: str, data: str, root: str, profile: Profile, epochs: tuple[int, 
     """Return the trained model, the scored split, and the CPU seconds, or None if checkpoints were reused."""
     options = {"size": profile.size} | ({"cache": True} if profile.size else {})
     whole, scored = (load(data, split, root, **options) for split in ("train", SPLIT[data]))
-    fit, held = hold_out(whole, profile.held_out, seed)
+    fit, held = hold_out(whole, profile.held_out)  # the same images for every seed
     augment = Augment(profile.crop or profile.size, scale=profile.scale, colour=profile.colour)
     torch.manual_seed(seed + (1000 if name == "second" else 0))
     model = build(name, profile, whole.num_classes)
@@ -185,7 +198,10 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def table(runs: dict[str, dict]) -> str:
-    """Return two Markdown tables: the scores of all rungs, and the paired differences."""
+    """Return two Markdown tables: the scores of all rungs, and the paired differences.
+
+    A difference whose interval contains 0 is reported as "no difference found".
+    """
     complete = [found for found in runs.values() if set(NETWORKS) <= set(found)]
     keys = ("miou", "pixel_accuracy", "boundary_iou")
     head = ("mIoU", "pixel accuracy", "boundary IoU")
@@ -199,15 +215,17 @@ def table(runs: dict[str, dict]) -> str:
     for rung, (network, _) in all_rows.items():
         count = complete[0][network].get("parameters")
         cells = ["{:.1f} ± {:.1f}".format(*interval(values(rung, key))) for key in keys]
-        lines.append(f"| {rung} | {f'{count / 1e6:.2f} M' if count else ''} | " + " | ".join(cells) + " |")
+        lines.append(f"| {WORDS[rung]} | {f'{count / 1e6:.2f} M' if count else ''} | " + " | ".join(cells) + " |")
     lines += ["", "| difference, seed by seed | " + " | ".join(head) + " |", "|---|" + "--:|" * len(keys)]
     for rung, other in STEPS:
         pairs = {key: [a - b for a, b in zip(values(rung, key), values(other, key), strict=True)] for key in keys}
-        lines.append(
-            f"| {rung} minus {other} | "
-            + " | ".join("{:+.1f} ± {:.1f}".format(*interval(pairs[key])) for key in keys)
-            + " |"
-        )
+        cells = []
+        for key in keys:
+            mean, half = interval(pairs[key])
+            cells.append(
+                f"{mean:+.1f} ± {half:.1f}" if abs(mean) > half else f"no difference found ({mean:+.1f} ± {half:.1f})"
+            )
+        lines.append(f"| {WORDS[rung]}, minus: {WORDS[other]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -220,8 +238,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, nargs=2, metavar=("STAGE1", "STAGE2"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--table", action="store_true", help="print the stored results' tables and stop")
+    parser.add_argument("--out", type=Path, help="the result, JSON (default DATA.json or DATA-full.json, beside this)")
     given = parser.parse_args()
-    path = HERE / f"{given.data}{'-full' if given.profile == 'full' else ''}.json"
+    path = given.out or HERE / f"{given.data}{'-full' if given.profile == 'full' else ''}.json"
     if given.table:
         for path in sorted(HERE.glob("*.json")):
             print(f"{path.stem}\n\n{table(json.loads(path.read_text(encoding='utf-8'))['runs'])}\n")
@@ -233,6 +252,9 @@ def main() -> None:
         parser.error(
             f"{path} was made with {content['epochs']} epochs, this run has {list(epochs)}: move it away first"
         )
+    if content["runs"] and content.get("held_out") != "fixed":
+        parser.error(f"{path} was made when the seed decided which images are held out: name another --out")
+    content["held_out"] = "fixed"
     content |= {"torch": torch.__version__.split("+")[0], "device": given.device, "scored_on": SPLIT[given.data]}
     for seed in given.seeds:
         found = content["runs"].setdefault(str(seed), {})

@@ -103,7 +103,7 @@ def splits(name: str, root: str, seed: int) -> tuple[SegmentationDataset, Segmen
 def run(seed: int, counting: str, network: str, data_name: str, root: str) -> dict:
     data, scored = splits(data_name, root, seed)
     test, classes = DataLoader(scored, batch_size=8), data.num_classes
-    fit, held = hold_out(data, 0.25, seed)
+    fit, held = hold_out(data, 0.25)
     counts = sum(torch.bincount(data[i][1].flatten(), minlength=256)[:classes] for i in range(len(data)))
     torch.manual_seed(seed)
     unary, epochs = build_network(network, classes), SETTINGS["epochs"][f"{data_name}, {network}"]

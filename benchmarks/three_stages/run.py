@@ -174,7 +174,7 @@ def train(method: str, seed: int, steps: dict[str, int], rate: float, batches, k
     """Train once; return {"seconds": CPU seconds, "after": {stage: scores}}. `keep` gets the model of each stage."""
     model, data = build(seed), training_set(seed)
     augment = Augment(scale=(0.8, 1.2))
-    fit, held = hold_out(data, SETTINGS["held_out"], seed) if method == "piecewise" else (data, None)
+    fit, held = hold_out(data, SETTINGS["held_out"]) if method == "piecewise" else (data, None)
     sets = {"stage1": fit.with_transform(augment), "stage2": held, "stage3": data.with_transform(augment)}
     trainer = build_trainer(
         model, data, rate, seed, stage3_factor=1.0 if method == "joint" else SETTINGS["stage3_factor"]
