@@ -1,7 +1,7 @@
 """CNN + CRF segmentation you can read: the library under a course on piecewise training of deep structured models.
 
 Read the modules in this order: inputs, data, networks (and pretrained), mean_field and trace, filters, lattice, crf,
-losses, graph, context, metrics, model, objective, loaders, checkpoints, evaluation, trainer, runs.
+dense, losses, graph, context, metrics, model, objective, loaders, checkpoints, evaluation, trainer, runs.
 """
 
 __version__ = "0.2.0"
@@ -11,8 +11,9 @@ import os
 import torch
 
 from pwlib.context import ContextualCRF
-from pwlib.crf import DenseCRF, Kernel, Trace, dense_crf, probabilities_from_labels
+from pwlib.crf import DenseCRF, Kernel, Trace, probabilities_from_labels
 from pwlib.data import VOID, load
+from pwlib.dense import dense_crf
 from pwlib.model import PiecewiseTrainedModel
 from pwlib.networks import DeepLabLargeFOV, FeatMapNet
 from pwlib.runs import load_run

@@ -29,7 +29,6 @@ from pwlib.trace import Trace, record
 
 METHODS = ("auto", "exact", "lattice")
 AFFORDABLE = {"cpu": 48 * 64, "cuda": 256 * 256}  # pixels; exact messages at 48x64 take about 15 ms on two cores
-SMALLEST_PROBABILITY = 1e-5  # as in unary_from_softmax of pydensecrf
 
 
 class Kernel(nn.Module):
@@ -335,48 +334,6 @@ def _log_parameter(name: str, value: float | Sequence[float]) -> nn.Parameter:
     if not (torch.isfinite(value).all() and (value > 0).all()):
         raise ValueError(f"{name} is {value.tolist()}; expected positive numbers")
     return nn.Parameter(value.log())
-
-
-def dense_crf(
-    image: np.ndarray | Tensor,
-    probabilities: np.ndarray | Tensor,
-    *,
-    device: str | torch.device | None = None,
-    **options,
-) -> np.ndarray | Tensor:
-    """Refine the label probabilities of one image with a dense CRF, as with pydensecrf, in one call.
-
-    Args:
-        image: RGB uint8 [H, W, 3], numpy or torch.
-        probabilities: float [K, H, W], summing to 1 at each pixel: neither logits nor -log p. Clipped at 1e-5.
-        device: where to compute; None: the probabilities' device, the CPU for numpy.
-        options: iterations=10, theta_alpha=80, theta_beta=13, theta_gamma=3, w_bilateral=10, w_spatial=3,
-            normalization="symmetric", filtering="auto" and all others of `DenseCRF`.
-
-    Returns:
-        Marginals float32 [K, H, W]: numpy if the probabilities are, else a tensor on their device.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit, or the probabilities are not a distribution at each pixel.
-    """
-    as_numpy = isinstance(probabilities, np.ndarray)
-    image = torch.as_tensor(np.ascontiguousarray(image) if isinstance(image, np.ndarray) else image)
-    probabilities = torch.as_tensor(probabilities)
-    home = probabilities.device
-    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-        raise ValueError(f"image is {image.dtype} of shape {tuple(image.shape)}; expected uint8 [H, W, 3]")
-    if probabilities.ndim != 3 or probabilities.shape[1:] != image.shape[:2]:
-        expected = f"[K, {image.shape[0]}, {image.shape[1]}], as the image"
-        raise ValueError(f"probabilities have shape {tuple(probabilities.shape)}; expected {expected}")
-    total = probabilities.float().sum(0)
-    if not (bool((probabilities >= 0).all()) and torch.allclose(total, torch.ones_like(total), atol=1e-3)):
-        raise ValueError("probabilities of some pixels are negative or do not sum to 1; expected a softmax, not logits")
-    device = home if device is None else device
-    crf = DenseCRF(len(probabilities), **options).to(device)
-    pixels = image.to(device).permute(2, 0, 1)[None].float() / 255
-    logits = probabilities.to(device).float().clamp_min(SMALLEST_PROBABILITY).log()[None]
-    marginals = crf.marginals(logits, pixels)[0].to(home)
-    return marginals.numpy() if as_numpy else marginals
 
 
 def probabilities_from_labels(

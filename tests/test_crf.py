@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-import pwlib
 from pwlib import graph
-from pwlib.crf import DenseCRF, Kernel, dense_crf, probabilities_from_labels
+from pwlib.crf import DenseCRF, Kernel, probabilities_from_labels
 
 HEIGHT, WIDTH, LABELS = 6, 7, 3
 
@@ -403,32 +402,7 @@ def test_images_may_leave_0_to_1_by_rounding():
     assert torch.isfinite(make()(logits, image)).all()
 
 
-# --- the interface for users of pydensecrf ----------------------------------------------------------------------------
-
-
-def test_dense_crf_takes_and_gives_numpy_or_torch():
-    logits, image = problem()
-    probabilities, pixels = torch.softmax(logits, 1)[0], (255 * image[0]).round().to(torch.uint8).permute(1, 2, 0)
-    from_torch = dense_crf(pixels, probabilities, filtering="exact", theta_alpha=4.0)
-    from_numpy = pwlib.dense_crf(pixels.numpy(), probabilities.numpy(), filtering="exact", theta_alpha=4.0)
-    assert isinstance(from_numpy, np.ndarray) and from_numpy.dtype == np.float32
-    np.testing.assert_array_equal(from_torch.numpy(), from_numpy)
-    crf = DenseCRF(LABELS, theta_alpha=4.0)
-    want = brute_force(crf, logits[0], pixels.permute(2, 0, 1) / 255, 10).T.reshape(LABELS, HEIGHT, WIDTH)
-    np.testing.assert_allclose(from_numpy, want, atol=1e-5)
-
-
-def test_dense_crf_names_bad_input():
-    image, p = np.zeros((4, 5, 3), np.uint8), np.full((2, 4, 5), 0.5, np.float32)
-    for bad_image, bad_p, message in [
-        (image.astype(np.float32), p, "image is torch.float32"),
-        (image[..., :2], p, "expected uint8"),
-        (image, p[:, :3], r"expected \[K, 4, 5\]"),
-        (image, np.log(p), "expected a softmax, not logits"),
-        (image, p[:1] * 2, "at least 2"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            dense_crf(bad_image, bad_p)
+# --- labels of another method -----------------------------------------------------------------------------------------
 
 
 def test_probabilities_from_labels_leaves_room_for_doubt():

@@ -88,7 +88,7 @@ def test_one_call_for_people_who_come_from_pydensecrf():
     image, scores = photograph(50, 70), logits(5, 50, 70)
     probabilities = torch.softmax(scores, 1)[0].numpy()
     theta = {"alpha": 80.0, "beta": 13.0, "gamma": 3.0, "bilateral": 10.0, "spatial": 3.0}
-    got = pwlib.crf.dense_crf(image, probabilities, filtering="lattice")
+    got = pwlib.dense_crf(image, probabilities, filtering="lattice")
     expected = reference(torch.from_numpy(probabilities).clamp_min(1e-5).log()[None], image, **theta).numpy()
     assert np.abs(got - expected).mean() < 1e-5
 

@@ -1,0 +1,189 @@
+"""`dense_crf`: refine given label probabilities with a dense CRF, as with pydensecrf, in one call.
+
+The energies are those of `pwlib.crf`. Positions may have one axis (signals), two (images) or three (volumes), and an
+image any number of channels, with bandwidths per axis and per channel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pwlib.crf import make_filters
+from pwlib.filters import GridPositions
+
+SMALLEST_PROBABILITY = 1e-5  # as in unary_from_softmax of pydensecrf
+THETA_BETA = 13.0  # grey levels
+
+
+@torch.no_grad()
+def dense_crf(
+    image: Any,
+    probabilities: np.ndarray | Tensor | Mapping[str, Tensor],
+    *,
+    iterations: int = 10,
+    theta_alpha: float | Sequence[float] = 80.0,
+    theta_beta: float | Sequence[float] | None = None,
+    theta_gamma: float | Sequence[float] = 3.0,
+    w_bilateral: float = 10.0,
+    w_spatial: float = 3.0,
+    spacing: float | Sequence[float] = 1.0,
+    compatibility: np.ndarray | Tensor | None = None,
+    normalization: str = "symmetric",
+    self_message: bool = True,
+    filtering: str = "auto",
+    device: str | torch.device | None = None,
+) -> np.ndarray | Tensor:
+    """Refine the label probabilities of one image with a dense CRF.
+
+    S stands for the size of the image: (H, W), (D, H, W) for a volume, (N,) for a signal.
+
+    Args:
+        image: a PIL image, or numpy or torch of shape [*S] or [*S, C] (channels last): uint8, or any numbers if
+            `theta_beta` is given in their unit. Depth and other features of a pixel are further channels.
+        probabilities: [K, *S] or [1, K, *S], summing to 1 at each pixel. One channel ([1, *S] or [H, W], a sigmoid)
+            is the probability of the foreground. The dict of a torchvision network (key "out") or of transformers
+            ("logits") contains logits [1, K, h, w]: they are resized to the image, and a softmax is taken.
+        theta_alpha, theta_gamma: bandwidths of the bilateral and of the spatial kernel's positions in px (or in the
+            unit of `spacing`), one for all axes or one per axis of S: (y, x). pydensecrf's order is (x, y).
+        theta_beta: bandwidth of colours, one for all channels or one per channel; None: 13 grey levels.
+        w_bilateral, w_spatial: weights of the kernels; 0 leaves a kernel out.
+        spacing: distance of neighbouring pixels, one for all axes or one per axis of S (voxels in mm).
+        compatibility: penalties [K, K]; None: Potts.
+        normalization, self_message, filtering: see `DenseCRF`.
+        device: where to compute; None: the probabilities' device, the CPU for numpy.
+
+    Returns:
+        Marginals float32 of the probabilities' shape: numpy if they are, else a tensor on their device.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, a number is NaN, or the probabilities are no distribution.
+    """
+    pixels = _pixels(image)
+    as_numpy = isinstance(probabilities, np.ndarray)
+    given = _softmax(probabilities, pixels) if isinstance(probabilities, Mapping) else torch.as_tensor(probabilities)
+    p, size = _labelled(given.detach(), pixels.shape)  # [K, *S]
+    channels = pixels.reshape(math.prod(size), -1)  # [N, C]
+    if theta_beta is None and pixels.dtype != torch.uint8:
+        raise ValueError(f"image is {pixels.dtype}; expected uint8, or theta_beta= in the unit of its values")
+    if iterations < 0:
+        raise ValueError(f"iterations is {iterations}; expected 0 or more")
+    p = _check_distribution(p)
+    device = torch.device(given.device if device is None else device)
+    alpha, gamma, step = (
+        _per("axis", name, value, len(size)).to(device)
+        for name, value in (("theta_alpha", theta_alpha), ("theta_gamma", theta_gamma), ("spacing", spacing))
+    )
+    beta = _per("channel", "theta_beta", THETA_BETA if theta_beta is None else theta_beta, channels.shape[1]).to(device)
+    channels = channels.to(device).float()
+    colours = 255 * (channels / 255) / beta  # rounded as in `DenseCRF`, whose images are in [0, 1]
+    if not colours.isfinite().all():
+        raise ValueError("image contains NaN or infinity; expected finite numbers")
+    weights, features = [], []
+    for name, weight in (("w_spatial", w_spatial), ("w_bilateral", w_bilateral)):
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name} is {weight}; expected a number of at least 0")
+        if weight == 0:
+            continue
+        weights.append(weight)
+        if name == "w_bilateral":
+            features.append(torch.cat([_positions(size, alpha / step), colours], 1)[None])  # [1, N, D + C]
+        elif len(size) == 2 and len({*(gamma / step).tolist()}) == 1:
+            features.append(GridPositions(*size, (gamma / step)[0]))
+        else:
+            features.append(_positions(size, gamma / step)[None])
+    logits = p.to(device).flatten(1).clamp_min(SMALLEST_PROBABILITY).log()  # [K, N]
+    unary = -torch.log_softmax(logits, 0).mT[None]  # [1, N, K]
+    if features:
+        potts = 1 - torch.eye(len(p))
+        mu = potts if compatibility is None else torch.as_tensor(compatibility, dtype=torch.float32)
+        if mu.shape != potts.shape:
+            raise ValueError(f"compatibility has shape {tuple(mu.shape)}; expected {list(potts.shape)}")
+        filters = make_filters(features, method=filtering, normalization=normalization, self_message=self_message)
+        q = filters.mean_field(unary, torch.tensor(weights, device=device).log(), mu.to(device), iterations, log=False)
+    else:
+        q = (-unary).softmax(-1)
+    q = q[0].mT.contiguous()  # [K, N]
+    q = q[1:] if len(p) == 2 and math.prod(given.shape) == math.prod(size) else q  # of a sigmoid: the foreground
+    shape = given.shape if given.numel() == q.numel() else (1, *p.shape)
+    q = q.reshape(shape).to(given.device)
+    return q.numpy() if as_numpy else q
+
+
+def _pixels(image: Any) -> Tensor:
+    """The image as a tensor [*S] or [*S, C]; a PIL image as uint8 grey or RGB."""
+    if hasattr(image, "convert"):
+        image = np.array(image if image.mode == "L" else image.convert("RGB"))
+    if not isinstance(image, (np.ndarray, Tensor)):
+        raise ValueError(f"image is a {type(image).__name__}; expected a PIL image, numpy or torch [H, W, 3]")
+    return torch.from_numpy(np.array(image)) if isinstance(image, np.ndarray) else image.detach()
+
+
+def _softmax(output: Mapping[str, Tensor], pixels: Tensor) -> Tensor:
+    """Probabilities [1, K, H, W] from the output of another network, at the size of the image."""
+    key = next((key for key in ("out", "logits") if key in output), None)
+    if key is None:
+        raise ValueError(f"probabilities are a dict of {', '.join(map(str, output))}; expected logits in 'out'")
+    if output[key].ndim != 4 or pixels.ndim not in (2, 3):
+        shape = tuple(output[key].shape)
+        raise ValueError(f"{key!r} has shape {shape}; expected [1, K, h, w], for one image [H, W, 3]")
+    logits = output[key].detach().float()
+    return F.interpolate(logits, tuple(pixels.shape[:2]), mode="bilinear", align_corners=False).softmax(1)
+
+
+def _labelled(given: Tensor, image: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+    """The probabilities [K, *S], with the background of a sigmoid, and S, from the shape of the image."""
+    options = [(given, given.shape[1:])] + ([(given[None], given.shape)] if given.ndim <= 2 else [])
+    options += [(given[0], given.shape[2:])] if given.ndim > 2 and len(given) == 1 else []
+    for p, size in options:
+        if len(size) and tuple(image[: len(size)]) == tuple(size) and len(image) - len(size) <= 1:
+            if p.ndim == given.ndim + 1 and not given.is_floating_point():
+                raise ValueError("probabilities are labels; expected floats: probabilities_from_labels makes them")
+            return (torch.cat([1 - p, p]) if len(p) == 1 else p), tuple(size)
+    size = ", ".join(map(str, image[:2]))
+    remedy = f"; resize the network's logits to ({size}) before the softmax"
+    if len(image) == 3 and image[0] == 3 and tuple(given.shape[-2:]) == tuple(image[1:]):
+        size = ", ".join(map(str, image[1:]))
+        remedy = f" (the image has shape {list(image)}; expected its channels last)"
+    elif tuple(given.shape[:2]) == tuple(image[:2]):
+        remedy = "; move the classes to the first axis"
+    elif given.ndim == len(image) + 1 and len(given) > 1:
+        remedy = "; give one image at a time"
+    raise ValueError(f"probabilities have shape {tuple(given.shape)}; expected [K, {size}], as the image{remedy}")
+
+
+def _check_distribution(p: Tensor) -> Tensor:
+    """The probabilities in float32, normalised; ValueError if they are negative or do not sum to 1 at each pixel."""
+    tolerance = 1e-3 if p.dtype not in (torch.float16, torch.bfloat16) else 1e-2
+    p = p.float()
+    if p.isnan().any():
+        raise ValueError("probabilities contain NaN; expected numbers from 0 to 1 (did training diverge?)")
+    total = p.sum(0, keepdim=True)
+    if (p < 0).any() or not torch.allclose(total, torch.ones_like(total), rtol=0, atol=tolerance):
+        raise ValueError(
+            "probabilities of some pixels are negative or do not sum to 1; expected a softmax over the classes (of "
+            "logits z [K, H, W] in torch z.softmax(0)), not logits, log-probabilities or a sigmoid per class"
+        )
+    return p if tolerance < 1e-2 else p / total
+
+
+def _per(what: str, name: str, value: float | Sequence[float], count: int) -> Tensor:
+    """One positive number per axis or channel, float32 [count]."""
+    value = torch.as_tensor(value, dtype=torch.float32)
+    if value.shape not in ((), (count,)):
+        raise ValueError(f"{name} has {value.numel()} numbers; expected one, or one per {what}: {count}")
+    if not (value.isfinite().all() and (value > 0).all()):
+        raise ValueError(f"{name} is {value.tolist()}; expected positive numbers")
+    return value.log().exp().expand(count)  # rounded as in `DenseCRF`, whose parameters are logarithms
+
+
+def _positions(size: Sequence[int], thetas: Tensor) -> Tensor:
+    """Positions [N, D] of a grid, divided by the bandwidth per axis, the last axis first, as in `GridPositions`."""
+    axes = [torch.arange(n, device=thetas.device) / theta for n, theta in zip(size, thetas, strict=True)]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], -1).reshape(-1, len(size))
