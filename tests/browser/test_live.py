@@ -515,13 +515,13 @@ def test_it_fits_on_a_screen(live, kind, width):
         assert sizes[0] <= sizes[1] and sizes[2] <= sizes[3], f"{selector} scrolls: {sizes}"
 
 
-def test_on_a_phone_nothing_is_clipped(live):
-    image, logits, crf = problem(10, 48, 72)
-    page = live(
-        image, logits, crf, class_names=None, width=390, height=844, media={"has_touch": True, "is_mobile": True}
-    )
+@pytest.mark.parametrize("panes", [1, 2])
+def test_on_a_phone_nothing_is_clipped(live, panes):
+    source = problem(10, 48, 72)
+    phone = {"width": 390, "height": 844, "media": {"has_touch": True, "is_mobile": True}}
+    page = live(*(source if panes == 1 else (source, source)), class_names=None, **phone)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    boxes = page.locator(".explorer tbody tr td:last-child").evaluate_all(
+    boxes = page.locator(".explorer tbody tr td").evaluate_all(
         "all => all.map(n => n.getBoundingClientRect().right)"
     )
     assert max(boxes) <= 390
