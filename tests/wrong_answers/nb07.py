@@ -39,6 +39,11 @@ def of_sums(matrix):
     return right.sum() / (true + predicted - right).sum()
 
 
+def dice(matrix):
+    right, true, predicted = parts(matrix)
+    return (2 * right / (true + predicted)).nanmean()
+
+
 def dilate(x, width):
     return F.max_pool2d(x[None, None].float(), 2 * width + 1, stride=1, padding=width)[0, 0] > 0
 
@@ -89,6 +94,11 @@ def unsorted(confidence, right, bins):
 def equal_widths(confidence, right, bins):
     place = (confidence * bins).long().clamp(max=bins - 1)
     return sum((right[place == i].double() - confidence[place == i]).sum().abs() for i in range(bins)) / len(right)
+
+
+def every_so_many(confidence, right, bins):
+    order = confidence.argsort()
+    return (right[order].double().view(-1, bins).mean(0) - confidence[order].view(-1, bins).mean(0)).abs().mean()
 
 
 def squares(log_q, label):
@@ -155,6 +165,7 @@ WRONG = {
         (recalls, "mean class accuracy"),
         (counted_twice, "right pixels twice"),
         (of_sums, "large classes decide"),
+        (dice, "mean F1"),
         (lambda matrix: matrix.diagonal().sum() / matrix.sum(), "pixel accuracy"),
     ],
     "07.2": [
@@ -175,6 +186,8 @@ WRONG = {
         (lambda c, r, bins: gaps(c, r, bins).abs().max(), "largest gap"),
         (lambda c, r, bins: gaps(c, r, bins).abs().sum(), "sum over the groups"),
         (unsorted, "Nothing is sorted"),
+        (every_so_many, "every bins-th pixel"),
+        (lambda c, r, bins: gaps(c, r, bins).square().mean().sqrt(), "root of the mean square"),
         (lambda c, r, bins: (r.double() - c).abs().mean(), "pixel by pixel"),
     ],
     "07.4": [

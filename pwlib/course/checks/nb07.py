@@ -11,7 +11,7 @@ def _ratio(part, whole):
     return part / whole if whole else math.nan
 
 
-@exercise("07.1", title="What is a mean over?", minutes=10, difficulty=2)
+@exercise("07.1", title="mIoU with absent classes", minutes=10, difficulty=2)
 def mean_iou(answer):
     for absent, false_only in ((None, None), (2, None), (None, 3), (0, 3)):
         matrix = torch.randint(1, 50, (5, 5)) + 200 * torch.eye(5, dtype=torch.int64)
@@ -166,7 +166,7 @@ def brier(answer):
     return "Void is left out, and all classes are counted."
 
 
-@exercise("07.5", title="Eight chances of luck", minutes=15, difficulty=3)
+@exercise("07.5", title="Holm's correction", minutes=15, difficulty=3)
 def holm(answer):
     cases = [
         ([0.064, 0.002, 0.008, 0.026, 0.011, 0.012, 0.047], 0.05),  # every known slip gives another answer here
