@@ -1,12 +1,17 @@
 """`make html`: the site as a reader opens it from disk, in a browser, with no other host in reach."""
 
+import functools
+import http.server
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import nbformat
 import pytest
+
+import pwlib
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -62,6 +67,8 @@ def test_page_of_a_notebook(site, open_page, path):
     assert page.locator(".pwlib-explorer").count() == explorers
     for target in page.locator("article a[href$='.html']").evaluate_all("all => all.map(a => a.href)"):
         assert Path(target.removeprefix("file://")).exists(), target
+    folded = sum("hide-input" in cell.metadata.get("tags", []) for cell in notebook.cells)
+    assert page.locator(".tag_hide-input details").count() == folded
     raw = page.locator("article a[href$='.ipynb']").evaluate_all("all => all.map(a => a.href)")
     assert not [a for a in raw if a.startswith("file:") and Path(a).stem in {p.stem for p in NOTEBOOKS}]
 
@@ -93,11 +100,83 @@ def test_the_front_page_segments_a_photograph_and_follows_the_theme(site, open_p
         page.wait_for_selector(f".frame[data-theme={theme}]")
 
 
-def test_search_finds_a_word(site, open_page):
-    page = open_page((site / "search.html").as_uri() + "?q=independence")
-    page.wait_for_selector("#search-results li a")
-    found = page.locator("#search-results li a").evaluate_all("all => all.map(a => a.getAttribute('href'))")
-    assert any("00_why_structure" in href for href in found)
+@pytest.fixture
+def served(site):
+    """The address of the site on a server of this machine, and the sizes of the files that it sent."""
+    sent = {}
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+        def do_GET(self):
+            path = Path(self.translate_path(self.path))
+            sent[path.name] = path.stat().st_size if path.is_file() else 0
+            super().do_GET()
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=site))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", sent
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_front_page_is_light_and_shows_its_icons(served, open_page):
+    address, sent = served
+    page = open_page(f"{address}/index.html", width=1280, height=720)
+    page.wait_for_load_state("networkidle")
+    assert sum(sent.values()) < 1_000_000, sent
+    drawn = "icon => getComputedStyle(icon, '::before').content"
+    icons = page.locator("i[class*='fa-']").evaluate_all(f"icons => icons.map({drawn})")
+    assert icons and all(icon not in ("none", "normal") for icon in icons)
+    assert page.evaluate("document.fonts.check('900 16px \"Font Awesome 7 Free\"')")
+
+
+def test_search_finds_a_word_and_quotes_its_page(site, served, open_page):
+    for address in (site.as_uri(), served[0]):
+        page = open_page(f"{address}/search.html?q=independence")
+        page.wait_for_selector("#search-results li a")
+        found = page.locator("#search-results li a").evaluate_all("all => all.map(a => a.getAttribute('href'))")
+        assert any("00_why_structure" in href for href in found)
+    page.wait_for_selector("#search-results li p.context")
+    assert "independen" in page.locator("#search-results li p.context").first.inner_text().lower()
+
+
+def test_a_lab_shows_its_tasks_and_no_solution(site, open_page):
+    for path in sorted((ROOT / "notebooks" / "labs" / "source").glob("lab*/lab*.ipynb")):
+        text = (site / "labs" / f"{path.stem}.html").read_text("utf-8")
+        tasks = sum("### BEGIN SOLUTION" in cell.source for cell in nbformat.read(path, 4).cells)
+        assert tasks and text.count("# YOUR CODE HERE") == tasks
+        assert not re.search(r"BEGIN (SOLUTION|HIDDEN)", text)
+
+
+def test_every_public_name_is_in_the_reference(site):
+    listed = (site / "api.html").read_text("utf-8")
+    for name in pwlib.__all__:
+        assert name in listed
+    for page, name in (("pwlib.crf", "pwlib.crf.DenseCRF.trace"), ("pwlib.graph", "pwlib.graph.mean_field")):
+        assert f'id="{name}"' in (site / "api" / f"{page}.html").read_text("utf-8")
+
+
+def test_pages_lead_on_and_notebooks_can_be_downloaded(site, open_page):
+    page = open_page((site / "notebooks" / "02_crf_from_scratch.html").as_uri())
+    assert page.locator("a.left-prev").get_attribute("href") == "01_unary_network.html"
+    assert page.locator("a.right-next").get_attribute("href") == "03_messages_fast.html"
+    link = page.locator("a[title='Download this notebook'], a[data-bs-original-title='Download this notebook']")
+    copy = Path(link.evaluate("a => a.href").removeprefix("file://"))
+    assert copy.read_bytes() == (ROOT / "notebooks" / "02_crf_from_scratch.ipynb").read_bytes()
+    assert page.locator("meta[property='og:image']").get_attribute("content").endswith("_static/preview.png")
+    assert (site / "_static" / "preview.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[p.stem for p in NOTEBOOKS])
+def test_equations_and_code_fit_on_a_laptop(site, open_page, path):
+    page = open_page((site / "notebooks" / f"{path.stem}.html").as_uri(), width=1280, height=720)
+    page.evaluate("window.MathJax && MathJax.startup && MathJax.startup.promise")
+    wide = "all => all.filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 1).map(e => e.textContent)"
+    assert not page.locator("article div.math, article div.math > mjx-container").evaluate_all(wide)
+    code = page.locator("article .cell_input pre").evaluate_all(wide)
+    assert all(max(map(len, cell.splitlines())) > 90 for cell in code), "90 characters fit"
 
 
 def test_a_reader_with_a_narrow_screen_needs_no_sideways_scrolling(site, open_page):
