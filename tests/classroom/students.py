@@ -88,8 +88,10 @@ def put(notebook, folder: Path, student: str, lab: str) -> None:
     nbformat.write(notebook, folder / student / f"{lab}.ipynb")
 
 
-def call(course: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
+def call(course: Path, *command: str, seconds: float = 1500, **environment: str) -> subprocess.CompletedProcess:
     """course.py of a copy of the course, as make calls it."""
     environment = {**os.environ, "LAB_PYTHON": sys.executable, **environment}
     script = course / "grading" / "course.py"
-    return subprocess.run([NBGRADER, script, *command], env=environment, capture_output=True, text=True, timeout=1500)
+    return subprocess.run(
+        [NBGRADER, script, *command], env=environment, capture_output=True, text=True, timeout=seconds
+    )

@@ -81,7 +81,7 @@ def test_the_hostile_submission_reaches_nothing(lab, graded):
     spy = next(cell for cell in cycle.autograded("hostile").cells if cell.source.startswith("PATHS ="))
     said = "".join(output.get("text", "") for output in spy.outputs)
     assert said.count("no: ") > 30, said
-    assert not re.search(r"^(READ|WROTE|FOUND|SENT|KILLED)", said, re.M), said
+    assert not re.search(r"^(READ|WROTE|FOUND|SENT)", said, re.M), said
     assert cycle.planted not in said
     assert not cycle.changed and not cycle.left
     paths = [str(path) for path in cycle.secrets if path.is_absolute()]

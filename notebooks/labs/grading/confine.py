@@ -3,17 +3,17 @@
     confine.py --read /usr --read .venv --write scratch -- python -m ipykernel_launcher -f connection.json
     confine.py --check
 
-What holds, and who holds it: the Linux kernel, not Python.
+Bubblewrap does this where it is installed and may use namespaces: other files, processes and networks do not exist for
+the command. Elsewhere the Linux kernel confines it from inside, from Linux 6.12 on, with nothing installed:
 
-    Landlock (Linux 6.2 or newer)     files are opened, made, changed and removed only below --read and --write
-    a seccomp filter                  no socket but a local one, and none connects; no chown, no ptrace; chmod and utime
-                                      say yes and do nothing, for shutil.copy cannot do without
-    no_new_privs, no capabilities     no set-user-ID program helps, and root is nobody in particular
-    resource limits                   the size of a file, the memory of a process
+    Landlock                          files are opened, made, changed and removed only below --read and --write;
+                                      signals, TCP and abstract sockets stay inside
+    a seccomp filter                  only local sockets, and none connects; no chown; chmod and utime succeed and do
+                                      nothing, because shutil.copy needs them
+    no_new_privs, no capabilities     set-user-ID programs do not help, and root has no power
 
-Signals reach only what the command itself has started; before Linux 6.12, whose Landlock sees to that, only itself.
-All this is inherited by every child and cannot be taken off. What it does not stop, INSTRUCTOR.md says. Nothing of it
-needs root. https://docs.kernel.org/userspace-api/landlock.html
+Both limit the size of a file and the memory of a process, hold for every child, and need no root. INSTRUCTOR.md says
+what they do not stop. https://docs.kernel.org/userspace-api/landlock.html
 """
 
 from __future__ import annotations
@@ -24,53 +24,49 @@ import errno
 import os
 import platform
 import resource
-import stat
+import shutil
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
-OLDEST_ABI = 3  # before Linux 6.2 a confined program could still truncate every file
-ABI_OF_TCP, ABI_OF_DEVICES, ABI_OF_SIGNALS = 4, 5, 6
-
-EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = (1 << bit for bit in range(4))
-IOCTL_DEVICE = 1 << 15
-MAKE_DEVICES = 1 << 6 | 1 << 11
-FILES_ONLY = EXECUTE | WRITE_FILE | READ_FILE | 1 << 14 | IOCTL_DEVICE
-
-# System calls that change what belongs to the same user and that Landlock does not see, or that reach other processes.
-ANYWHERE = {"io_uring_setup": 425, "setxattrat": 463, "removexattrat": 466, "file_setattr": 469}
-MACHINES = {
-    "x86_64": {
-        "audit": 0xC000003E,
-        "socket": 41,
-        "prlimit64": 302,
-        "signals": dict(kill=62, tgkill=234),
-        "other_signals": dict(tkill=200, rt_sigqueueinfo=129, rt_tgsigqueueinfo=297, pidfd_send_signal=424),
-        "refused": dict(
-            connect=42, chown=92, fchown=93, lchown=94, fchownat=260, ptrace=101, setxattr=188, lsetxattr=189,
-            fsetxattr=190, removexattr=197, lremovexattr=198, fremovexattr=199, **ANYWHERE,
-        ),
-        "ignored": dict(
-            chmod=90, fchmod=91, fchmodat=268, fchmodat2=452, utime=132, utimes=235, futimesat=261, utimensat=280
-        ),
-    },
-    "aarch64": {
-        "audit": 0xC00000B7,
-        "socket": 198,
-        "prlimit64": 261,
-        "signals": dict(kill=129, tgkill=131),
-        "other_signals": dict(tkill=130, rt_sigqueueinfo=138, rt_tgsigqueueinfo=240, pidfd_send_signal=424),
-        "refused": dict(
-            connect=203, fchownat=54, fchown=55, ptrace=117, setxattr=5, lsetxattr=6, fsetxattr=7, removexattr=14,
-            lremovexattr=15, fremovexattr=16, **ANYWHERE,
-        ),
-        "ignored": dict(fchmod=52, fchmodat=53, fchmodat2=452, utimensat=88),
-    },
-}  # fmt: skip
+NEEDED_ABI = 6  # Linux 6.12, whose Landlock confines signals, too
+EXECUTE, READ_FILE, READ_DIR = 1, 1 << 2, 1 << 3
+EVERYTHING, MAKE_DEVICES = (1 << 16) - 1, 1 << 6 | 1 << 11
+FILES_ONLY = 0b111 | 1 << 14 | 1 << 15
+# System calls by machine. Refused are those that Landlock does not see: they change or reach what belongs to the user.
+AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+SOCKET = {"x86_64": 41, "aarch64": 198}
+EVERYWHERE = {425, 463, 466, 469}  # io_uring_setup, setxattrat, removexattrat, file_setattr
+REFUSED = {
+    # connect, chown (4), ptrace, setxattr (3), removexattr (3), prlimit64
+    "x86_64": {42, 92, 93, 94, 260, 101, 188, 189, 190, 197, 198, 199, 302} | EVERYWHERE,
+    "aarch64": {203, 54, 55, 117, 5, 6, 7, 14, 15, 16, 261} | EVERYWHERE,
+}
+IGNORED = {  # chmod and utime
+    "x86_64": {90, 91, 268, 452, 132, 235, 261, 280},
+    "aarch64": {52, 53, 452, 88},
+}
 
 
 class CannotConfine(Exception):
     """This machine lacks what confinement needs; the message says what."""
+
+
+def bubblewrap(read: list[Path], write: list[Path]) -> list[str] | None:
+    """The command that runs another one in its own namespaces; None where bubblewrap is missing or does not work."""
+    program = shutil.which("bwrap")
+    if program is None or os.environ.get("LAB_BUBBLEWRAP") == "0":
+        return None
+    command = [program, "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    command += ["--proc", "/proc", "--dev", "/dev"]
+    for kind, paths in (("--ro-bind-try", read), ("--bind-try", write)):
+        for path in (os.path.abspath(path) for path in paths):
+            if not path.startswith(("/proc", "/dev/")):
+                command += [kind, path, path]
+    command += ["--remount-ro", "/", "--"]
+    works = subprocess.run([*command, sys.executable, "-I", "-c", ""], capture_output=True)
+    return None if works.returncode else command
 
 
 def system_call(name: str, number: int, *arguments) -> int:
@@ -87,66 +83,50 @@ def process_control(*arguments: int) -> None:
 
 
 def landlock_abi() -> int:
-    """The version of Landlock this kernel speaks; CannotConfine where it is too old, or none."""
-    if sys.platform != "linux" or platform.machine() not in MACHINES:
-        raise CannotConfine(f"{platform.system()} on {platform.machine()} is not Linux on {' or '.join(MACHINES)}")
+    """The version of this kernel's Landlock; CannotConfine where it is too old or missing."""
+    if sys.platform != "linux" or platform.machine() not in AUDIT:
+        raise CannotConfine(f"{platform.system()} on {platform.machine()} is not Linux on {' or '.join(AUDIT)}")
     try:
         abi = system_call("landlock_create_ruleset", 444, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
     except OSError as error:
-        raise CannotConfine(f"this kernel ({platform.release()}) has no Landlock, or has it switched off") from error
-    if abi < OLDEST_ABI:
-        raise CannotConfine(f"this kernel's Landlock is version {abi}; {OLDEST_ABI} or newer is needed (Linux 6.2)")
+        raise CannotConfine(
+            f"bubblewrap does not run, and this kernel ({platform.release()}) has no Landlock"
+        ) from error
+    if abi < NEEDED_ABI:
+        raise CannotConfine(f"bubblewrap does not run, and the kernel's Landlock is version {abi}, not {NEEDED_ABI}")
     return abi
 
 
-def confine_files(abi: int, read: list[Path], write: list[Path]) -> None:
-    everything = (1 << (15 if abi < ABI_OF_DEVICES else 16)) - 1
-    fields = [everything]
-    if abi >= ABI_OF_TCP:
-        fields.append(0b11)  # bind and connect
-    if abi >= ABI_OF_SIGNALS:
-        fields.append(0b11)  # abstract sockets and signals stay inside
-    attributes = struct.pack(f"={len(fields)}Q", *fields)
+def confine_files(read: list[Path], write: list[Path]) -> None:
+    # All kinds of access to files; bind and connect by TCP; abstract sockets and signals.
+    attributes = struct.pack("=3Q", EVERYTHING, 0b11, 0b11)
     size = ctypes.c_size_t(len(attributes))
     rules = system_call("landlock_create_ruleset", 444, attributes, size, ctypes.c_uint32(0))
-    for paths, rights in ((read, EXECUTE | READ_FILE | READ_DIR), (write, everything & ~EXECUTE & ~MAKE_DEVICES)):
-        for path in paths:
-            if not path.exists():
-                continue
+    for paths, rights in ((read, EXECUTE | READ_FILE | READ_DIR), (write, EVERYTHING & ~EXECUTE & ~MAKE_DEVICES)):
+        for path in filter(Path.exists, paths):
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            if not stat.S_ISDIR(os.fstat(place).st_mode):
-                rights_here = rights & FILES_ONLY
-            else:
-                rights_here = rights
-            rule = struct.pack("=Qi", rights_here, place)
+            rule = struct.pack("=Qi", rights if path.is_dir() else rights & FILES_ONLY, place)
             system_call("landlock_add_rule", 445, rules, ctypes.c_int(1), rule, ctypes.c_uint32(0))
             os.close(place)
     system_call("landlock_restrict_self", 446, rules, ctypes.c_uint32(0))
     os.close(rules)
 
 
-def filter_system_calls(abi: int) -> None:
+def filter_system_calls() -> None:
     """A seccomp filter: what is refused fails with EPERM, what is ignored returns 0."""
-    machine = MACHINES[platform.machine()]
-    refused, only = machine["refused"], [(machine["socket"], (1, 16)), (machine["prlimit64"], (0, 0))]
-    if abi < ABI_OF_SIGNALS:
-        refused = refused | machine["other_signals"]
-        only += [(number, (os.getpid(), os.getpid())) for number in machine["signals"].values()]
-    LOAD, EQUAL, AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
-    ALLOW, REFUSE, IGNORE = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x00050000
-    NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16
-    # (code, to skip if true, to skip if false, value); each check that holds falls on a RETURN.
-    program = [(LOAD, 0, 0, ARCHITECTURE), (EQUAL, 1, 0, machine["audit"]), (RETURN, 0, 0, REFUSE)]
-    program += [(LOAD, 0, 0, NUMBER), (AT_LEAST, 0, 1, 0x40000000), (RETURN, 0, 0, REFUSE)]  # x32's numbers
-    for numbers, answer in ((refused, REFUSE), (machine["ignored"], IGNORE)):
-        for number in numbers.values():
-            program += [(EQUAL, 0, 1, number), (RETURN, 0, 0, answer)]
-    # Local sockets only (AF_UNIX; AF_NETLINK, by which ZeroMQ asks for the interfaces there are), no one else's limits.
-    for number, allowed in only:
-        program += [(EQUAL, 0, 5, number), (LOAD, 0, 0, FIRST_ARGUMENT)]
-        program += [(EQUAL, 1, 0, allowed[0]), (EQUAL, 0, 1, allowed[1])]
-        program += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, REFUSE)]
-    program.append((RETURN, 0, 0, ALLOW))
+    machine = platform.machine()
+    load, equal, at_least, end = 0x20, 0x15, 0x35, 0x06
+    allow, ignore = 0x7FFF0000, 0x00050000
+    refuse = ignore | errno.EPERM
+    # (code, to skip if true, to skip if false, value): number at offset 0, machine at 4, first argument at 16.
+    program = [(load, 0, 0, 4), (equal, 1, 0, AUDIT[machine]), (end, 0, 0, refuse)]
+    program += [(load, 0, 0, 0), (at_least, 0, 1, 0x40000000), (end, 0, 0, refuse)]  # numbers of x32
+    for numbers, answer in ((REFUSED[machine], refuse), (IGNORED[machine], ignore)):
+        for number in numbers:
+            program += [(equal, 0, 1, number), (end, 0, 0, answer)]
+    # Local sockets only: AF_UNIX, and AF_NETLINK, by which ZeroMQ asks for the interfaces there are.
+    program += [(equal, 0, 3, SOCKET[machine]), (load, 0, 0, 16), (equal, 1, 0, 1), (equal, 0, 1, 16)]
+    program += [(end, 0, 0, allow), (end, 0, 0, refuse)]
     code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
     held = ctypes.create_string_buffer(code)
     header = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(held)))
@@ -170,47 +150,48 @@ def limit(what: int, value: int) -> None:
     resource.setrlimit(what, (value, value))
 
 
-def confine(read: list[Path], write: list[Path], *, memory: int, file_size: int) -> None:
+def confine(read: list[Path], write: list[Path]) -> None:
     """Confine this process, for good. CannotConfine where it cannot be, or where it turns out not to be."""
-    abi = landlock_abi()
     outside = os.path.realpath(__file__)
-    limit(resource.RLIMIT_CORE, 0)
-    limit(resource.RLIMIT_FSIZE, file_size)
-    limit(resource.RLIMIT_DATA, memory)
     give_up_privileges()
-    confine_files(abi, read, write)
-    filter_system_calls(abi)
-    # A kernel that says yes to all this and confines nothing would not be noticed otherwise.
+    confine_files(read, write)
+    filter_system_calls()
+    # A kernel that reports success and confines nothing would not be noticed otherwise.
     for what, attempt in (("read", lambda: os.open(outside, os.O_RDONLY)), ("own", lambda: os.chown(outside, -1, -1))):
         try:
             attempt()
         except PermissionError:
             continue
-        raise CannotConfine(f"this kernel says it is confined, but can still {what} {outside}")
+        raise CannotConfine(f"this kernel reports that the process is confined, but it can still {what} {outside}")
 
 
 def main() -> None:
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="say whether this machine can confine, and end")
+    parser.add_argument("--check", action="store_true", help="say how this machine confines, and end")
     parser.add_argument("--read", action="append", default=[], type=Path, help="may be read and run")
-    parser.add_argument("--write", action="append", default=[], type=Path, help="may be read and written, not run")
+    parser.add_argument("--write", action="append", default=[], type=Path, help="may be read and written")
     parser.add_argument("--memory", type=int, default=8 << 30, help="bytes a process may allocate")
     parser.add_argument("--file-size", type=int, default=256 << 20, help="bytes a file may have")
     options = parser.parse_args(sys.argv[1:split])
     command = sys.argv[split + 1 :]
+    if not (options.check or command):
+        parser.error("expected a command after --")
+    system = [Path(path) for path in ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", sys.prefix, sys.base_prefix)]
     try:
-        if options.check:
+        inside = bubblewrap(system if options.check else [*options.read, *system[:4]], options.write)
+        limit(resource.RLIMIT_CORE, 0)
+        limit(resource.RLIMIT_FSIZE, options.file_size)
+        limit(resource.RLIMIT_DATA, options.memory)
+        if inside is None:
             abi = landlock_abi()
-            confine([], [], memory=options.memory, file_size=options.file_size)
-            print(f"Landlock {abi}")
+            confine(options.read, options.write)
+        if options.check:
+            print("bubblewrap" if inside else f"Landlock {abi} (bubblewrap, where installed, hides more)")
             return
-        if not command:
-            parser.error("expected a command after --")
-        confine(options.read, options.write, memory=options.memory, file_size=options.file_size)
     except (CannotConfine, OSError) as error:
         sys.exit(f"confine.py: {error}")
-    os.execv(command[0], command)
+    os.execv((inside or command)[0], [*(inside or []), *command])
 
 
 if __name__ == "__main__":

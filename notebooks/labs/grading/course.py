@@ -180,8 +180,8 @@ def isolation(unsafe: bool) -> dict[str, str]:
     if confine.returncode:
         why = confine.stderr.decode().strip().splitlines()[-1].removeprefix("confine.py: ")
         sys.exit(
-            f"Nothing was graded: {why}, so the students' code could read and change your files. Grade on Linux 6.2 or "
-            "newer, or, in a machine or container that holds nothing else, with UNSAFE=1."
+            f"Nothing was graded: {why}, so the students' code could read and change your files. Install bubblewrap, "
+            "grade on Linux 6.12 or newer, or use UNSAFE=1 in a machine or container that contains nothing else."
         )
     print(f"Isolation: {confine.stdout.decode().strip()}.")
     return environment

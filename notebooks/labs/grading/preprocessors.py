@@ -2,7 +2,7 @@
 
 ForStudents     release: nothing but cells, with the metadata that nbgrader needs
 Restore         grading: the cells that students may not change are as they were released
-RunConfined     grading: the notebook runs in a kernel confined by confine.py, and ends in time
+RunConfined     grading: the notebook runs in a kernel that confine.py confines, and ends in time
 WithoutTests    feedback: the hidden tests stay hidden
 keep_local      feedback and Formgrader: MathJax from its package, tasks by their names
 """
@@ -136,6 +136,8 @@ class ConfinedKernelManager(AsyncKernelManager):
         homes = subprocess.run([python, "-c", look], capture_output=True, text=True, check=True).stdout.splitlines()
         read = [*SYSTEM, *homes, *filter(None, [os.environ.get("LAB_PWLIB")])]
         options = [f"--read={path}" for path in read] + [f"--write={self.folder}", "--write=/dev/null"]
+        # Signals do not reach a process in another namespace; a message makes the kernel interrupt itself.
+        self.kernel_spec.interrupt_mode = "message"
         return [sys.executable, "-I", str(CONFINE), *options, "--", *kernel]
 
     async def start_kernel(self, **options):
@@ -275,7 +277,11 @@ class WithoutTests(ClearHiddenTests):
 MATHJAX = """<script>
 MathJax = {tex: {inlineMath: [["$", "$"], ["\\\\(", "\\\\)"]], processEscapes: true}, options: {enableMenu: false}};
 </script>
-<script>%s</script>"""
+<script>%s</script>
+<script>
+// Formgrader's script waits for MathJax 2.
+MathJax.Hub = {Startup: {signal: {Interest: (tell) => MathJax.startup.promise.then(() => tell("End"))}}};
+</script>"""
 REMOTE = re.compile(
     r'<script src="https?://[^"]*mathjax[^"]*">\s*</script>.*?<!-- End of mathjax configuration -->', re.S | re.I
 )
@@ -296,7 +302,8 @@ def keep_local(exporter: type) -> None:
         page = REMOTE.sub(lambda _: local, page, count=1)
         for grade_id, task in task_names(nb).items():
             page = page.replace(f'<a href="#{grade_id}">Test cell</a>', f'<a href="#{grade_id}">{task}</a>')
-            page = page.replace(f"Grade cell: <code>{grade_id}</code>", f"Tests of {task}")
+            for label in (f"Grade cell: <code>{grade_id}</code>", f"<code>{grade_id}</code>"):
+                page = page.replace(label, f"Tests of {task}")
         return page, resources
 
     exporter.from_notebook_node = from_notebook_node
