@@ -1,4 +1,4 @@
-"""Static figures: a training history, predictions beside the true labels, overlays, a trace of mean field.
+"""Static figures: a training history, predictions beside the true labels, strokes, overlays, a trace of mean field.
 
 The functions return a matplotlib `Figure` and leave the state of pyplot unchanged. A notebook shows the figure as the
 value of a cell or with `show`; `savefig` writes it to a file. Curves differ in marker and in colour (Okabe & Ito).
@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from pwlib.data import VOID, colorize, voc_palette
-from pwlib.tools.pictures import overlay, to_uint8  # noqa: F401 (plots.overlay)
+from pwlib.tools.pictures import overlay, to_uint8
 from pwlib.trace import Trace
 
 # Okabe & Ito (2008): distinguishable with any colour vision.
@@ -38,8 +38,12 @@ COLOURS = {
 
 
 def figure(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
-    """Create a figure and its axes [rows, columns]; pyplot does not track it, so that a notebook shows it only once."""
-    fig, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained", **options)
+    """Create a figure and its axes [rows, columns], without frames at the top and on the right.
+
+    pyplot does not track the figure, so that a notebook shows it only once.
+    """
+    with plt.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
+        fig, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained", **options)
     plt.close(fig)
     return fig, axes
 
@@ -90,7 +94,6 @@ def history(history: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
                           textcoords="offset points", color="0.35", fontsize=8)  # fmt: skip
         axes.set_xlabel("epoch")
         axes.set_ylabel(title)
-        axes.spines[["top", "right"]].set_visible(False)
     if right.get_legend_handles_labels()[0]:
         right.legend(frameon=False, fontsize=8)
     return fig
@@ -122,6 +125,29 @@ def predictions(
             cell.set_title("")
     present = sorted({int(v) for _, labels in rows for label in labels.values() for v in label.unique()})
     legend(fig, palette, class_names, present)
+    return fig
+
+
+def strokes(
+    image: Tensor, strokes: Tensor, labels: Mapping[str, Tensor], palette: np.ndarray, class_names: Sequence[str]
+) -> Figure:
+    """Show an image, the strokes that a person drew on it, and the label maps computed from them, in one row.
+
+    Args:
+        image: [3, H, W] in [0, 1].
+        strokes: int64 [H, W], 255 where there is no stroke.
+        labels: {title: label map int64 [H, W]}.
+        palette: uint8 [K + 1, 3], the colour of void last.
+        class_names: K names.
+    """
+    height, width = image.shape[-2:]
+    columns, side = len(labels) + 2, 2.9
+    fig, axes = figure(1, columns, figsize=(side * columns, side * height / width + 0.6))
+    draw(axes[0, 0], to_uint8(image), "photograph")
+    draw(axes[0, 1], overlay(image, strokes, palette, alpha=1.0), "strokes")
+    for cell, (title, label) in zip(axes[0, 2:], labels.items(), strict=True):
+        draw(cell, colorize(label, palette), title)
+    legend(fig, palette, class_names)
     return fig
 
 
@@ -211,7 +237,6 @@ def trace(
         chart.set_title("free energy (nats)\nby iteration", fontsize=8)
         chart.tick_params(labelsize=6.5)
         chart.locator_params(nbins=4)
-        chart.spines[["top", "right"]].set_visible(False)
     fig.suptitle(f"class {names[c]}", fontsize=10, x=0.01, ha="left")
     legend(fig, colours, names, sorted({int(v) for v in trace.labels[rows].unique()}))
     return fig

@@ -1,5 +1,7 @@
 """Checks of notebook 00: why structure."""
 
+import math
+
 import torch
 
 from pwlib.course.checks import WrongAnswer, exercise, expect, expect_close, expect_shape
@@ -28,7 +30,7 @@ def paint(answer):
             _void_as(wanted, label, palette[-2]),
             "Void pixels have the colour of the last class; void's row comes after it.",
         ),
-        (_void_as(wanted, label, palette[255 % 5]), "Void pixels get row 255 % (K + 1) of the palette: only by accident void's."),
+        (_void_as(wanted, label, palette[255 % 5]), "Void pixels get row 255 % (K + 1) of the palette, which is the last row only by accident."),
         (lambda p: (p - wanted.flip(-1)).abs().max() == 0, "Red and blue are exchanged; the palette is RGB already."),
     ]  # fmt: skip
     expect_close(picture, wanted, "the picture", hints=hints)
@@ -71,7 +73,7 @@ def class_dice(answer):
             dice.nan_to_num(1),
             "A class in neither truth nor prediction has no Dice: nan, not 1. A 1 would enter the mean.",
         ),
-        (dice.nanmean(), "You return the mean; the exercise wants one number a class, [K]."),
+        (dice.nanmean(), "You return the mean; the exercise asks for one number per class, [K]."),
     ]
     expect_close(answer(matrix), dice, "Dice", hints=hints)
     return "Dice by counting equals Dice by sets."
@@ -120,7 +122,10 @@ def _compare_all_alike(answer, q):
         if (labelling == labelling[0]).all():
             wanted += torch.stack([q[i, labelling[i]] for i in range(n)]).prod().item()
     hints = [
-        (q.prod(0), "You return one number a class; 'all class 0' or 'all class 1' or … add up."),
+        (
+            q.prod(0),
+            "You return one number per class; the probabilities of 'all class 0', 'all class 1' and so on add up.",
+        ),
         (
             q.max(1).values.prod(),
             "That is the probability of the single most likely labelling, whose labels may differ.",
@@ -129,6 +134,8 @@ def _compare_all_alike(answer, q):
         (q.sum(0).prod(), "Sum and product are exchanged: multiply over pixels (dim 0), add over classes."),
         (q.prod(1).sum(), "You multiply over classes (dim 1); independence multiplies over *pixels*, dim 0."),
         (q.prod(), "You multiply everything; a pixel has one class at a time: multiply over pixels, add over classes."),
+        (q.prod(0).mean(), "You average over the classes; the probabilities of events that exclude each other add."),
+        (math.log(wanted), "That is the logarithm of the probability; return its exponential."),
         (q.mean(0).pow(n).sum(), "You use the mean of the marginals; every pixel has its own."),
         (lambda a: (a > 1 + 1e-6).any(), "A probability above 1: check what you add and what you multiply."),
     ]

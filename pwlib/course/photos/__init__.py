@@ -17,7 +17,7 @@ from pwlib.data import VOID, read_image
 FOLDER = Path(__file__).parent
 NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.jpg")))
 
-# The portrait's regions, in the order of their class numbers, with the lines of a pen, each through points (x, y) in px.
+# The regions in the order of their class numbers, each with the lines of a pen through points (x, y) in px.
 REGIONS: dict[str, dict[str, list[list[tuple[int, int]]]]] = {
     "portrait": {
         "background": [[(140, 5), (190, 15), (215, 60), (210, 130), (230, 175)], [(250, 10), (262, 190)]],
