@@ -74,3 +74,18 @@ def test_time_to_target():
     goal, seconds = target["to_target"](rows)
     assert goal == 31  # the lowest of the best scores, 32, minus 1
     assert list(seconds.values()) == [0.5, 4.0, 9.0, 8.0, 10.0]
+
+
+def test_the_table_of_the_number_of_images():
+    images = runpy.run_path(str(BENCHMARKS / "backbone" / "images.py"))
+    part = {"unary": {"miou": 10.0}, "crf": {"miou": 12.0}}
+    runs = [
+        {"network": "scratch", "images": 20, "seed": seed, "cpu_minutes": 1.0 + seed, "scores": {"val": part}}
+        for seed in (0, 1)
+    ]
+    for run, miou in zip(runs, (20.0, 31.0), strict=True):
+        run["scores"] = {"val": part, "unseen drive": {"unary": {"miou": miou}, "crf": {"miou": miou + 1}}}
+    cells = images["table"](runs).splitlines()[-1].split(" | ")
+    assert cells[1:4] == ["20", "2", "1.5"]
+    assert cells[4:] == ["10.0 (10.0 to 10.0)", "12.0 (12.0 to 12.0)", "25.5 (20.0 to 31.0)", "26.5 (21.0 to 32.0) |"]
+    assert images["table"](runs[:1]).splitlines()[-1].endswith("| 10.0 | 12.0 | 20.0 | 21.0 |")
