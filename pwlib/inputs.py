@@ -1,8 +1,4 @@
-"""Checks of images and labels.
-
-image    float RGB [B, 3, H, W] in [0, 1]
-label    integers 0..K-1, 255 = void
-"""
+"""Checks of images, labels and numbers that several modules share. All raise ValueError."""
 
 import math
 
@@ -14,8 +10,15 @@ from pwlib.data import VOID
 ROUNDING = 1e-3  # how far a float image may leave [0, 1], for example in half precision
 
 
+def at_least(lowest: int, **values: float) -> None:
+    """Raise ValueError for a value below `lowest`, or NaN; the keyword is its name in the message."""
+    for name, value in values.items():
+        if not value >= lowest:
+            raise ValueError(f"{name} is {value}; expected at least {lowest}")
+
+
 def check_image(image: Tensor) -> Tensor:
-    """Return the image if it is RGB [B, 3, H, W], float, not empty and in [0, 1]; raise ValueError otherwise."""
+    """Return the image if it is RGB [B, 3, H, W], float, not empty and in [0, 1]."""
     if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape:
         raise ValueError(f"image has shape {tuple(image.shape)}; expected [B, 3, H, W] (RGB), none of them empty")
     if not image.is_floating_point():
@@ -30,11 +33,19 @@ def check_image(image: Tensor) -> Tensor:
     return image
 
 
-def check_label(label: Tensor, num_classes: int) -> Tensor:
-    """Return the label if it holds integers 0..K-1 or 255 (void); raise ValueError otherwise."""
-    if label.is_floating_point():
-        raise ValueError(f"label has dtype {label.dtype}; expected class indices, int64")
-    wrong = (label != VOID) & ((label < 0) | (label >= num_classes))
-    if wrong.any():
-        raise ValueError(f"label holds {label[wrong][0].item()}; expected 0..{num_classes - 1} or {VOID} for void")
+def check_label(label: Tensor, num_classes: int | None = None, *, name: str = "label", void: bool = True) -> Tensor:
+    """Return class indices of any integer type as int64, since a smaller type would wrap around in sums and products.
+
+    Given K = `num_classes`, all must be in 0..K-1, or 255 with `void`.
+    """
+    if label.is_floating_point() or label.is_complex():
+        raise ValueError(f"{name} has dtype {label.dtype}; expected class indices, an integer type (an argmax?)")
+    label = label.long()
+    if num_classes is not None:
+        wrong = (label < 0) | (label >= num_classes)
+        if void:
+            wrong &= label != VOID
+        if wrong.any():
+            allowed = f"0..{num_classes - 1}" + (f" or {VOID} for void" if void else "")
+            raise ValueError(f"{name} holds {label[wrong][0].item()}; expected {allowed}")
     return label

@@ -14,7 +14,7 @@ import torch.distributed
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, SequentialSampler, Subset
 
-from pwlib.losses import class_indices
+from pwlib.inputs import check_label
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -118,4 +118,4 @@ def read_batch(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     image, label = (part.to(device, non_blocking=True) for part in batch)
     if image.ndim != 4 or label.shape != (len(image), *image.shape[-2:]):
         raise ValueError(f"a batch has images {list(image.shape)} and labels {list(label.shape)}; {expected}")
-    return image, class_indices("label", label)
+    return image, check_label(label)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pwlib.data import VOID
+from pwlib.inputs import at_least, check_label
 
 Weights = Tensor | Sequence[float] | None  # of the classes, [K]
 
@@ -25,7 +26,7 @@ def cross_entropy(scores: Tensor, label: Tensor, *, class_weights: Weights = Non
     batch, num_classes, height, width = scores.shape
     if label.shape != (batch, height, width):
         raise ValueError(f"label has shape {tuple(label.shape)}; expected [{batch}, {height}, {width}] as the scores")
-    label = class_indices("label", label, num_classes, void=True)
+    label = check_label(label, num_classes)
     scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
     known = label != VOID  # [B, H, W]
     target, weight = label.where(known, 0), known.to(scores.dtype)
@@ -63,7 +64,7 @@ def structured(
             pixel indices; a pair with a void end, or of a pixel with itself, is left out.
     """
     unary = cross_entropy(logits, label)
-    label = class_indices("label", label)
+    label = check_label(label)
     if isinstance(pairs, int):
         pairs = sample_pairs(label, pairs, generator=generator)
     first, second = (index.to(label.device) for index in pairs)  # [B, P] each
@@ -86,7 +87,7 @@ def pairwise_nll(energy: Tensor, first: Tensor, second: Tensor, *, class_weights
             "expected [B, P, K, K] and [B, P] twice"
         )
     num_classes = energy.shape[-1]
-    first, second = (class_indices("label", ends, num_classes, void=True) for ends in (first, second))
+    first, second = (check_label(ends, num_classes) for ends in (first, second))
     known = (first != VOID) & (second != VOID)
     first, second = first.where(known, 0), second.where(known, 0)
     log_p = torch.log_softmax(-energy.flatten(2), dim=-1)  # [B, P, K*K]
@@ -108,8 +109,7 @@ def sample_pairs(label: Tensor, pairs: int, *, generator: torch.Generator | None
     Returns:
         (first, second), int64 [B, P], row-major indices; (0, 0) throughout for an image without a pair.
     """
-    if pairs < 1:
-        raise ValueError(f"pairs is {pairs}; expected at least 1 an image")
+    at_least(1, pairs=pairs)
     batch, height, width = label.shape
     source = generator.device if generator is not None else torch.device("cpu")
     reach = max(1.0, math.hypot(height, width) / 2)
@@ -144,24 +144,6 @@ def balanced_weights(counts: Tensor | Sequence[int], *, power: float = 0.5) -> T
     weights = torch.where(counts > 0, share.clamp(min=1e-12) ** -power, 0)
     weights = weights / (share * weights).sum()
     return torch.where(counts > 0, weights, 1).float()
-
-
-def class_indices(name: str, values: Tensor, num_classes: int | None = None, *, void: bool = False) -> Tensor:
-    """Class indices of any integer type as int64, since a smaller type would wrap around in sums and products.
-
-    ValueError for floats and, given K = `num_classes`, for values outside 0..K-1 (or 255, with `void`).
-    """
-    if values.is_floating_point() or values.is_complex():
-        raise ValueError(f"{name} has dtype {values.dtype}; expected class indices, an integer type (an argmax?)")
-    values = values.long()
-    if num_classes is not None:
-        wrong = (values < 0) | (values >= num_classes)
-        if void:
-            wrong &= values != VOID
-        if wrong.any():
-            allowed = f"0..{num_classes - 1}" + (f" or {VOID} for void" if void else "")
-            raise ValueError(f"{name} holds {values[wrong][0].item()}; expected {allowed}")
-    return values
 
 
 def check_class_weights(class_weights: Tensor | Sequence[float], num_classes: int) -> Tensor:

@@ -13,15 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pwlib.data import VOID
-from pwlib.losses import class_indices
+from pwlib.inputs import at_least, check_label
 
 
 class ConfusionMatrix:
     """Counts `matrix`, int64 [K, K]: rows are true classes, columns predicted ones. device None: that of the labels."""
 
     def __init__(self, num_classes: int, *, device: torch.device | str | None = None):
-        if num_classes < 2:
-            raise ValueError(f"num_classes is {num_classes}; expected at least 2")
+        at_least(2, num_classes=num_classes)
         self.num_classes, self.device = num_classes, device
         self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
@@ -37,10 +36,10 @@ class ConfusionMatrix:
             )
         device = self.device = self.device or label.device
         classes = self.num_classes
-        label = class_indices("label", label.to(device), classes, void=True)
-        prediction = class_indices("prediction", prediction.to(device))
+        label = check_label(label.to(device), classes)
+        prediction = check_label(prediction.to(device), name="prediction")
         counted = label != VOID
-        truth, guess = label[counted], class_indices("prediction", prediction[counted], classes)
+        truth, guess = label[counted], check_label(prediction[counted], classes, name="prediction", void=False)
         counts = torch.bincount(truth * classes + guess, minlength=classes**2)
         self.matrix = self.matrix.to(device) + counts.view(classes, classes)
 
@@ -93,9 +92,8 @@ def boundary_mask(label: Tensor, width: int = 3) -> Tensor:
     objects (VOC), the band reaches `width` px beyond it on each side, as in Kraehenbuehl & Koltun's trimaps (NIPS 2011,
     section 6; after Kohli, Ladicky & Torr, IJCV 2009). The border of the image is no boundary.
     """
-    if width < 1:
-        raise ValueError(f"boundary width is {width} px; expected at least 1")
-    label, side = class_indices("label", label), 2 * width + 1
+    at_least(1, width=width)
+    label, side = check_label(label), 2 * width + 1
     # A window holds two labels if and only if its maximum differs from its minimum.
     both = torch.stack([label, -label], dim=1).float()  # [B, 2, H, W]
     for window, padding in (((side, 1), (width, 0)), ((1, side), (0, width))):
@@ -127,7 +125,7 @@ class SegmentationScores:
     @torch.no_grad()
     def update(self, prediction: Tensor, label: Tensor) -> None:
         """Count class indices [B, H, W]; see `ConfusionMatrix.update`."""
-        label = class_indices("label", label)
+        label = check_label(label)
         self.everywhere.update(prediction, label)
         band = boundary_mask(label, self.boundary_width)
         self.boundary.update(prediction, label.masked_fill(~band, VOID))

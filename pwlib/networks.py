@@ -25,15 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pwlib.data import VOID
-from pwlib.inputs import check_image
-from pwlib.pretrained import has_fc, load_vgg_blocks, load_vgg_fc6, load_vgg_fc7, read_vgg
+from pwlib.inputs import at_least, check_image
+from pwlib.pretrained import load_vgg_blocks, load_vgg_fc, read_vgg
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # channels and number of 3x3 convolutions of each block
 
 
 class Normalize(nn.Module):
-    """Normalise RGB in [0, 1] by ImageNet's mean and standard deviation; nothing else in the library does so."""
+    """Normalise an image [B, 3, H, W], RGB in [0, 1], by ImageNet's mean and standard deviation."""
 
     def __init__(self):
         super().__init__()
@@ -41,7 +41,7 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
-        return (check_image(image) - self.mean) / self.std  # [B, 3, H, W]
+        return (check_image(image) - self.mean) / self.std
 
 
 # ------------------------------------------------------------------------------------------------------------ layers
@@ -98,7 +98,7 @@ def vgg_blocks(*, width: float = 1.0, batch_norm: bool = False, output_stride: i
 
 
 class VGGNetwork(nn.Module):
-    """Base of the two networks. A subclass defines `features`, `head`, `feature_channels` and `load_vgg`.
+    """Base of the two networks. A subclass defines `features`, `head` and `load_vgg`, and calls `_finish` last.
 
     Args:
         num_classes: K, at least 2.
@@ -109,21 +109,17 @@ class VGGNetwork(nn.Module):
     """
 
     cell_size: int | None  # px per cell of `coarse`; None: the map covers the image exactly, whatever its size
+    feature_channels: int  # C of `features`, [B, C, h, w], the input of `head`
 
     def __init__(self, num_classes: int, width: float, batch_norm: bool, weights: str | None, output_stride: int):
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes is {num_classes}; expected at least 2 classes to choose between")
+        at_least(2, num_classes=num_classes)
         if not width > 0:
             raise ValueError(f"width is {width}; expected a positive multiplier of VGG's channels")
         if weights and width != 1:
             raise ValueError(f"width is {width}; VGG-16's weights need width=1 (or pass weights=None)")
-        self.num_classes, self.width, self.batch_norm, self.output_stride = (
-            num_classes,
-            width,
-            batch_norm,
-            output_stride,
-        )
+        self.num_classes, self.width = num_classes, width
+        self.batch_norm, self.output_stride = batch_norm, output_stride
         self.normalize = Normalize()
         self.blocks = vgg_blocks(width=width, batch_norm=batch_norm, output_stride=output_stride)
 
@@ -188,9 +184,7 @@ class DeepLabLargeFOV(VGGNetwork):
         fc6 and fc7 keep their random weights if the state dict has the convolutions only.
         """
         load_vgg_blocks(self.blocks, state)
-        if has_fc(state):
-            load_vgg_fc6(self.fc6[0], state)
-            load_vgg_fc7(self.fc7[0], state)
+        load_vgg_fc(state, fc6=self.fc6[0], fc7=self.fc7[0])
 
 
 class FeatMapNet(VGGNetwork):
@@ -231,12 +225,11 @@ class FeatMapNet(VGGNetwork):
             raise ValueError(f"scales are {tuple(scales)}; expected one or more positive numbers")
         if not all(side > 0 and side % 2 for side in pyramid):
             raise ValueError(f"pyramid is {tuple(pyramid)}; expected odd numbers of cells")
-        if dilation is not None and dilation < 1:
-            raise ValueError(f"dilation is {dilation}; expected at least 1")
+        dilation = 96 // output_stride if dilation is None else dilation
+        at_least(1, dilation=dilation)
         self.scales = tuple(scales)
         channels, first = max(1, round(512 * width)), max(1, round(1024 * width))
         self.feature_channels = channels * len(self.scales) * (1 + len(pyramid))
-        dilation = dilation or 96 // output_stride
         self.block6 = nn.ModuleList(
             nn.Sequential(
                 *convolution(channels, first, dilation=dilation, batch_norm=batch_norm),
@@ -277,8 +270,8 @@ class FeatMapNet(VGGNetwork):
     def load_vgg(self, state: Mapping[str, Tensor]) -> None:
         """Load torchvision's vgg16 (or vgg16_bn) state dict: blocks 1 to 5, and block 6's first layer if it has fc6."""
         load_vgg_blocks(self.blocks, state)
-        for block6 in self.block6 if has_fc(state) else ():
-            load_vgg_fc6(block6[0], state)
+        for block6 in self.block6:
+            load_vgg_fc(state, fc6=block6[0])
 
 
 # ------------------------------------------------------------------------------------------------------------ geometry
@@ -339,60 +332,51 @@ def receptive_field(module: nn.Module) -> int:
     field, jump = 1, 1
     for layer in module.modules():
         if isinstance(layer, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
-            kernel, stride, dilation = (_side(getattr(layer, n, 1)) for n in ("kernel_size", "stride", "dilation"))
+            given = [getattr(layer, name, 1) for name in ("kernel_size", "stride", "dilation")]
+            sides = [{value} if isinstance(value, int) else set(value) for value in given]
+            if max(map(len, sides)) > 1:
+                raise ValueError(f"{layer} is not square; the receptive field is defined here for square layers")
+            kernel, stride, dilation = (side.pop() for side in sides)
             field += (kernel - 1) * dilation * jump
             jump *= stride
     return field
-
-
-def _side(value: int | tuple[int, int]) -> int:
-    sides = {value} if isinstance(value, int) else set(value)
-    if len(sides) != 1:
-        raise ValueError(f"a layer has the sides {value}; the receptive field is defined here for square layers")
-    return sides.pop()
 
 
 # ------------------------------------------------------------------------------------------------------ other networks
 
 
 class AsUnary(nn.Module):
-    """Adapter for any network: takes logits from torchvision's {"out": ...}, resizes them, checks their shape."""
+    """The adapter that `as_unary` makes."""
 
-    def __init__(self, module: nn.Module, *, num_classes: int | None = None, normalize: bool = False):
+    def __init__(self, module: nn.Module, num_classes: int | None, normalize: bool):
         super().__init__()
         self.module, self.num_classes = module, num_classes
-        self.normalize = Normalize() if normalize else None
+        self.normalize = Normalize() if normalize else check_image
 
     def forward(self, image: Tensor) -> Tensor:
-        logits = self.module(self.normalize(image) if self.normalize else check_image(image))
-        if isinstance(logits, Mapping):
-            if "out" not in logits:
-                raise ValueError(f"the unary network returned a dict of {sorted(logits)}; expected logits under 'out'")
-            logits = logits["out"]
-        name = type(self.module).__name__
-        if not isinstance(logits, Tensor) or logits.ndim != 4 or logits.shape[0] != image.shape[0]:
-            given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"unary network {name} returned {given}; expected logits [{len(image)}, K, H, W]")
-        if self.num_classes not in (None, logits.shape[1]):
-            raise ValueError(
-                f"unary network {name} returned {logits.shape[1]} classes; expected {self.num_classes} "
-                f"(logits [B, {self.num_classes}, H, W])"
-            )
+        output = self.module(self.normalize(image))
+        logits = output.get("out") if isinstance(output, Mapping) else output
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else ()
+        if len(shape) != 4 or shape[0] != len(image) or self.num_classes not in (None, shape[1]):
+            given = shape or (f"a dict of {sorted(output)}" if isinstance(output, Mapping) else type(output).__name__)
+            expected = f"logits [{len(image)}, {self.num_classes or 'K'}, H, W], or a dict with them as 'out'"
+            raise ValueError(f"unary network {type(self.module).__name__} returned {given}; expected {expected}")
         return resize_logits(logits, image.shape[-2:])
 
 
 def as_unary(module: nn.Module, *, num_classes: int | None = None, normalize: bool = False) -> nn.Module:
     """Adapt a module from image to logits to the library's convention: [B, 3, H, W] in [0, 1] -> [B, K, H, W].
 
-    A module that is adapted already, or that has a `cell_size` as the library's networks do, is returned unchanged.
+    Logits may be the "out" of a dict, as in torchvision, and are resized to the image. A module that is adapted
+    already, or that has a `cell_size` as the library's networks do, is returned unchanged.
 
     Args:
         num_classes: K, if it should be checked.
         normalize: whether the module expects ImageNet-normalised pixels, as torchvision's segmentation models do.
     """
-    if isinstance(module, AsUnary) or hasattr(module, "cell_size"):
-        classes = getattr(module, "num_classes", None)
-        if None not in (num_classes, classes) and classes != num_classes:
-            raise ValueError(f"the unary network has {classes} classes; expected {num_classes}")
-        return module
-    return AsUnary(module, num_classes=num_classes, normalize=normalize)
+    if not isinstance(module, AsUnary) and not hasattr(module, "cell_size"):
+        return AsUnary(module, num_classes, normalize)
+    classes = getattr(module, "num_classes", None)
+    if None not in (num_classes, classes) and classes != num_classes:
+        raise ValueError(f"the unary network has {classes} classes; expected {num_classes}")
+    return module

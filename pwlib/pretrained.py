@@ -1,8 +1,8 @@
 """VGG-16 weights: read them from a file or download them, and copy them into the layers of `pwlib.networks`.
 
 Names are torchvision's: "features.N" are the convolutions (and batch norms), "classifier.0" and "classifier.3" the
-fully connected layers fc6 and fc7. DeepLab decimates these two: it keeps every third of fc6's 7x7 taps and every fourth
-channel of both. Nothing is rescaled. A file may contain the thirteen convolutions only, and float16 values.
+fully connected layers fc6 and fc7. A file may contain the thirteen convolutions only, and float16 values. All functions
+raise ValueError for a layer that is missing or has another shape.
 """
 
 from collections.abc import Mapping
@@ -16,44 +16,34 @@ from torch import Tensor, nn
 def load_vgg_blocks(blocks: nn.Sequential, state: Mapping[str, Tensor]) -> None:
     """Copy the convolutions (and batch norms) of torchvision's vgg16 (vgg16_bn) into `vgg_blocks(width=1)`.
 
-    torchvision's vgg16_bn file is older than batch norm's `num_batches_tracked`. The counter is optional here, as it is
-    in torch: with a fixed momentum nothing depends on it.
-
-    Raises:
-        ValueError: a layer is missing, has another shape, or the state dict has layers that the blocks lack.
+    torchvision's vgg16_bn file is older than batch norm's `num_batches_tracked`, and is accepted without it.
     """
     # torchvision numbers convolutions, norms, ReLUs and poolings in one list, in the order of the concatenated blocks.
-    layers = [layer for block in blocks for layer in block]
-    expected = {
-        f"features.{i}.{name}": value for i, layer in enumerate(layers) for name, value in layer.state_dict().items()
-    }
-    for name, value in expected.items():
-        if name in state or not name.endswith("num_batches_tracked"):
-            _copy(value, _entry(state, name), name)
-    if extra := sorted({name for name in state if name.startswith("features.")} - set(expected)):
+    layers = nn.Sequential(*(layer for block in blocks for layer in block))
+    targets = {f"features.{name}": value for name, value in layers.state_dict().items()}
+    if extra := sorted(name for name in state if name.startswith("features.") and name not in targets):
         raise ValueError(
             f"VGG weights contain {extra[0]!r}, which these blocks lack; expected vgg16, or vgg16_bn with batch norm"
         )
+    for name, target in targets.items():
+        if name in state or not name.endswith("num_batches_tracked"):
+            _copy(target, _entry(state, name), name)
 
 
-def load_vgg_fc6(convolution: nn.Conv2d, state: Mapping[str, Tensor]) -> None:
-    """Copy fc6, [4096, 512 * 7 * 7], into a 3x3 convolution [1024, 512, 3, 3]."""
-    fc6 = _entry(state, "classifier.0.weight")
-    fc6 = fc6.reshape(len(fc6), 512, 7, 7)[::4, :, ::3, ::3]
-    _copy(convolution.weight, fc6, "classifier.0.weight")
-    _copy(convolution.bias, _entry(state, "classifier.0.bias")[::4], "classifier.0.bias")
+def load_vgg_fc(state: Mapping[str, Tensor], *, fc6: nn.Conv2d, fc7: nn.Conv2d | None = None) -> None:
+    """Copy the fully connected layers into convolutions, decimated as in DeepLab, if the state dict has any.
 
-
-def load_vgg_fc7(convolution: nn.Conv2d, state: Mapping[str, Tensor]) -> None:
-    """Copy fc7, [4096, 4096], into a 1x1 convolution [1024, 1024, 1, 1]."""
-    fc7 = _entry(state, "classifier.3.weight")[::4, ::4, None, None]
-    _copy(convolution.weight, fc7, "classifier.3.weight")
-    _copy(convolution.bias, _entry(state, "classifier.3.bias")[::4], "classifier.3.bias")
-
-
-def has_fc(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict contains fully connected layers besides the convolutions."""
-    return any(name.startswith("classifier.") for name in state)
+    fc6, [4096, 512 * 7 * 7], becomes a 3x3 convolution [1024, 512, 3, 3]: every third tap and every fourth output. fc7,
+    [4096, 4096], becomes a 1x1 convolution [1024, 1024, 1, 1]. Nothing is rescaled.
+    """
+    if not any(name.startswith("classifier.") for name in state):
+        return
+    for name, layer in (("classifier.0", fc6), ("classifier.3", fc7)):
+        if layer is not None:
+            weight = _entry(state, f"{name}.weight")[::4]
+            weight = weight.reshape(-1, 512, 7, 7)[..., ::3, ::3] if layer is fc6 else weight[:, ::4, None, None]
+            _copy(layer.weight, weight, f"{name}.weight")
+            _copy(layer.bias, _entry(state, f"{name}.bias")[::4], f"{name}.bias")
 
 
 def read_vgg(weights: str | Path, *, batch_norm: bool = False) -> Mapping[str, Tensor]:
@@ -94,16 +84,13 @@ def _download(batch_norm: bool) -> Mapping[str, Tensor]:
 
 def _entry(state: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in state:
-        raise ValueError(
-            f"VGG weights lack {name!r}; expected the state dict of torchvision's vgg16, or vgg16_bn with batch norm"
-        )
+        raise ValueError(f"VGG weights lack {name!r}; expected those of vgg16, or of vgg16_bn with batch norm")
     return state[name]
 
 
 @torch.no_grad()
 def _copy(target: Tensor, source: Tensor, name: str) -> None:
     if target.shape != source.shape:
-        raise ValueError(
-            f"VGG weights {name!r} have shape {tuple(source.shape)}; expected {tuple(target.shape)} (width=1)"
-        )
+        shapes = f"{tuple(source.shape)}; expected {tuple(target.shape)} (width=1)"
+        raise ValueError(f"VGG weights {name!r} have shape {shapes}")
     target.copy_(source)

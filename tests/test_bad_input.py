@@ -76,7 +76,7 @@ def test_an_infinite_loss_names_its_step():
 
 def test_a_network_with_other_classes():
     model = PiecewiseTrainedModel(K, unary=Broken(0.0, classes=3), crf=DenseCRF(K))
-    with pytest.raises(ValueError, match="returned 3 classes; expected 10"):
+    with pytest.raises(ValueError, match=r"Broken returned \(1, 3, 8, 8\); expected logits \[1, 10, H, W\]"):
         model(torch.rand(1, 3, 8, 8))
 
 

@@ -20,7 +20,7 @@ from pwlib.crf import DenseCRF
 from pwlib.data import load, read_image, voc_palette
 from pwlib.model import PiecewiseTrainedModel
 from pwlib.networks import DeepLabLargeFOV
-from pwlib.runs import build_model, load_run
+from pwlib.tools.runs import build_model, load_run
 from pwlib.tools.tiling import coarse_in_tiles, label_image
 
 # ---------------------------------------------------------------------------------------------------------------- train

@@ -11,8 +11,8 @@ from torch import nn
 from pwlib import DeepLabLargeFOV, FeatMapNet, PiecewiseTrainedModel
 from pwlib.cli.parser import main
 from pwlib.data import voc_palette
-from pwlib.runs import Run
 from pwlib.tools.export import export_unary
+from pwlib.tools.runs import Run
 
 SIZES = [(1, 64, 64), (3, 65, 97), (1, 120, 80), (2, 200, 333)]
 NETWORKS = {

@@ -153,7 +153,7 @@ def test_band_reaches_beyond_a_void_strip_and_does_not_follow_the_border_of_the_
     band = boundary_mask(label, 2) & (label != 255)
     assert band[0, 0].nonzero().flatten().tolist() == [4, 5, 11, 12]
     assert not boundary_mask(torch.zeros(1, 4, 5).long(), 3).any()
-    with pytest.raises(ValueError, match="width is 0 px"):
+    with pytest.raises(ValueError, match="width is 0; expected at least 1"):
         boundary_mask(label, 0)
 
 

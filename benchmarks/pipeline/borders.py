@@ -23,7 +23,7 @@ from pwlib.crf import DenseCRF
 from pwlib.data import VOID, hold_out
 from pwlib.metrics import ConfusionMatrix, boundary_mask
 from pwlib.objective import schedule_factor
-from pwlib.runs import build_model, read_config
+from pwlib.tools.runs import build_model, read_config
 from pwlib.tools.training import load_split
 
 # (optimizer, learning rate, whether class biases b are fitted besides the temperature: -log softmax(log q / T + b))

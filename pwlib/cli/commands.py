@@ -17,8 +17,8 @@ from pwlib import checkpoints
 from pwlib.annotations.classes import label_arguments
 from pwlib.cli.profiles import PROFILES, pretrained
 from pwlib.pretrained import read_vgg
-from pwlib.runs import label_options, load_run, read_config
 from pwlib.tools.device import choose_device
+from pwlib.tools.runs import label_options, load_run, read_config
 
 # The arguments that decide a run; a resumed run must not contradict them.
 DECIDING = ("data", "profile", "size", "epochs", "seed", "context", "weights", "learning_rate", "batch")

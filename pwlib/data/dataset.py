@@ -49,21 +49,20 @@ class SegmentationDataset(Dataset):
     def __repr__(self) -> str:
         return f"SegmentationDataset({self.name!r}, {self.split!r}: {len(self)} items, {self.num_classes} classes)"
 
-    def _load(self, source: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read item `source`, check it and resize it; uint8."""
+    def _load(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read an item, check it and resize it; uint8."""
+        source = self._indices[index]
         if self._cache is not None and source in self._cache:
             return self._cache[source]
         image, label = self.read(source)
-        where = f"{self.name} {self.split}, item {self.names[list(self._indices).index(source)]!r}"
+        where = f"{self.name} {self.split}, item {self.names[index]!r}"
         if image.shape[-2:] != label.shape:
             sizes = "{}x{} but its label is {}x{}".format(*image.shape[-2:], *label.shape)
             raise ValueError(f"{where}: the image is {sizes} (height x width)")
         wrong = label[(label >= self.num_classes) & (label != VOID)]
         if len(wrong):
-            expected = f"expected 0..{self.num_classes - 1}, or {VOID} for void"
-            raise ValueError(
-                f"{where}: label value {int(wrong[0])} is outside the {self.num_classes} classes ({expected})"
-            )
+            expected = f"the {self.num_classes} classes (expected 0..{self.num_classes - 1}, or {VOID} for void)"
+            raise ValueError(f"{where}: label value {int(wrong[0])} is outside {expected}")
         if self.size not in (None, tuple(label.shape)):
             image, label = resize_image(image, self.size), resize_label(label, self.size)
         if self._cache is not None:
@@ -71,7 +70,7 @@ class SegmentationDataset(Dataset):
         return image, label
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        image, label = self._load(self._indices[index])
+        image, label = self._load(index)
         image, label = image.float() / 255, label.long()
         if self.transform is None:
             return image, label
@@ -81,14 +80,14 @@ class SegmentationDataset(Dataset):
 
     def check(self) -> None:
         """Read every item once; ValueError for the first broken one."""
-        for source in self._indices:
-            self._load(source)
+        for index in range(len(self)):
+            self._load(index)
 
     def pixel_counts(self) -> torch.Tensor:
         """Count the pixels of each class over all labels, before any transform: int64 [K + 1], void last."""
         counts = torch.zeros(self.num_classes + 1, dtype=torch.int64)
-        for source in self._indices:
-            label = self._load(source)[1].long()
+        for index in range(len(self)):
+            label = self._load(index)[1].long()
             counts += label.masked_fill(label == VOID, self.num_classes).flatten().bincount(minlength=len(counts))
         return counts
 

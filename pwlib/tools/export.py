@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 
-from pwlib.runs import Run, load_run
+from pwlib.tools.runs import Run, load_run
 
 EXAMPLE = (2, 3, 189, 253)  # the shape of the traced image; its sides are no multiple of a cell
 

@@ -12,8 +12,8 @@ from PIL import Image
 from pwlib.data import VOID, read_image
 from pwlib.data.files import list_files
 from pwlib.data.images import IMAGE_SUFFIXES
-from pwlib.runs import CRF_LONG_SIDE, Run
 from pwlib.tools.pictures import label_image, legend, overlay, stacked
+from pwlib.tools.runs import CRF_LONG_SIDE, Run
 from pwlib.tools.tiling import label_image as compute_label
 
 

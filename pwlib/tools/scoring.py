@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from pwlib import checkpoints
 from pwlib.evaluation import evaluate
-from pwlib.runs import build_model, read_config, trained_stages
+from pwlib.tools.runs import build_model, read_config, trained_stages
 from pwlib.tools.training import COLUMNS, load_split
 
 

@@ -15,8 +15,8 @@ from pwlib.annotations.check import check_folder
 from pwlib.data import Augment, SegmentationDataset, hold_out, load
 from pwlib.evaluation import best_record
 from pwlib.losses import balanced_weights
-from pwlib.runs import STAGES, build_model, label_options
 from pwlib.tools.pictures import predictions
+from pwlib.tools.runs import STAGES, build_model, label_options
 from pwlib.trainer import PiecewiseTrainer
 
 COLUMNS = (("miou", "mIoU"), ("pixel_accuracy", "pixel acc."), ("boundary_iou", "boundary IoU"))
