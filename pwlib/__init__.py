@@ -1,7 +1,7 @@
 """CNN + CRF segmentation you can read: the library under a course on piecewise training of deep structured models.
 
 Read the modules in this order: inputs, data, networks (and pretrained), mean_field and trace, filters, lattice, crf,
-dense, losses, graph, context, metrics, model, objective, loaders, checkpoints, evaluation, trainer.
+losses, graph, context, metrics, model, objective, loaders, checkpoints, evaluation, trainer.
 """
 
 __version__ = "0.2.0"
@@ -11,11 +11,11 @@ import os
 import torch
 
 from pwlib.context import ContextualCRF
-from pwlib.crf import DenseCRF, Kernel, Trace, probabilities_from_labels
+from pwlib.crf import DenseCRF, Kernel, Trace
 from pwlib.data import VOID, load
-from pwlib.dense import dense_crf
 from pwlib.model import PiecewiseTrainedModel
 from pwlib.networks import DeepLabLargeFOV, FeatMapNet
+from pwlib.tools.dense import dense_crf, probabilities_from_labels
 from pwlib.tools.runs import load_run
 from pwlib.trainer import PiecewiseTrainer
 

@@ -17,13 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pwlib.data import VOID
 from pwlib.filters import ExactFilter, FilterBank, GridPositions, SeparableFilter, check_normalization
-from pwlib.inputs import check_image
+from pwlib.inputs import at_least, check_image, check_label
 from pwlib.lattice import LatticeBank
 from pwlib.trace import Trace, record
 
@@ -52,16 +50,11 @@ class Kernel(nn.Module):
         in_pixels: bool | Sequence[bool] = False,
     ):
         super().__init__()
-        self.name = name
-        self.raw_features = features
-        self.weight = weight
+        self.name, self.raw_features, self.weight, self.in_pixels = name, features, weight, in_pixels
         self.log_theta = _log_parameter("theta", theta)
-        self.in_pixels = in_pixels
-        if not isinstance(in_pixels, bool) and self.log_theta.shape != (len(in_pixels),):
-            raise ValueError(
-                f"kernel {name!r} has {self.log_theta.numel()} bandwidths and {len(in_pixels)} values of in_pixels; "
-                "expected as many, or one bool"
-            )
+        if not isinstance(in_pixels, bool) and len(in_pixels) != self.log_theta.numel():
+            counts = f"{self.log_theta.numel()} bandwidths and {len(in_pixels)} values of in_pixels"
+            raise ValueError(f"kernel {name!r} has {counts}; expected as many, or one bool")
 
     def forward(self, image: Tensor) -> Tensor:
         return self.raw_features(image).to(self.log_theta) / self.log_theta.exp()
@@ -76,31 +69,21 @@ def choose_method(method: str, pixels: int, device: torch.device) -> str:
     return "exact" if pixels <= AFFORDABLE.get(device.type, AFFORDABLE["cpu"]) else "lattice"
 
 
-def make_filters(
-    features: Sequence[Tensor | GridPositions],
-    *,
-    method: str = "auto",
-    normalization: str = "symmetric",
-    self_message: bool = True,
-) -> FilterBank:
+def make_filters(features: Sequence[Tensor | GridPositions], *, method: str = "auto", **options) -> FilterBank:
     """The filters for a batch of images, one per kernel.
 
     Args:
-        features: one entry per kernel, [B, N, D] divided by the bandwidths ([1, N, D] for all images), or
-            `GridPositions`.
+        features: of each kernel, [B, N, D] divided by the bandwidths ([1, N, D] for all images), or `GridPositions`.
         method: "exact" filters by attention (grid positions by separable products), "lattice" filters on permutohedral
             lattices, "auto" is exact up to `AFFORDABLE` pixels and uses lattices beyond.
-        normalization, self_message: see `pwlib.filters`.
+        options: normalization and self_message, see `pwlib.filters`.
     """
-    first = features[0]
-    pixels = first.height * first.width if isinstance(first, GridPositions) else first.shape[1]
-    device = first.theta.device if isinstance(first, GridPositions) else first.device
-    options = {"normalization": normalization, "self_message": self_message}
+    grid, first = isinstance(features[0], GridPositions), features[0]
+    pixels, device = (first.height * first.width, first.theta.device) if grid else (first.shape[1], first.device)
     if choose_method(method, pixels, device) == "lattice":
         return LatticeBank.of(features, **options)
-    return FilterBank(
-        [SeparableFilter(f, **options) if isinstance(f, GridPositions) else ExactFilter(f, **options) for f in features]
-    )
+    kinds = [SeparableFilter if isinstance(f, GridPositions) else ExactFilter for f in features]
+    return FilterBank([kind(f, **options) for kind, f in zip(kinds, features, strict=True)])
 
 
 class DenseCRF(nn.Module):
@@ -141,18 +124,12 @@ class DenseCRF(nn.Module):
         extra_kernels: Sequence[Kernel] = (),
     ):
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes is {num_classes}; expected at least 2 labels")
-        if iterations < 0:
-            raise ValueError(f"iterations is {iterations}; expected 0 or more")
-        if filtering not in METHODS:
-            raise ValueError(f"filtering is {filtering!r}; expected one of {', '.join(METHODS)}")
+        at_least(2, num_classes=num_classes)
+        at_least(0, iterations=iterations)
+        choose_method(filtering, 0, torch.device("cpu"))  # raises for a name that is not allowed, as does the next line
         check_normalization(normalization)
-        self.num_classes = num_classes
-        self.iterations = iterations
-        self.normalization = normalization
-        self.self_message = self_message
-        self.filtering = filtering
+        self.num_classes, self.iterations, self.filtering = num_classes, iterations, filtering
+        self.normalization, self.self_message = normalization, self_message
         self.extra_kernels = nn.ModuleList(extra_kernels)
         self.log_theta_gamma = _log_parameter("theta_gamma", theta_gamma)
         self.log_theta_alpha = _log_parameter("theta_alpha", theta_alpha)
@@ -171,13 +148,10 @@ class DenseCRF(nn.Module):
         return ("spatial", "bilateral", *(k.name for k in self.extra_kernels))
 
     def extra_repr(self) -> str:
-        logs = (self.log_theta_alpha, self.log_theta_beta, self.log_theta_gamma)
-        alpha, beta, gamma = (f"{p.exp().item():.3g}" for p in logs)
+        names = ("theta_alpha", "theta_beta", "theta_gamma")
+        thetas = ", ".join(f"{name} {getattr(self, f'log_{name}').exp().item():.3g}" for name in names)
         weights = ", ".join(f"{n} {w:.3g}" for n, w in zip(self.kernel_names, self.log_w.exp().tolist(), strict=True))
-        return (
-            f"{self.num_classes} labels, theta_alpha {alpha} px, theta_beta {beta} grey levels, "
-            f"theta_gamma {gamma} px, w: {weights}, {self.normalization}, {self.iterations} iterations"
-        )
+        return f"{self.num_classes} labels, {thetas}, w: {weights}, {self.normalization}, {self.iterations} iterations"
 
     def features(self, image: Tensor) -> list[Tensor | GridPositions]:
         """Features [B, N, D] of the kernels, divided by their bandwidths, from the image [B, 3, H, W] in [0, 1]."""
@@ -195,20 +169,18 @@ class DenseCRF(nn.Module):
         options = {"normalization": self.normalization, "self_message": self_message}
         return make_filters(features, method=self.filtering, **options)
 
-    def pairwise(self, filters: FilterBank, q: Tensor) -> Tensor:
-        """Expected pairwise energies [B, N, K] of the marginals q [B, N, K]."""
-        return filters(q, self.log_w, self._penalties())
-
-    def _penalties(self) -> Tensor:
-        """The matrix mu [K, K] of the linear map `penalize`: applied to the identity, it gives mu transposed."""
-        return self.penalize(torch.eye(self.num_classes).to(self.compatibility)).T
-
-    def penalize(self, message: Tensor) -> Tensor:
-        """sum_l' mu(l, l') message(l'), [..., K] -> [..., K]: the penalty of each label. A subclass may change it."""
-        return message @ self.compatibility.T
+    def penalties(self) -> Tensor:
+        """mu [K, K], row: the pixel's own label, column: the sender's. A subclass may compute it in another way."""
+        return self.compatibility.T.contiguous().T  # column-major: messages are multiplied by its transpose
 
     def forward(
-        self, logits: Tensor, image: Tensor, *, iterations: int | None = None, filters: FilterBank | None = None
+        self,
+        logits: Tensor,
+        image: Tensor,
+        *,
+        iterations: int | None = None,
+        filters: FilterBank | None = None,
+        log: bool = True,
     ) -> Tensor:
         """Run mean field.
 
@@ -218,6 +190,7 @@ class DenseCRF(nn.Module):
             iterations: None: the CRF's own number.
             filters: the result of `filters(image)`, to be reused while image and bandwidths stay the same; None: made
                 for this call. Made under `torch.no_grad()`, they send no gradient to the bandwidths.
+            log: False: return the marginals q, which is cheaper than exp(log_q).
 
         Returns:
             Log-marginals log_q [B, K, H, W]. Train with `pwlib.losses.cross_entropy(log_q, label)`: log_q is normalised
@@ -226,18 +199,6 @@ class DenseCRF(nn.Module):
         Raises:
             ValueError: shapes do not fit, logits or image are not finite, or the image is not in [0, 1].
         """
-        return self._infer(logits, image, iterations, filters, log=True)
-
-    @torch.no_grad()
-    def marginals(
-        self, logits: Tensor, image: Tensor, *, iterations: int | None = None, filters: FilterBank | None = None
-    ) -> Tensor:
-        """Marginals q [B, K, H, W] without a gradient: as exp(forward(...)), but cheaper."""
-        return self._infer(logits, image, iterations, filters, log=False)
-
-    def _infer(
-        self, logits: Tensor, image: Tensor, iterations: int | None, filters: FilterBank | None, *, log: bool
-    ) -> Tensor:
         steps = self.iterations if iterations is None else iterations
         with torch.autocast(logits.device.type, enabled=False):
             unary = self._unary(logits, image)
@@ -250,9 +211,14 @@ class DenseCRF(nn.Module):
                     f"filters were made for {made} pixels, the image has {batch} x {pixels}; "
                     "expected the result of `filters(image)`"
                 )
-            out = filters.mean_field(unary, self.log_w, self._penalties(), steps, log=log)  # [B, N, K]
+            out = filters.mean_field(unary, self.log_w, self.penalties(), steps, log=log)  # [B, N, K]
         # Contiguous: the backward pass of nll_loss does not accept a transposed view.
         return out.mT.contiguous().view(logits.shape)
+
+    @torch.no_grad()
+    def marginals(self, logits: Tensor, image: Tensor, **options) -> Tensor:
+        """Marginals q [B, K, H, W] without a gradient; `options` are those of `forward`."""
+        return self(logits, image, log=False, **options)
 
     @torch.no_grad()
     def trace(self, logits: Tensor, image: Tensor, *, iterations: int | None = None) -> Trace:
@@ -270,7 +236,7 @@ class DenseCRF(nn.Module):
             unary[0],
             image.shape[-2:],
             lambda q: torch.cat(filters.messages(q[None])),  # [M, N, K]
-            lambda messages: self.penalize(sum(w * m for w, m in zip(weights, messages, strict=True))),
+            lambda messages: torch.tensordot(weights, messages, 1) @ self.penalties().T,  # [N, K]
             self.iterations if iterations is None else iterations,
             image=image[0].cpu(),
             kernels=self.kernel_names,
@@ -286,10 +252,10 @@ class DenseCRF(nn.Module):
     def energy(self, labels: Tensor, logits: Tensor, image: Tensor) -> Tensor:
         """E(x) [B] of the labellings x, int64 [B, H, W], each pair counted once and without self-messages."""
         unary = self._unary(logits, image)
-        if not ((labels >= 0) & (labels < self.num_classes)).all():
-            raise ValueError(f"labels hold numbers outside 0 to {self.num_classes - 1}; a labelling has no void pixels")
-        x = nn.functional.one_hot(labels.flatten(1).long(), self.num_classes).to(unary)  # [B, N, K]
-        return (x * (unary + self.pairwise(self.filters(image, self_message=False), x) / 2)).sum((1, 2))
+        labels = check_label(labels, self.num_classes, name="labelling", void=False)
+        x = nn.functional.one_hot(labels.flatten(1), self.num_classes).to(unary)  # [B, N, K]
+        pairwise = self.filters(image, self_message=False)(x, self.log_w, self.penalties())  # [B, N, K]
+        return (x * (unary + pairwise / 2)).sum((1, 2))
 
     def pair_energy(self, image: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """Energies mu(x_i, x_j) sum_m w_m k_m(f_i, f_j) of pixel pairs, [B, P, K, K], the label of i first.
@@ -297,19 +263,16 @@ class DenseCRF(nn.Module):
         first, second: row-major pixel indices i and j, int64 [B, P]. Differentiable in all parameters. The piecewise
         likelihood needs only these, and no inference.
         """
-        batch = len(image)
-        if first.shape != second.shape or first.ndim != 2 or len(first) != batch:
-            raise ValueError(
-                f"pixel pairs have shapes {tuple(first.shape)} and {tuple(second.shape)}; expected two [{batch}, P]"
-            )
+        if first.shape != second.shape or first.ndim != 2 or len(first) != len(image):
+            shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
+            raise ValueError(f"pixel pairs have shapes {shapes}; expected two [{len(image)}, P]")
         total = 0.0
         filters = self.filters(image).filters
         for weight, f, rows in zip(self.log_w.exp(), filters, self._feature_rows(image), strict=True):
-            rows = rows.expand(batch, -1, -1)  # [B, N, D]
-            ends = [rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1])) for index in (first, second)]
+            ends = [rows.take_along_dim(index[..., None], dim=1) for index in (first, second)]  # [B, P, D] each
             similarity = torch.exp(-(ends[0] - ends[1]).square().sum(-1) / 2)  # [B, P]
             total = total + weight * f.pair_weights(similarity, first, second)
-        return total[..., None, None] * self._penalties()
+        return total[..., None, None] * self.penalties()
 
     def _feature_rows(self, image: Tensor) -> list[Tensor]:
         """`features` with grid positions written out: one [B, N, D] or [1, N, D] per kernel."""
@@ -320,8 +283,8 @@ class DenseCRF(nn.Module):
         """Unary energies [B, N, K] in the parameters' precision, after checking the logits and the image's shape."""
         if logits.ndim != 4 or logits.shape[1] != self.num_classes:
             raise ValueError(f"logits have shape {tuple(logits.shape)}; expected [B, {self.num_classes}, H, W]")
-        if image.shape != (len(logits), 3, *logits.shape[-2:]):
-            expected = [len(logits), 3, *logits.shape[-2:]]
+        expected = [len(logits), 3, *logits.shape[-2:]]
+        if list(image.shape) != expected:
             raise ValueError(f"image has shape {tuple(image.shape)}; expected {expected}, the size of the logits")
         # The sum is cheaper than isfinite of each number; it is not finite if one is not, or if it overflows.
         if not logits.detach().sum().isfinite() and not logits.isfinite().all():
@@ -334,31 +297,3 @@ def _log_parameter(name: str, value: float | Sequence[float]) -> nn.Parameter:
     if not (torch.isfinite(value).all() and (value > 0).all()):
         raise ValueError(f"{name} is {value.tolist()}; expected positive numbers")
     return nn.Parameter(value.log())
-
-
-def probabilities_from_labels(
-    labels: np.ndarray | Tensor, num_classes: int, *, confidence: float = 0.7, void: int = VOID
-) -> np.ndarray | Tensor:
-    """Probabilities [K, H, W] for `dense_crf` from an incomplete label map [H, W]: strokes, or another method's result.
-
-    A labelled pixel gives its label the probability `confidence` (pydensecrf's gt_prob) and shares the rest among the
-    other labels, so that the CRF may change it. Pixels with the value `void` start with a uniform distribution.
-    """
-    as_numpy = isinstance(labels, np.ndarray)
-    labels = torch.as_tensor(labels).long()
-    if num_classes < 2:
-        raise ValueError(f"num_classes is {num_classes}; expected at least 2")
-    if not 1 / num_classes < confidence < 1:
-        raise ValueError(f"confidence is {confidence}; expected more than chance (1/{num_classes}) and less than 1")
-    known = labels != void
-    outside = known & ((labels < 0) | (labels >= num_classes))
-    if outside.any():
-        raise ValueError(f"labels hold {int(labels[outside][0])}; expected 0 to {num_classes - 1}, or {void} for void")
-    if num_classes == 2 and void == VOID and not known.all() and not labels[known].any():
-        raise ValueError(
-            "labels hold only 0 and 255 (void); expected classes 0 and 1: for a mask of 0 and 255, labels > 0"
-        )
-    one_hot = nn.functional.one_hot(labels.where(known, 0), num_classes).movedim(-1, 0).float()
-    other = (1 - confidence) / (num_classes - 1)
-    probabilities = torch.where(known, other + (confidence - other) * one_hot, 1 / num_classes)
-    return probabilities.numpy() if as_numpy else probabilities

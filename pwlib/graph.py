@@ -3,9 +3,8 @@
     P(x) = exp(-E(x)) / Z,    E(x) = sum_i psi_i(x_i) + sum_{e=(i,j)} psi_e(x_i, x_j)
 
 The potentials are energies (penalties): unary [B, N, K]; edges int64 [E, 2], common to the batch; pair [B, E, K, K],
-the label of the edge's first node first. Enumeration visits all K^N labellings, so that log Z, marginals and minimum
-are exact by definition: it is the reference for approximations. Learning maximises P(y) of the true labels y; four
-losses, in nats per node, differ in how they treat Z, a sum over all K^N labellings:
+the label of the edge's first node first. Enumeration visits all K^N labellings and is exact by definition. Learning
+maximises P(y) of the true labels y; four losses, in nats per node, differ in how they treat Z:
 
     exact_nll        -log P(y) / N                                     log Z by enumeration; a dozen nodes
     pseudo_nll       -mean_i log P(y_i | true labels of neighbours)    sums over K labels only (Besag 1975)
@@ -49,40 +48,29 @@ def all_pairs(nodes: int) -> Tensor:
 def check_graph(unary: Tensor, edges: Tensor, pair: Tensor, label: Tensor | None = None) -> None:
     """Raise ValueError unless unary [..., N, K], edges [E, 2], pair [..., E, K, K] and label [B, N] fit together."""
     *batch, nodes, labels = unary.shape if unary.ndim > 1 else (0, 0)
-    if (
-        edges.ndim != 2
-        or edges.shape[1] != 2
-        or pair.shape[-3:] != (len(edges), labels, labels)
-        or list(pair.shape[:-3]) not in (batch, [1] * len(batch))
-        or (label is not None and (len(batch) != 1 or label.shape != (*batch, nodes)))
-    ):
-        given = [*zip(("unary", "edges", "pair", "label"), (unary, edges, pair, label), strict=True)]
-        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in given if value is not None)
-        expected = "[B, N, K], [E, 2], [B, E, K, K]" + (" and [B, N]" if label is not None else "")
+    fits = edges.ndim == 2 and edges.shape[1] == 2 and pair.shape[-3:] == (len(edges), labels, labels)
+    fits = fits and list(pair.shape[:-3]) in (batch, [1] * len(batch))
+    if label is not None:
+        fits = fits and len(batch) == 1 and label.shape == (*batch, nodes)
+    if not fits:
+        shapes = f"unary {tuple(unary.shape)}, edges {tuple(edges.shape)}, pair {tuple(pair.shape)}"
+        shapes += "" if label is None else f", label {tuple(label.shape)}"
+        expected = "[B, N, K], [E, 2], [B, E, K, K]" + ("" if label is None else " and [B, N]")
         raise ValueError(f"{shapes} are not the shapes of one graph; expected {expected}")
-    low, high = (int(edges.min()), int(edges.max())) if len(edges) else (0, 0)
-    if low < 0 or high >= nodes:
-        raise ValueError(f"edges contain node {low if low < 0 else high}; expected nodes 0 to {nodes - 1}")
+    check_label(edges, nodes, name="edges", void=False)
     if label is not None:
         check_label(label, labels)
 
 
-# ------------------------------------------------------------------------------------------------------- enumeration
-
-
 @dataclass(frozen=True)
 class Exact:
-    """Results of exact inference.
+    """Results of exact inference."""
 
-    log_z [...]; marginals [..., N, K]; pair_marginals [..., E, K, K]; map_labels int64 [..., N], the first of equally
-    good labellings, and its map_energy [...].
-    """
-
-    log_z: Tensor
-    marginals: Tensor
-    pair_marginals: Tensor
-    map_labels: Tensor
-    map_energy: Tensor
+    log_z: Tensor  # [...]
+    marginals: Tensor  # [..., N, K]
+    pair_marginals: Tensor  # [..., E, K, K]
+    map_labels: Tensor  # int64 [..., N], the first of equally good labellings
+    map_energy: Tensor  # [...]
 
 
 def labellings(nodes: int, labels: int) -> Tensor:
@@ -103,18 +91,10 @@ def energies(x: Tensor, unary: Tensor, edges: Tensor, pair: Tensor) -> Tensor:
 
 
 def infer(unary: Tensor, edges: Tensor, pair: Tensor) -> Exact:
-    """Exact inference by enumeration.
+    """Exact inference by enumeration; ValueError for more than `LARGEST` labellings.
 
-    Args:
-        unary: energies [N, K] or [B, N, K].
-        edges: int64 [E, 2].
-        pair: energies [E, K, K] or [B, E, K, K].
-
-    Returns:
-        `Exact`; log Z is differentiable, and its gradient is minus the marginals.
-
-    Raises:
-        ValueError: shapes do not fit, or there are more than `LARGEST` labellings.
+    unary [N, K] or [B, N, K] and pair [E, K, K] or [B, E, K, K] are energies. log Z is differentiable, and its gradient
+    is minus the marginals.
     """
     edges = torch.as_tensor(edges, dtype=torch.int64).reshape(-1, 2)
     check_graph(unary, edges, pair)
@@ -134,9 +114,6 @@ def infer(unary: Tensor, edges: Tensor, pair: Tensor) -> Exact:
     return Exact(
         log_z, torch.stack(singles, -2), pair_marginals.unflatten(-1, (labels, labels)), x[best], energy.amin(-1)
     )
-
-
-# -------------------------------------------------------------------------------------------------------- mean field
 
 
 def expected_energies(edges: Tensor, pair: Tensor, q: Tensor) -> Tensor:
@@ -164,9 +141,6 @@ def mean_field(
     return run_mean_field(unary, lambda q: expected_energies(edges, pair, q), iterations, initial=initial)
 
 
-# ------------------------------------------------------------------------------------------------------- likelihoods
-
-
 def exact_nll(unary: Tensor, edges: Tensor, pair: Tensor, label: Tensor) -> Tensor:
     """-log P(labels of the labelled nodes) per node, summed over the labels of void nodes; computed on the CPU."""
     check_graph(unary, edges, pair, label)
@@ -189,18 +163,11 @@ def pseudo_nll(
 
 
 def mean_field_nll(
-    unary: Tensor,
-    edges: Tensor,
-    pair: Tensor,
-    label: Tensor,
-    *,
-    iterations: int = 3,
-    initial: Tensor | None = None,
-    class_weights: Tensor | None = None,
+    unary: Tensor, edges: Tensor, pair: Tensor, label: Tensor, *, class_weights: Tensor | None = None, **options
 ) -> Tensor:
-    """Mean over labelled nodes of -log q_i(y_i), with the gradient through all updates."""
+    """Mean over labelled nodes of -log q_i(y_i), with the gradient through all updates; `options`: of `mean_field`."""
     check_graph(unary, edges, pair, label)
-    return _node_nll(-mean_field(unary, edges, pair, iterations=iterations, initial=initial), label, class_weights)
+    return _node_nll(-mean_field(unary, edges, pair, **options), label, class_weights)
 
 
 def piecewise_nll(

@@ -58,10 +58,10 @@ def rebuilt(loader: Batches, *, dataset: Dataset | None = None, even: bool = Tru
 
     Process r of n takes every n-th item from the r-th on, so that n processes with batches of b see in each step what
     one process sees with batches of n * b. Training needs equally many items in each process (`even`: up to n - 1 are
-    left out), evaluation each item once (in the stored order). Shuffling and all other options are kept, except for
-    `generator`: the seed decides. (Persistent workers keep their random state from epoch to epoch, so that a resumed
-    run draws other random numbers.) A list of batches, a subclass of DataLoader, and a loader with a sampler that
-    repeats or leaves out items are returned as they are; ValueError for a `dataset` or several processes then.
+    left out), evaluation each item once, in the stored order. All options but `generator` are kept. (Persistent workers
+    keep their random state, so that a resumed run draws other random numbers.) A list of batches, a subclass of
+    DataLoader, and a loader with a sampler that repeats or leaves out items are returned as they are; ValueError for a
+    `dataset` or several processes then.
     """
     rank, world_size = rank_and_world_size()
     sampler = loader.sampler if type(loader) is DataLoader and loader.batch_size is not None else None
@@ -79,7 +79,7 @@ def rebuilt(loader: Batches, *, dataset: Dataset | None = None, even: bool = Tru
         sampler = DistributedSampler(dataset, world_size, rank, shuffle=shuffle, drop_last=True)
         return DataLoader(dataset, sampler=sampler, **options)
     if dataset is not None or world_size > 1:
-        own = type(sampler).__name__ if sampler is not None else type(loader).__name__
+        own = type(loader if sampler is None else sampler).__name__
         raise ValueError(
             f"{own} has an order of its own, which cannot be kept for a part of the data set or several processes; "
             "expected a DataLoader without a sampler=, or crf_loader= with the images of stage 2"
@@ -93,18 +93,25 @@ def start_epoch(loader: Batches, seed: int) -> None:
         loader.sampler.set_epoch(seed)
 
 
+# Errors of torch that an unsuitable batch causes, and what to do about them.
+ADVICE = {
+    r"equal size, but got (\[.*?\]) at entry 0 and (\[.*?\]) at entry": "the images of a batch have different sizes, "
+    "{} and {}; give the data set size=(H, W) (--size), crop with Augment((H, W)), or use batch_size=1",
+    r"more than 1 value per channel": "batch normalisation cannot train on a batch of 1 image: it has one value per "
+    "channel; if that is the rest of an epoch, choose another batch size (--batch), or DataLoader(drop_last=True)",
+}
+
+
 @contextmanager
-def size_errors() -> Iterator[None]:
-    """Replace torch's error for a batch of images of different sizes by a ValueError with what to do about it."""
+def explained_errors() -> Iterator[None]:
+    """Replace the errors of torch that `ADVICE` lists by a ValueError with what to do about them."""
     try:
         yield
-    except RuntimeError as error:
-        if not (match := re.search(r"equal size, but got (\[.*?\]) at entry 0 and (\[.*?\]) at entry", str(error))):
-            raise
-        raise ValueError(
-            f"the images of a batch have different sizes, {match[1]} and {match[2]}; give the data set size=(H, W) "
-            "(--size), crop with Augment((H, W)), or use batch_size=1"
-        ) from error
+    except (RuntimeError, ValueError) as error:
+        for pattern, advice in ADVICE.items():
+            if match := re.search(pattern, str(error)):
+                raise ValueError(advice.format(*match.groups())) from error
+        raise
 
 
 def read_batch(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -113,7 +120,7 @@ def read_batch(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     if not isinstance(batch, (tuple, list)) or [isinstance(part, Tensor) for part in batch] != [True, True]:
         kind = type(batch).__name__
         if isinstance(batch, (Mapping, tuple, list)):
-            kind += f" of {', '.join(key if isinstance(key, str) else type(key).__name__ for key in batch)}"
+            kind += f" of {', '.join(part if isinstance(part, str) else type(part).__name__ for part in batch)}"
         raise ValueError(f"a batch is a {kind}; {expected}")
     image, label = (part.to(device, non_blocking=True) for part in batch)
     if image.ndim != 4 or label.shape != (len(image), *image.shape[-2:]):

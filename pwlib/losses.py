@@ -48,9 +48,7 @@ def structured(
 ) -> Tensor:
     """Piecewise negative log-likelihood of a dense CRF (Sutton & McCallum 2005; Lin et al., CVPR 2016).
 
-    Every unary and pairwise term is normalised by itself, so that no inference is needed (means here, sums there):
-
-        loss = - mean_i log P_U(x_i) - mean_(i,j) log P_V(x_i, x_j)
+        loss = - mean_i log P_U(x_i) - mean_(i,j) log P_V(x_i, x_j)      (means here, sums in the paper)
         P_U(x_i) = softmax over K of logits_i,   P_V(x_i, x_j) = softmax over K*K of -V(x_i, x_j)
 
     Each term is fitted as if it were the only evidence, so that the sum of many messages becomes overconfident. With a
@@ -82,10 +80,8 @@ def pairwise_nll(energy: Tensor, first: Tensor, second: Tensor, *, class_weights
             same way, so that log P_V(a, b) - log P_U(a) - log P_U(b) does not depend on them.
     """
     if energy.ndim != 4 or energy.shape[2] != energy.shape[3] or not energy.shape[:2] == first.shape == second.shape:
-        raise ValueError(
-            f"pair energies {tuple(energy.shape)} do not fit labels {tuple(first.shape)} and {tuple(second.shape)}; "
-            "expected [B, P, K, K] and [B, P] twice"
-        )
+        given = f"{tuple(energy.shape)} do not fit labels {tuple(first.shape)} and {tuple(second.shape)}"
+        raise ValueError(f"pair energies {given}; expected [B, P, K, K] and [B, P] twice")
     num_classes = energy.shape[-1]
     first, second = (check_label(ends, num_classes) for ends in (first, second))
     known = (first != VOID) & (second != VOID)
@@ -114,8 +110,7 @@ def sample_pairs(label: Tensor, pairs: int, *, generator: torch.Generator | None
     source = generator.device if generator is not None else torch.device("cpu")
     reach = max(1.0, math.hypot(height, width) / 2)
     result = torch.zeros(2, batch, pairs, dtype=torch.int64, device=label.device)
-    for b in range(batch):
-        known = (label[b] != VOID).flatten()
+    for b, known in enumerate((label != VOID).flatten(1)):  # [N]
         candidates = known.nonzero()[:, 0]
         position, angle, octave = torch.rand(3, 4 * pairs, generator=generator, device=source).to(label.device)
         if not len(candidates):
@@ -168,10 +163,8 @@ def check_scores(scores: Tensor) -> None:
     if torch.isnan(low) or high == math.inf:
         raise ValueError("scores hold nan or infinity; expected finite logits (has the training diverged?)")
     if low >= 0 and high <= 1 and (values.float().sum(1) - 1).abs().max() <= 1e-3:
-        raise ValueError(
-            "scores look like probabilities (all in [0, 1], summing to 1 over the classes); expected logits or "
-            "log-marginals: pass probabilities.log(), or the softmax is taken twice"
-        )
+        seen = "scores look like probabilities (all in [0, 1], summing to 1 over the classes)"
+        raise ValueError(f"{seen}; expected logits or log-marginals: pass probabilities.log()")
 
 
 def _mean(values: Tensor, weight: Tensor) -> Tensor:

@@ -31,9 +31,8 @@ class ConfusionMatrix:
         ValueError for unequal shapes, floats (take the argmax of scores first) and values that are no class.
         """
         if prediction.shape != label.shape:
-            raise ValueError(
-                f"prediction has shape {tuple(prediction.shape)}, label {tuple(label.shape)}; expected both [B, H, W]"
-            )
+            shapes = f"{tuple(prediction.shape)}, label {tuple(label.shape)}"
+            raise ValueError(f"prediction has shape {shapes}; expected both [B, H, W]")
         device = self.device = self.device or label.device
         classes = self.num_classes
         label = check_label(label.to(device), classes)
@@ -67,20 +66,20 @@ class ConfusionMatrix:
         def ratio(part: Tensor, whole: Tensor) -> Tensor:
             return torch.where(occurs, part / whole.clamp(min=1), math.nan)
 
-        iou, recall = ratio(correct, true + predicted - correct), ratio(correct, true)
-        precision, f1 = ratio(correct, predicted), ratio(2 * correct, true + predicted)
+        per_class = {
+            "iou": ratio(correct, true + predicted - correct),
+            "precision": ratio(correct, predicted),
+            "recall": ratio(correct, true),
+            "f1": ratio(2 * correct, true + predicted),
+        }
+        iou, means = per_class["iou"], {name: values.nanmean() for name, values in per_class.items()}
         return {
-            "miou": iou.nanmean(),
+            "miou": means.pop("iou"),
             "pixel_accuracy": correct.sum() / matrix.sum(),
-            "mean_class_accuracy": recall[true > 0].mean(),
+            "mean_class_accuracy": per_class["recall"][true > 0].mean(),
             "frequency_weighted_iou": (true / matrix.sum() * iou).nansum() if matrix.any() else iou.nanmean(),
-            "precision": precision.nanmean(),
-            "recall": recall.nanmean(),
-            "f1": f1.nanmean(),
-            "per_class_iou": iou,
-            "per_class_precision": precision,
-            "per_class_recall": recall,
-            "per_class_f1": f1,
+            **means,
+            **{f"per_class_{name}": values for name, values in per_class.items()},
         }
 
 

@@ -11,15 +11,13 @@ Both parts can be replaced: the network by any `nn.Module` from image to logits,
 from __future__ import annotations
 
 import contextlib
-import copy
-import math
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pwlib.crf import DenseCRF
+from pwlib.inputs import at_least
 from pwlib.networks import DeepLabLargeFOV, as_unary, resize_logits
 
 
@@ -28,39 +26,40 @@ class PiecewiseTrainedModel(nn.Module):
 
     Args:
         num_classes: K, at least 2.
-        crf_iterations: mean-field iterations of the dense CRF, where a call gives no number.
+        crf_iterations: mean-field iterations of the dense CRF, unless a call gives another number; sets
+            `crf.iterations`. None: the CRF's own number.
         unary: any module from image to logits; see `pwlib.networks.as_unary`. None: `DeepLabLargeFOV(num_classes)`.
         context: a `ContextualCRF` between the two, or None. The network then needs `features`, their `head`,
             `feature_channels` and `cell_size`, as `FeatMapNet` and `DeepLabLargeFOV` have them.
-        crf: module called as crf(logits, image, iterations=n) -> log-marginals. None: `DenseCRF(num_classes)`.
+        crf: module called as crf(logits, image, iterations=n) -> log-marginals, where n may be None. None:
+            `DenseCRF(num_classes)`.
     """
 
     def __init__(
         self,
         num_classes: int = 21,
-        crf_iterations: int = 10,
+        crf_iterations: int | None = None,
         *,
         unary: nn.Module | None = None,
         context: nn.Module | None = None,
         crf: nn.Module | None = None,
     ):
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes is {num_classes}; expected at least 2 classes to choose between")
-        if crf_iterations < 0:
-            raise ValueError(f"crf_iterations is {crf_iterations}; expected 0 or more")
-        self.num_classes, self.crf_iterations = num_classes, crf_iterations
+        at_least(2, num_classes=num_classes)
+        self.num_classes = num_classes
         unary = DeepLabLargeFOV(num_classes) if unary is None else unary
         self.unary = as_unary(unary, num_classes=num_classes)
         if context is not None:
             channels = getattr(self.unary, "feature_channels", None)
             if (channels, num_classes) != (context.in_channels, context.num_classes):
-                raise ValueError(
-                    f"context is for {context.in_channels} features and {context.num_classes} classes; the network "
-                    f"gives {'none' if channels is None else channels} for {num_classes} classes"
-                )
+                given = f"{context.in_channels} features and {context.num_classes} classes"
+                expected = f"{'none' if channels is None else channels} for {num_classes} classes"
+                raise ValueError(f"context is for {given}; the network gives {expected}")
         self.context = context
-        self.crf = crf if crf is not None else DenseCRF(num_classes)
+        self.crf = DenseCRF(num_classes) if crf is None else crf
+        if crf_iterations is not None:
+            at_least(0, crf_iterations=crf_iterations)
+            self.crf.iterations = crf_iterations
 
     def unary_logits(self, image: Tensor) -> Tensor:
         """Logits [B, K, H, W] of the image [B, 3, H, W], float RGB in [0, 1], at the image's size."""
@@ -85,7 +84,6 @@ class PiecewiseTrainedModel(nn.Module):
     def refine(self, logits: Tensor, image: Tensor, *, iterations: int | None = None) -> Tensor:
         """Log-marginals [B, K, H, W] of the dense CRF, in float32 (or wider) under autocast too."""
         # Kernels depend on differences of 1e-3 between features, which half precision does not resolve.
-        iterations = self.crf_iterations if iterations is None else iterations
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits if logits.dtype == torch.float64 else logits.float()
             return self.crf(logits, image, iterations=iterations)
@@ -115,41 +113,12 @@ class PiecewiseTrainedModel(nn.Module):
             outputs["crf"] = self.refine(list(outputs.values())[-1], image, iterations=iterations)
         return outputs
 
-    @torch.no_grad()
-    def predict(
-        self, image: Tensor, *, short_side: int | None = None, crf_long_side: int = 1024, apply_crf: bool = True
-    ) -> Tensor:
-        """Label probabilities [K, H, W] of one image [3, H, W] of any size, float RGB in [0, 1].
-
-        Args:
-            short_side: pixels to which the image's shorter side is resized for the network, so that objects are as
-                large as in training (None: as it is).
-            crf_long_side: the CRF runs at the image's own size, or at this length of its longer side if it is larger,
-                with bandwidths in pixels that are scaled accordingly (`scaled_bandwidths`).
-            apply_crf: False for the network alone.
-        """
-        height, width = image.shape[-2:]
-        image = image.to(next(self.parameters()).device)[None]
-        scale = short_side / min(height, width) if short_side else 1.0
-        small = resize_image(image, _scaled(height, width, scale))
-        with kept_modes(self):
-            self.eval()
-            logits = list(self.outputs(small, apply_crf=False).values())[-1] if apply_crf else self.unary_logits(small)
-        crf_scale = min(1.0, crf_long_side / max(height, width))
-        size = _scaled(height, width, crf_scale)
-        logits = resize_logits(logits, size)
-        if apply_crf:
-            crf = scaled_bandwidths(self.crf, crf_scale / scale)
-            logits = crf(logits, resize_image(image, size), iterations=self.crf_iterations)
-        return resize_logits(torch.softmax(logits, dim=1), (height, width))[0]
-
     def _check_precision(self) -> None:
-        for parameter in self.crf.parameters():
-            if parameter.dtype in (torch.float16, torch.bfloat16):
-                raise ValueError(
-                    f"the model's parameters are {parameter.dtype}; expected torch.float32, which the CRF needs: for "
-                    "half precision in the network use torch.autocast (the trainer's amp=True)"
-                )
+        for dtype in {p.dtype for p in self.crf.parameters()} & {torch.float16, torch.bfloat16}:
+            raise ValueError(
+                f"the model's parameters are {dtype}; expected torch.float32, which the CRF needs: for half precision "
+                "in the network use torch.autocast (the trainer's amp=True)"
+            )
 
 
 @contextlib.contextmanager
@@ -161,32 +130,3 @@ def kept_modes(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training  # `part.train(training)` would change its sub-modules, too
-
-
-def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resize of image [B, 3, h, w] to [B, 3, H, W], size = (H, W), antialiased when it shrinks."""
-    if tuple(image.shape[-2:]) == tuple(size):
-        return image
-    return F.interpolate(image, size=tuple(size), mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
-
-
-def scaled_bandwidths(crf: nn.Module, factor: float) -> nn.Module:
-    """A copy of `crf` for images that are `factor` times as large.
-
-    Bandwidths in pixels grow with it: theta_alpha, theta_gamma, and those that an extra `Kernel` declares `in_pixels`.
-    theta_beta stays, and so do the weights of normalised kernels.
-    """
-    crf = copy.deepcopy(crf)
-    with torch.no_grad():
-        for name in ("log_theta_alpha", "log_theta_gamma"):
-            if hasattr(crf, name):
-                getattr(crf, name).add_(math.log(factor))
-        for kernel in getattr(crf, "extra_kernels", ()):
-            kernel.log_theta.add_(math.log(factor) * torch.as_tensor(kernel.in_pixels).to(kernel.log_theta))
-        if getattr(crf, "normalization", None) == "none":
-            crf.log_w.sub_(2 * math.log(factor))  # factor^2 times as many pixels send messages
-    return crf
-
-
-def _scaled(height: int, width: int, factor: float) -> tuple[int, int]:
-    return max(1, round(height * factor)), max(1, round(width * factor))

@@ -13,8 +13,8 @@ FeatMap-Net (Lin et al., CVPR 2016, section 3) computes features at three scales
           -> resized to the largest map, concatenated -> 5x5 and 9x9 max pooling with stride 1, concatenated: features
           -> head: one cell per output_stride px of the largest scale -> bilinear resize: logits of every pixel
 
-The position of a cell: a 2x2 pooling puts cell i between pixels 2i and 2i + 1, so after three of them cell i is centred
-on pixel 8i + 3.5, whatever the size of the image. `resize_logits` and `cell_labels` use this geometry.
+A 2x2 pooling puts cell i between pixels 2i and 2i + 1. After three of them cell i is centred on pixel 8i + 3.5,
+whatever the size of the image. `resize_logits` and `cell_labels` use this geometry.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,9 +42,6 @@ class Normalize(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return (check_image(image) - self.mean) / self.std
-
-
-# ------------------------------------------------------------------------------------------------------------ layers
 
 
 def convolution(
@@ -94,9 +91,6 @@ def vgg_blocks(*, width: float = 1.0, batch_norm: bool = False, output_stride: i
     return nn.Sequential(*blocks)
 
 
-# ---------------------------------------------------------------------------------------------------------- networks
-
-
 class VGGNetwork(nn.Module):
     """Base of the two networks. A subclass defines `features`, `head` and `load_vgg`, and calls `_finish` last.
 
@@ -106,12 +100,21 @@ class VGGNetwork(nn.Module):
         batch_norm: whether batch norm follows every convolution except the classifier.
         weights: "imagenet" or a file with VGG-16's weights, see `pwlib.pretrained.read_vgg`; needs width=1. None:
             random weights (He initialisation).
+        output_stride: px per cell of the blocks' output, 8, 16 or 32.
     """
 
     cell_size: int | None  # px per cell of `coarse`; None: the map covers the image exactly, whatever its size
     feature_channels: int  # C of `features`, [B, C, h, w], the input of `head`
 
-    def __init__(self, num_classes: int, width: float, batch_norm: bool, weights: str | None, output_stride: int):
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        output_stride: int,
+        width: float = 1.0,
+        batch_norm: bool = False,
+        weights: str | None = None,
+    ):
         super().__init__()
         at_least(2, num_classes=num_classes)
         if not width > 0:
@@ -119,14 +122,17 @@ class VGGNetwork(nn.Module):
         if weights and width != 1:
             raise ValueError(f"width is {width}; VGG-16's weights need width=1 (or pass weights=None)")
         self.num_classes, self.width = num_classes, width
-        self.batch_norm, self.output_stride = batch_norm, output_stride
+        self.batch_norm, self.output_stride, self.weights = batch_norm, output_stride, weights
         self.normalize = Normalize()
         self.blocks = vgg_blocks(width=width, batch_norm=batch_norm, output_stride=output_stride)
 
-    def _finish(self, weights: str | None) -> None:
+    def _finish(self) -> None:
         self.to(memory_format=torch.channels_last)  # 10 to 30 % faster on CPUs, and the layout of tensor cores
-        if weights:
-            self.load_vgg(read_vgg(weights, batch_norm=self.batch_norm))
+        if self.weights:
+            self.load_vgg(read_vgg(self.weights, batch_norm=self.batch_norm))
+
+    def _channels(self, channels: int) -> int:
+        return max(1, round(channels * self.width))
 
     def coarse(self, image: Tensor) -> Tensor:
         """Logits of the cells, before resizing: [B, K, h, w]."""
@@ -141,28 +147,21 @@ class DeepLabLargeFOV(VGGNetwork):
     """DeepLab-LargeFOV (Chen et al. 2015): image [B, 3, H, W] in [0, 1] -> logits [B, K, H, W].
 
     Args:
-        num_classes, width, batch_norm, weights: see `VGGNetwork`.
+        num_classes: K, at least 2.
         dropout: probability of dropout behind fc6 and fc7, in training.
+        options: width, batch_norm and weights, see `VGGNetwork`.
     """
 
     cell_size = 8
 
-    def __init__(
-        self,
-        num_classes: int = 21,
-        *,
-        width: float = 1.0,
-        batch_norm: bool = False,
-        weights: str | None = None,
-        dropout: float = 0.5,
-    ):
-        super().__init__(num_classes, width, batch_norm, weights, self.cell_size)
-        inputs, hidden = max(1, round(512 * width)), max(1, round(1024 * width))
-        self.fc6 = nn.Sequential(*convolution(inputs, hidden, dilation=12, batch_norm=batch_norm), nn.Dropout(dropout))
-        self.fc7 = nn.Sequential(*convolution(hidden, hidden, 1, batch_norm=batch_norm), nn.Dropout(dropout))
+    def __init__(self, num_classes: int = 21, *, dropout: float = 0.5, **options):
+        super().__init__(num_classes, output_stride=self.cell_size, **options)
+        inputs, hidden, norm = self._channels(512), self._channels(1024), self.batch_norm
+        self.fc6 = nn.Sequential(*convolution(inputs, hidden, dilation=12, batch_norm=norm), nn.Dropout(dropout))
+        self.fc7 = nn.Sequential(*convolution(hidden, hidden, 1, batch_norm=norm), nn.Dropout(dropout))
         self.classifier = classifier(hidden, num_classes)
         self.feature_channels = hidden
-        self._finish(weights)
+        self._finish()
 
     @property
     def head(self) -> nn.Module:
@@ -195,14 +194,14 @@ class FeatMapNet(VGGNetwork):
     covers the image exactly, and cell i covers its i-th n-th part.
 
     Args:
-        num_classes, width, batch_norm, weights: see `VGGNetwork`; VGG's weights serve blocks 1 to 5 and the first layer
-            of every block 6.
+        num_classes: K, at least 2.
         scales: factors by which the image is resized; (1.0,) switches multi-scale features off.
         pyramid: sides of the sliding pooling windows, in cells, odd; () switches them off.
         output_stride: px of the resized image per cell: 16 in the paper, 8 for small images.
         dilation: of the first layer of block 6. None: 96 / output_stride, so that its taps are 96 px apart, as is every
             third of the 7x7 cells that VGG's first fully connected layer reads. 1 or 2 for small images.
         dropout: probability of dropout in the head, in training.
+        options: width, batch_norm and weights, see `VGGNetwork`.
     """
 
     cell_size = None
@@ -215,12 +214,10 @@ class FeatMapNet(VGGNetwork):
         pyramid: Sequence[int] = (5, 9),
         output_stride: int = 16,
         dilation: int | None = None,
-        width: float = 1.0,
-        batch_norm: bool = False,
-        weights: str | None = None,
         dropout: float = 0.5,
+        **options,
     ):
-        super().__init__(num_classes, width, batch_norm, weights, output_stride)
+        super().__init__(num_classes, output_stride=output_stride, **options)
         if not scales or not all(scale > 0 for scale in scales):
             raise ValueError(f"scales are {tuple(scales)}; expected one or more positive numbers")
         if not all(side > 0 and side % 2 for side in pyramid):
@@ -228,21 +225,21 @@ class FeatMapNet(VGGNetwork):
         dilation = 96 // output_stride if dilation is None else dilation
         at_least(1, dilation=dilation)
         self.scales = tuple(scales)
-        channels, first = max(1, round(512 * width)), max(1, round(1024 * width))
+        channels, first, norm = self._channels(512), self._channels(1024), self.batch_norm
         self.feature_channels = channels * len(self.scales) * (1 + len(pyramid))
         self.block6 = nn.ModuleList(
             nn.Sequential(
-                *convolution(channels, first, dilation=dilation, batch_norm=batch_norm),
-                *convolution(first, channels, batch_norm=batch_norm),
-                *convolution(channels, channels, batch_norm=batch_norm),
+                *convolution(channels, first, dilation=dilation, batch_norm=norm),
+                *convolution(first, channels, batch_norm=norm),
+                *convolution(channels, channels, batch_norm=norm),
             )
             for _ in self.scales
         )
         self.pools = nn.ModuleList(nn.MaxPool2d(side, stride=1, padding=side // 2) for side in pyramid)
         last = classifier(channels, num_classes)
-        hidden = convolution(self.feature_channels, channels, 1, batch_norm=batch_norm)
+        hidden = convolution(self.feature_channels, channels, 1, batch_norm=norm)
         self.head = nn.Sequential(*hidden, nn.Dropout(dropout), last)
-        self._finish(weights)
+        self._finish()
 
     def cells(self, size: tuple[int, int], scale: float) -> tuple[int, int]:
         """Size (h, w) of the map of an image of `size` (H, W) at `scale`."""
@@ -272,9 +269,6 @@ class FeatMapNet(VGGNetwork):
         load_vgg_blocks(self.blocks, state)
         for block6 in self.block6:
             load_vgg_fc(state, fc6=block6[0])
-
-
-# ------------------------------------------------------------------------------------------------------------ geometry
 
 
 def resize_logits(logits: Tensor, size: tuple[int, int], *, stride: int | None = None) -> Tensor:
@@ -326,8 +320,8 @@ def receptive_field(module: nn.Module) -> int:
     """Side, in input px, of the square that one output cell of a chain of convolutions and poolings depends on.
 
     A layer with kernel k, dilation d and stride s adds (k - 1) d j px, where j is the distance of its inputs in px, and
-    multiplies j by s (Dumoulin & Visin, "A guide to convolution arithmetic", 2016). Layers are taken in the order of
-    `module.modules()`; branches are not supported. ValueError for a layer that is not square.
+    multiplies j by s (Dumoulin & Visin, "A guide to convolution arithmetic", 2016). Branches are not supported, nor are
+    layers that are not square: ValueError.
     """
     field, jump = 1, 1
     for layer in module.modules():
@@ -342,9 +336,6 @@ def receptive_field(module: nn.Module) -> int:
     return field
 
 
-# ------------------------------------------------------------------------------------------------------ other networks
-
-
 class AsUnary(nn.Module):
     """The adapter that `as_unary` makes."""
 
@@ -357,7 +348,7 @@ class AsUnary(nn.Module):
         output = self.module(self.normalize(image))
         logits = output.get("out") if isinstance(output, Mapping) else output
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else ()
-        if len(shape) != 4 or shape[0] != len(image) or self.num_classes not in (None, shape[1]):
+        if len(shape) != 4 or shape[0] != image.shape[0] or self.num_classes not in (None, shape[1]):
             given = shape or (f"a dict of {sorted(output)}" if isinstance(output, Mapping) else type(output).__name__)
             expected = f"logits [{len(image)}, {self.num_classes or 'K'}, H, W], or a dict with them as 'out'"
             raise ValueError(f"unary network {type(self.module).__name__} returned {given}; expected {expected}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
+from pwlib.inputs import at_least
 from pwlib.loaders import all_reduce_sum
 from pwlib.losses import check_class_weights, cross_entropy, structured
 from pwlib.model import PiecewiseTrainedModel
@@ -33,10 +34,9 @@ class TrainerOptions:
     class_weights: Tensor | Sequence[float] | None = None  # [K], of cross-entropy and of the context's pair loss
     clip: float | None = 5.0  # largest norm of the gradient; None: any
     train_iterations: int = 5  # of mean field, in training
-    test_iterations: int = 10  # of mean field, in evaluation
+    test_iterations: int | None = None  # of mean field, in evaluation; None: the CRF's own number
     held_out: float = 0.25  # share of the training set that `train_piecewise` keeps for stage 2
     stage1_keeps: Literal["best", "last"] = "best"  # by validation mIoU, or the last epoch, at the smallest rate
-    patience: int | None = None  # stop a stage after so many epochs without a better validation mIoU; None: never
     seed: int = 0  # of order, dropout and augmentation
 
     def __post_init__(self):
@@ -45,29 +45,28 @@ class TrainerOptions:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(hint))}")
         if self.crf_learning_rate is None:
             self.crf_learning_rate = {"sgd": 0.1, "adamw": 0.02}[self.optimizer]
-        positive = ("learning_rate", "crf_learning_rate", "stage3_factor", *(() if self.clip is None else ("clip",)))
-        for name in (*positive, "weight_decay", "train_iterations", "test_iterations"):
-            value, kind = getattr(self, name), "a positive number" if name in positive else "0 or more"
-            if not (value > 0 or (value == 0 and name not in positive)):
-                raise ValueError(f"{name} is {value}; expected {kind}")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience is {self.patience}; expected at least 1 epoch, or None")
+        for name in ("learning_rate", "crf_learning_rate", "stage3_factor", "clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; expected a positive number")
+        at_least(0, weight_decay=self.weight_decay, train_iterations=self.train_iterations)
+        at_least(0, test_iterations=self.test_iterations or 0)
         if self.class_weights is not None:
             self.class_weights = check_class_weights(self.class_weights, self.num_classes)
         if not callable(self.loss) and self.loss != "cross_entropy":
-            raise ValueError(
-                f"loss is {self.loss!r}; expected 'cross_entropy' or a function (logits, label) -> scalar "
-                "(the CRF's piecewise likelihood is crf_loss='piecewise')"
-            )
+            expected = "'cross_entropy' or a function (logits, label) -> scalar"
+            hint = "the CRF's piecewise likelihood is crf_loss='piecewise'"
+            raise ValueError(f"loss is {self.loss!r}; expected {expected} ({hint})")
 
     def as_dict(self) -> dict[str, Any]:
-        """The options as plain numbers, strings, lists and dicts."""
-        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        """The options as plain numbers, strings and lists; a loss function as its name."""
+        options = vars(self).copy()
         if callable(self.loss):
-            plain["loss"] = "a function"
+            named = self.loss if hasattr(self.loss, "__qualname__") else type(self.loss)
+            options["loss"] = f"{named.__module__}.{named.__qualname__}"
         if self.class_weights is not None:
-            plain["class_weights"] = self.class_weights.tolist()
-        return plain
+            options["class_weights"] = self.class_weights.tolist()
+        return options
 
 
 def schedule_factor(schedule: str, progress: float) -> float:
@@ -119,6 +118,8 @@ class Objective(nn.Module):
 
     With a contextual CRF its pair loss is added in stages 2 and 3, or with `joint_pieces` in stages 1 and 3. The
     gradient of -log q(label) does not reach its pairwise networks in stage 2, only its weights and its temperature.
+    The piecewise likelihood of stage 2 needs no inference: its unary terms are the network's own logits, and the
+    weights and the temperature of the context are not trained.
     """
 
     def __init__(
@@ -129,26 +130,29 @@ class Objective(nn.Module):
         self.temperature = 1.0
         self.has_pairs = model.context is not None and (stage > 1 or options.joint_pieces)
         self.learns_pairs = self.has_pairs and not (stage == 2 and options.joint_pieces)
-        # Modules that the user froze: in evaluation mode, unlike the model, and all their parameters without gradient.
+        # Modules with fixed batch-norm statistics: the network in stage 2, and those that the user froze, which means
+        # put into evaluation mode, unlike the model, and without a parameter that needs a gradient.
         needs = {m: [p.requires_grad for p in m.parameters()] for m in model.modules() if not m.training}
-        self.frozen = [m for m, gradients in needs.items() if model.training and gradients and not any(gradients)]
+        self.fixed = [m for m, gradients in needs.items() if model.training and gradients and not any(gradients)]
+        if stage == 2:
+            self.fixed.append(model.unary)
 
     def train(self, mode: bool = True) -> Objective:
         super().train(mode)
-        for module in [self.model.unary, *self.frozen] if self.stage == 2 else self.frozen:
-            module.eval()  # its batch-norm statistics are frozen, too
+        for module in self.fixed:
+            module.eval()
         return self
 
     def forward(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """image [B, 3, H, W] and label int64 [B, H, W] -> the loss, and the scores [B, K, H, W] of the stage."""
         model, options, size = self.model, self.options, image.shape[-2:]
-        with torch.autocast(image.device.type, dtype=self.amp, enabled=self.amp is not None):
-            with torch.set_grad_enabled(self.stage != 2):
-                if self.has_pairs:
-                    features, coarse = model.maps(image)  # [B, C, h, w], [B, K, h, w]
-                    logits = model.to_pixels(coarse, size)  # [B, K, H, W]
-                else:
-                    logits = model.unary_logits(image)  # [B, K, H, W]
+        autocast = torch.autocast(image.device.type, dtype=self.amp, enabled=self.amp is not None)
+        with autocast, torch.set_grad_enabled(self.stage != 2):
+            if self.has_pairs:
+                features, coarse = model.maps(image)  # [B, C, h, w], [B, K, h, w]
+                logits = model.to_pixels(coarse, size)  # [B, K, H, W]
+            else:
+                logits = model.unary_logits(image)  # [B, K, H, W]
         logits = logits.float()
         pair_loss = self._pair_loss(features, coarse, label) if self.learns_pairs else 0.0
         if self.stage == 1:
@@ -160,8 +164,8 @@ class Objective(nn.Module):
             marginals = model.contextual(coarse, features, frozen=self.stage == 2)  # [B, K, h, w]
             scores = model.to_pixels(marginals, size)
         log_q = model.refine(scores, image, iterations=options.train_iterations)  # [B, K, H, W]
-        likelihood = cross_entropy(log_q / self.temperature, label) + pair_loss
-        return (likelihood if self.stage == 2 else likelihood + self._network_loss(logits, label)), log_q
+        loss = cross_entropy(log_q / self.temperature, label) + pair_loss
+        return (loss if self.stage == 2 else loss + self._network_loss(logits, label)), log_q
 
     def _network_loss(self, logits: Tensor, label: Tensor) -> Tensor:
         if callable(self.options.loss):
@@ -169,9 +173,9 @@ class Objective(nn.Module):
         return cross_entropy(logits, label, class_weights=self.options.class_weights)
 
     def _pair_loss(self, features: Tensor, coarse: Tensor, label: Tensor) -> Tensor:
-        label = cell_labels(label, coarse.shape[-2:], cell_size=self.model.unary.cell_size)  # [B, h, w]
+        cells = cell_labels(label, coarse.shape[-2:], cell_size=self.model.unary.cell_size)  # [B, h, w]
         weights = self.options.class_weights
-        return self.model.context.pair_loss(coarse, features, label, class_weights=weights) + self._unused()
+        return self.model.context.pair_loss(coarse, features, cells, class_weights=weights) + self._unused()
 
     def _unused(self) -> Tensor | float:
         """0, as a function of parameters that the loss may not use: DistributedDataParallel needs all gradients."""

@@ -1,10 +1,4 @@
-"""A record of mean field on one image: every message, pairwise energy and marginal of every iteration.
-
-In iteration t, each of the M kernels filters the marginals into messages; weights and compatibility turn the messages
-into the pairwise energies that the update adds to the unary energies:
-
-    messages[t, m] = K_m q[t],    pairwise[t] = sum_m w_m mu messages[t, m],    q[t + 1] = softmax(-unary - pairwise[t])
-"""
+"""A record of mean field on one image: every message, pairwise energy and marginal of every iteration."""
 
 from __future__ import annotations
 
@@ -19,29 +13,20 @@ from pwlib.mean_field import free_energy, mean_field
 
 @dataclass(frozen=True)
 class Trace:
-    """All quantities of mean field on one image, over T iterations with M kernels, as CPU tensors.
+    """All quantities of mean field on one image, over T iterations with M kernels, as CPU tensors."""
 
-    image [3, H, W]; unary [K, H, W] energies; kernels, M names; weights [M]; compatibility [K, K].
-    messages [T, M, K, H, W]: the filtered marginals of q[t], normalised, without weights.
-    pairwise [T, K, H, W]: expected pairwise energies, the messages after weights and compatibility.
-    q [T + 1, K, H, W]: marginals; q[0] = softmax(-unary) and q[t + 1] = softmax(-unary - pairwise[t]).
-    free_energy [T + 1]: F(q[t]) in nats, see `pwlib.mean_field`.
-
-    `senders` also needs, where the kernels are Gaussian: features, one [N, D] per kernel, divided by the bandwidths;
-    sums [M, N], the row sums K 1 of each kernel matrix; the normalisation, and whether self-messages are on.
-    """
-
-    image: Tensor
-    unary: Tensor
-    kernels: tuple[str, ...]
-    weights: Tensor
-    compatibility: Tensor
-    messages: Tensor
-    pairwise: Tensor
-    q: Tensor
-    free_energy: Tensor
-    features: tuple[Tensor, ...] = ()
-    sums: Tensor | None = None
+    image: Tensor  # [3, H, W]
+    unary: Tensor  # [K, H, W], energies
+    kernels: tuple[str, ...]  # M names
+    weights: Tensor  # [M]
+    compatibility: Tensor  # mu [K, K]
+    messages: Tensor  # [T, M, K, H, W], K_m q[t]: normalised, without weights
+    pairwise: Tensor  # [T, K, H, W], expected pairwise energies, sum_m w_m mu messages[t, m]
+    q: Tensor  # [T + 1, K, H, W], marginals: q[0] = softmax(-unary), q[t + 1] = softmax(-unary - pairwise[t])
+    free_energy: Tensor  # [T + 1], F(q[t]) in nats, see `pwlib.mean_field`
+    # For `senders`, where the kernels are Gaussian:
+    features: tuple[Tensor, ...] = ()  # [N, D] for each kernel, divided by the bandwidths
+    sums: Tensor | None = None  # [M, N], the row sums K 1 of each kernel matrix
     normalization: str = "symmetric"
     self_message: bool = True
 
@@ -97,14 +82,14 @@ def record(
         pairwise: messages [M, N, K] -> expected pairwise energies [N, K].
         fields: the trace's other fields.
     """
-    received, energies, marginals, free = [], [], [], []
+    received, energies, marginals = [], [], []
 
     def expected(q: Tensor) -> Tensor:
         received.append(messages(q))
         return pairwise(received[-1])
 
     def observe(q: Tensor, energy: Tensor) -> None:
-        marginals.append(q), energies.append(energy), free.append(free_energy(q, unary, energy))
+        marginals.append(q), energies.append(energy)
 
     mean_field(unary, expected, iterations, initial=initial, observe=observe)
 
@@ -116,6 +101,6 @@ def record(
         messages=maps(torch.stack(received)[:-1]),
         pairwise=maps(torch.stack(energies)[:-1]),
         q=maps(torch.stack(marginals)),
-        free_energy=torch.stack(free).cpu(),
+        free_energy=torch.stack([free_energy(q, unary, e) for q, e in zip(marginals, energies, strict=True)]).cpu(),
         **fields,
     )

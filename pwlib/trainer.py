@@ -10,8 +10,7 @@ normalised potentials, without inference: stage 2 does so with `crf_loss="piecew
 likelihood of the labels under the mean-field marginals.
 
 Stage 2 has images of its own, because on the images it was fitted to the network makes few errors, and the CRF would
-learn that it is not needed. It has no class weights: they stand for a prior that the pixels do not have, and the CRF,
-which combines the evidence of whole regions, would follow it further than a network does.
+learn that it is not needed. It has no class weights, whose prior the CRF would follow further than a network does.
 """
 
 from __future__ import annotations
@@ -20,33 +19,35 @@ import itertools
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.distributed
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from pwlib import checkpoints, loaders
 from pwlib.data import VOID, SegmentationDataset, hold_out
 from pwlib.evaluation import best_record, evaluate
-from pwlib.loaders import Batches, rank_and_world_size, size_errors
+from pwlib.inputs import at_least
+from pwlib.loaders import Batches, explained_errors, rank_and_world_size
 from pwlib.metrics import ConfusionMatrix
 from pwlib.model import PiecewiseTrainedModel, kept_modes
 from pwlib.objective import Objective, TrainerOptions, fit_temperature, schedule_factor
 
 History = dict[str, list[dict[str, Any]]]
+CRF_PARAMETERS = ("crf.", "context.weight", "context.log_")  # not the pairwise networks of a context
 
 
 class PiecewiseTrainer:
     """Trains a `PiecewiseTrainedModel` stage by stage.
 
     Args:
-        model: the model, which is moved to `device`.
-        device: where it is trained.
-        num_classes: K, as in the model.
+        model: moved to `device`, where it is trained; has `num_classes` classes.
         learning_rate: of the network in stage 1.
         out: folder for checkpoints and history.json (None: everything stays in memory).
         resume: continue the run in `out`.
@@ -82,8 +83,6 @@ class PiecewiseTrainer:
         if num_classes != model.num_classes:
             raise ValueError(f"num_classes is {num_classes}; the model has {model.num_classes}")
         self.config = self.options.as_dict()  # stored in every checkpoint, and compared when a run is resumed
-        if model.context is None:
-            del self.config["joint_pieces"]
         self.device = torch.device(device)
         self.model = model.to(self.device)
         if self.options.class_weights is not None:
@@ -109,7 +108,7 @@ class PiecewiseTrainer:
         val_loader: Batches | None = None,
         crf_loader: Batches | None = None,
     ) -> History:
-        """Train all stages, without those of 0 epochs, and return `history`.
+        """Train all stages that have epochs, and return `history`.
 
         Without a `crf_loader`, a share of a `SegmentationDataset` is held out for stage 2 (whole drives or sequences,
         if the data set names them) and used without the training transform; stage 1 is fitted to the rest, stage 3 to
@@ -143,65 +142,61 @@ class PiecewiseTrainer:
 
     def evaluate(self, loader: Batches, *, apply_crf: bool = True) -> dict[str, Any]:
         """Score the model as it is: `pwlib.evaluation.evaluate` with `test_iterations`."""
-        iterations = self.options.test_iterations
-        return evaluate(self.model, loader, apply_crf=apply_crf, iterations=iterations, bar=self._bar)
+        options = {"iterations": self.options.test_iterations, "bar": self._bar}
+        return evaluate(self.model, loader, apply_crf=apply_crf, **options)
 
     def _train(self, stage: int, loader: Batches, epochs: int, val_loader: Batches | None) -> History:
-        """Check the arguments, and train with all parameters frozen that the stage does not train."""
-        if epochs < 0:
-            raise ValueError(f"stage {stage} has {epochs} epochs; expected 0 or more")
+        """Check the arguments, and train; parameters that do not belong to the stage get no gradient.
+
+        The pairwise networks of a context belong to stage 1 with `joint_pieces`, and to stage 2 without.
+        """
+        at_least(0, **{f"stage{stage}_epochs": epochs})
         if epochs == 0:
             return self.history
         if not hasattr(loader, "__len__"):
             kind = type(loader).__name__
             raise ValueError(f"stage {stage} was given a {kind}, which has no length; expected a DataLoader or a list")
-        if self.options.patience and val_loader is None:
-            raise ValueError(f"patience is {self.options.patience}, but stage {stage} has no val_loader to score on")
         loader = loaders.rebuilt(loader)
         if len(loader) == 0:
             raise ValueError(f"stage {stage} has no batch to train on: the loader is empty")
         objective = Objective(self.model, stage, self.options, self.amp)
+        prefixes = {1: ["unary."], 2: [*CRF_PARAMETERS], 3: [""]}
+        prefixes[1 if self.options.joint_pieces else 2].append("context.")
         parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        trained = {name: p for name, p in parameters.items() if self._is_trained(name, stage)}
-        frozen = [p for name, p in parameters.items() if name not in trained]
-        for parameter in frozen:
+        trained = {name: p for name, p in parameters.items() if name.startswith(tuple(prefixes[stage]))}
+        untrained = [p for name, p in parameters.items() if name not in trained]
+        for parameter in untrained:
             parameter.requires_grad_(False)
         try:
-            with kept_modes(self.model), size_errors():
+            with kept_modes(self.model), explained_errors():
                 self._fit(stage, objective, self._optimizer(trained, stage), loader, epochs, val_loader)
         finally:
-            for parameter in frozen:
+            for parameter in untrained:
                 parameter.requires_grad_(True)
         return self.history
-
-    def _is_trained(self, name: str, stage: int) -> bool:
-        """Whether a stage trains the parameter of this name. Pairwise networks belong to stage 1 or to stage 2."""
-        context = ("context.",) if self.options.joint_pieces else ()
-        second = ("context.weight", "context.log_") if self.options.joint_pieces else ("context.",)
-        return name.startswith({1: ("unary.", *context), 2: ("crf.", *second), 3: ("",)}[stage])
 
     def _optimizer(self, trained: dict[str, nn.Parameter], stage: int) -> torch.optim.Optimizer:
         """Parameter groups with their peak rates: the network's weights (decayed), its other parameters, the CRF's."""
         options, factor = self.options, self.options.stage3_factor if stage == 3 else 1.0
-        decayed, plain, crf = [], [], []
+        groups: dict[str, dict[str, Any]] = {}
         for name, parameter in trained.items():
-            of_crf = name.startswith(("crf.", "context.weight", "context.log_"))
-            (crf if of_crf else decayed if parameter.ndim > 1 else plain).append(parameter)
-        groups = [
-            {"params": decayed, "peak": factor * options.learning_rate, "weight_decay": options.weight_decay},
-            {"params": plain, "peak": factor * options.learning_rate, "weight_decay": 0.0},
-            {"params": crf, "peak": factor * options.crf_learning_rate, "weight_decay": 0.0},
-        ]
-        groups = [{**group, "lr": group["peak"]} for group in groups if group["params"]]
+            kind = "weights" if parameter.ndim > 1 else "others"
+            kind = "crf" if name.startswith(CRF_PARAMETERS) else kind
+            peak = factor * (options.crf_learning_rate if kind == "crf" else options.learning_rate)
+            decay = options.weight_decay if kind == "weights" else 0.0
+            group = {"params": [], "peak": peak, "lr": peak, "weight_decay": decay}
+            groups.setdefault(kind, group)["params"].append(parameter)
         if not groups:
             raise ValueError(f"stage {stage} has nothing to train: no parameter requires a gradient")
-        return torch.optim.AdamW(groups) if options.optimizer == "adamw" else torch.optim.SGD(groups, momentum=0.9)
+        optimizer = {"adamw": torch.optim.AdamW, "sgd": partial(torch.optim.SGD, momentum=0.9)}[options.optimizer]
+        return optimizer(groups.values())
 
     def _fit(self, stage: int, objective: Objective, optimizer, loader, epochs: int, val_loader) -> None:
         """The epochs of a stage: train, evaluate, keep the best, store checkpoints."""
         options, name, (rank, world_size) = self.options, f"stage{stage}", rank_and_world_size()
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
         plan = {"config": self.config, "epochs": epochs, "batches": len(loader)}
+        keeps = options.stage1_keeps if stage == 1 else "best"
         first, best = 1, {}
         if last := self._last_checkpoint(name, plan):
             optimizer.load_state_dict(last["optimizer"])
@@ -216,11 +211,7 @@ class PiecewiseTrainer:
             nonlocal best
             records.append(record)
             self._log(f"stage {stage}  epoch {record['epoch']:3d}/{epochs}", record)
-            if stage == 1 and options.stage1_keeps == "last":
-                for earlier in records:
-                    earlier.pop("kept", None)
-                record["kept"] = True
-            if best_record(records) is record:
+            if best_record(records, keeps) is record:
                 best = {key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()}
                 self._save(f"{name}-best.pt", {**plan, "epoch": record["epoch"], "model": best})
             if record["epoch"] > 0:
@@ -232,9 +223,6 @@ class PiecewiseTrainer:
             finish_epoch({"epoch": 0, "val": self.evaluate(val_loader)})
         module = DistributedDataParallel(objective) if world_size > 1 else objective
         for epoch in range(first, epochs + 1):
-            waited = records[-1]["epoch"] - best_record(records, validated=True)["epoch"] if records else 0
-            if options.patience and waited >= options.patience:
-                break
             if stage == 2 and options.crf_loss == "marginal":
                 objective.temperature = self._temperature(objective, loader)
             seed = loaders.derive_seed(options.seed, stage, epoch)
@@ -264,7 +252,7 @@ class PiecewiseTrainer:
         """One epoch of training; returns its record."""
         module.train()
         options, world_size = self.options, rank_and_world_size()[1]
-        class_weights = options.class_weights if stage == 1 else None
+        weights = options.class_weights if stage == 1 else None  # [K]
         confusion = ConfusionMatrix(options.num_classes, device=self.device)
         total = torch.zeros(2, device=self.device, dtype=torch.float64)  # sums of loss * weight, and of weight
         start, images, peak = time.perf_counter(), 0, 0.0
@@ -276,20 +264,16 @@ class PiecewiseTrainer:
                 for group in optimizer.param_groups:
                     group["lr"] = factor * group["peak"]
                 peak = max(peak, optimizer.param_groups[0]["lr"])
-                loss, scores = _forward(module, image, label)  # [], [B, K, H, W]
-                pixels = label[label != VOID]  # [N]
-                weight = torch.tensor(float(len(pixels)), device=self.device)
-                if class_weights is not None:
-                    weight = class_weights[pixels].sum()
+                loss, scores = module(image, label)  # [], [B, K, H, W]
+                known = label != VOID  # [B, H, W]
+                weight = known.sum().float() if weights is None else weights[label[known]].sum()
                 all_weights = loaders.all_reduce_sum(weight.clone()).clamp(min=1e-12)
                 optimizer.zero_grad(set_to_none=True)
                 # DistributedDataParallel averages gradients over processes; one process would average over pixels.
                 scaler.scale(loss * (weight * world_size / all_weights)).backward()
                 if not math.isfinite(loss.item()):
-                    raise FloatingPointError(
-                        f"the loss is {loss.item()} in stage {stage}, epoch {epoch}, step {step + 1}; "
-                        "expected a finite number: try a smaller learning rate"
-                    )
+                    where = f"in stage {stage}, epoch {epoch}, step {step + 1}; expected a finite number"
+                    raise FloatingPointError(f"the loss is {loss.item()} {where}: try a smaller learning rate")
                 scaler.unscale_(optimizer)
                 if options.clip is not None:
                     nn.utils.clip_grad_norm_(parameters, options.clip)
@@ -298,9 +282,7 @@ class PiecewiseTrainer:
                 confusion.update(scores.detach().argmax(1), label)  # [B, H, W] both
                 total += torch.stack([loss.detach().double() * weight, weight.double()])
                 images += len(image)
-                if not bar.disable:
-                    miou = float(confusion.scores()["miou"])
-                    bar.set_postfix(loss=f"{total[0] / total[1]:.3f}", mIoU=f"{miou:.3f}", lr=f"{peak:.1e}")
+                bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{optimizer.param_groups[0]['lr']:.1e}")
         loaders.all_reduce_sum(total)
         if world_size > 1:
             for buffer in self.model.buffers():  # every process evaluates with the first one's batch-norm statistics
@@ -337,26 +319,12 @@ class PiecewiseTrainer:
 
     def _bar(self, batches: Batches, text: str = "scoring") -> tqdm:
         hidden = None if self.progress is None else not self.progress  # None: unless on a terminal
-        hidden = True if rank_and_world_size()[0] else hidden
-        return tqdm(batches, desc=text, unit="batch", leave=False, disable=hidden)
+        return tqdm(batches, desc=text, unit="batch", leave=False, disable=bool(rank_and_world_size()[0]) or hidden)
 
-    def _log(self, text: str, record: dict[str, Any] | None = None) -> None:
-        record = record or {}
+    def _log(self, text: str, record: dict[str, Any] = MappingProxyType({})) -> None:
         if "loss" in record:
             text += f"  loss {record['loss']:.4f}  train mIoU {record['miou'] or 0:.4f}  {record['seconds']:.1f} s"
         for part, scores in record.get("val", {}).items():
             text += f"  val {part} mIoU {scores['miou'] or 0:.4f}"
         if self.progress is not False and rank_and_world_size()[0] == 0:
             tqdm.write(text, file=sys.stderr)
-
-
-def _forward(module: nn.Module, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    try:
-        return module(image, label)
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise ValueError(
-            f"batch normalisation cannot train on a batch of {len(image)} image: it has one value per channel; "
-            "if that is the rest of an epoch, choose another batch size (--batch), or drop_last=True for the DataLoader"
-        ) from error

@@ -21,7 +21,7 @@ from pwlib.data import load, read_image, voc_palette
 from pwlib.model import PiecewiseTrainedModel
 from pwlib.networks import DeepLabLargeFOV
 from pwlib.tools.runs import build_model, load_run
-from pwlib.tools.tiling import coarse_in_tiles, label_image
+from pwlib.tools.tiling import coarse_in_tiles, label_image, predict
 
 # ---------------------------------------------------------------------------------------------------------------- train
 
@@ -287,7 +287,7 @@ def test_tiles_and_chunks_give_what_predict_gives(apply_crf):
         torch.testing.assert_close(coarse_in_tiles(unary, image[None], 128), whole, rtol=1e-4, atol=1e-5)
     for short_side in (None, 64):
         options = {"short_side": short_side, "crf_long_side": 200, "apply_crf": apply_crf}
-        confidence, label = model.predict(image, **options).max(0)
+        confidence, label = predict(model, image, **options).max(0)
         found = label_image(model, image, tile=128, limit=2 * image[0].numel(), **options)
         assert (found[0] == label).float().mean() > 0.9999 and len(label.unique()) > 1
         torch.testing.assert_close(found[1], confidence, rtol=1e-3, atol=1e-4)
@@ -317,7 +317,7 @@ def test_predict_agrees_with_the_model_with_and_without_crf(finished, photograph
         config = json.loads((finished[0] / "config.json").read_text())
         model = build_model(config["settings"], len(CLASSES)).eval()
         model.load_state_dict(torch.load(finished[0] / "stage3-best.pt", weights_only=True)["model"])
-        expected = model.predict(read_image(photographs / "rgb.png"), short_side=24, apply_crf=crf)
+        expected = predict(model, read_image(photographs / "rgb.png"), short_side=24, apply_crf=crf)
         assert (np.asarray(Image.open(out / "rgb-label.png")) == expected.argmax(0).numpy()).all()
     one, other = (np.asarray(Image.open(tmp_path / str(crf) / "rgb-confidence.png")) for crf in (True, False))
     assert (one != other).any()

@@ -12,6 +12,7 @@ import pwlib
 from pwlib import VOID, ContextualCRF, DeepLabLargeFOV, DenseCRF, FeatMapNet, PiecewiseTrainedModel, PiecewiseTrainer
 from pwlib.cli.parser import main
 from pwlib.data import Augment
+from pwlib.tools.tiling import predict
 
 # Another device makes it possible to try the tests themselves where there is no GPU.
 DEVICE = torch.device(os.environ.get("PWLIB_TEST_DEVICE", "cuda"))
@@ -173,8 +174,8 @@ def test_a_prediction_of_the_whole_model_is_the_cpus(problem):
     model = PiecewiseTrainedModel(
         4, unary=DeepLabLargeFOV(4, width=0.125), crf=DenseCRF(4, filtering="lattice", **BANDWIDTHS)
     )
-    expected = model.predict(problem[0][0], short_side=64)
-    found = copy.deepcopy(model).to(DEVICE).predict(problem[0][0], short_side=64).cpu()
+    expected = predict(model, problem[0][0], short_side=64)
+    found = predict(copy.deepcopy(model).to(DEVICE), problem[0][0], short_side=64).cpu()
     assert (found - expected).abs().mean() < 0.02
 
 

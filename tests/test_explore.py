@@ -16,8 +16,9 @@ import torch
 
 import pwlib
 from pwlib.course import plots
-from pwlib.crf import DenseCRF, probabilities_from_labels
+from pwlib.crf import DenseCRF
 from pwlib.data import VOID
+from pwlib.tools.dense import probabilities_from_labels
 from pwlib.trace import Trace
 
 pytest.importorskip("anywidget")

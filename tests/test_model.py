@@ -7,8 +7,9 @@ from torch import nn
 
 from pwlib.crf import DenseCRF, Kernel
 from pwlib.data import load
-from pwlib.model import PiecewiseTrainedModel, scaled_bandwidths
+from pwlib.model import PiecewiseTrainedModel
 from pwlib.networks import DeepLabLargeFOV
+from pwlib.tools.tiling import predict, scaled_bandwidths
 
 CRF = {"theta_alpha": 6.0, "theta_beta": 20.0, "theta_gamma": 1.5, "w_bilateral": 3.0, "w_spatial": 1.0}
 
@@ -53,7 +54,7 @@ def test_crf_iterations_of_the_constructor_are_used():
 def test_the_default_parts_are_deeplab_and_a_dense_crf():
     model = PiecewiseTrainedModel(num_classes=21, crf_iterations=10)
     assert isinstance(model.unary, DeepLabLargeFOV) and isinstance(model.crf, DenseCRF)
-    assert model.unary.width == 1 and model.crf_iterations == 10
+    assert model.unary.width == 1 and model.crf.iterations == 10
 
 
 def test_under_autocast_the_crf_computes_in_float32():
@@ -86,13 +87,13 @@ def test_predict_scales_bandwidths_with_the_image():
     model = PiecewiseTrainedModel(
         4, unary=Fixed(nn.functional.interpolate(coarse, (24, 36), mode="bilinear")), crf=DenseCRF(4, **CRF)
     )
-    small = model.predict(scene)
+    small = predict(model, scene)
     large = scene.repeat_interleave(3, 1).repeat_interleave(3, 2)
     assert large.shape == (3, 72, 108)
     expected = small.argmax(0).repeat_interleave(3, 0).repeat_interleave(3, 1)
 
     def agreement(**options):
-        return (model.predict(large, short_side=24, **options).argmax(0) == expected).float().mean()
+        return (predict(model, large, short_side=24, **options).argmax(0) == expected).float().mean()
 
     assert agreement() > 0.96
     unscaled = model.crf(
@@ -104,12 +105,12 @@ def test_predict_scales_bandwidths_with_the_image():
 def test_predict_gives_probabilities_at_the_size_of_the_image():
     model, image = tiny().train(), torch.rand(3, 50, 71)
     for options in ({}, {"short_side": 24}, {"short_side": 24, "crf_long_side": 40}, {"apply_crf": False}):
-        probability = model.predict(image, **options)
+        probability = predict(model, image, **options)
         assert probability.shape == (3, 50, 71)
         torch.testing.assert_close(probability.sum(0), torch.ones(50, 71))
     assert model.training, "predict changed the mode of the model"
     torch.testing.assert_close(
-        tiny().predict(image, apply_crf=False), tiny()(image[None], False)[0].softmax(1)[0].detach()
+        predict(tiny(), image, apply_crf=False), tiny()(image[None], False)[0].softmax(1)[0].detach()
     )
 
 
@@ -175,10 +176,10 @@ def test_predict_restores_the_mode_of_every_module():
     model = tiny().train()
     model.unary.eval()
     modes = {name: module.training for name, module in model.named_modules()}
-    model.predict(torch.rand(3, 16, 16))
+    predict(model, torch.rand(3, 16, 16))
     assert {name: module.training for name, module in model.named_modules()} == modes
     with pytest.raises(ValueError, match="expected"):
-        model.predict(torch.full((3, 16, 16), 7))
+        predict(model, torch.full((3, 16, 16), 7))
     assert {name: module.training for name, module in model.named_modules()} == modes
 
 

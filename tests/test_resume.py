@@ -13,7 +13,7 @@ import torch
 from tiny_run import PLAIN, SIZE, changed, run, untimed, weights
 from torch.utils.data import DataLoader
 
-from pwlib import checkpoints
+from pwlib import checkpoints, losses
 from pwlib.data import load
 from pwlib.evaluation import best_record
 
@@ -92,6 +92,17 @@ def test_a_checkpoint_holds_what_resuming_needs(tmp_path, whole_run, loss):
         checkpoints.save(path, state)
     run(tmp_path, resume=True)
     assert bool(differences(whole_run.out, tmp_path)) == (loss == "optimizer")
+
+
+def squared(scores, label):
+    return scores.square().mean()
+
+
+def test_a_run_is_not_resumed_with_another_loss_function(tmp_path):
+    run(tmp_path, loss=squared)
+    run(tmp_path, loss=squared, resume=True)
+    with pytest.raises(ValueError, match=r"made with loss = \S*squared, this run has \S*cross_entropy: it cannot"):
+        run(tmp_path, loss=losses.cross_entropy, resume=True)
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path):

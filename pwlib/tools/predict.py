@@ -13,7 +13,7 @@ from pwlib.data import VOID, read_image
 from pwlib.data.files import list_files
 from pwlib.data.images import IMAGE_SUFFIXES
 from pwlib.tools.pictures import label_image, legend, overlay, stacked
-from pwlib.tools.runs import CRF_LONG_SIDE, Run
+from pwlib.tools.runs import Run
 from pwlib.tools.tiling import label_image as compute_label
 
 
@@ -57,7 +57,7 @@ def label_files(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    options = {"short_side": run.short_side, "crf_long_side": CRF_LONG_SIDE, "apply_crf": apply_crf}
+    options = {"short_side": run.short_side, "apply_crf": apply_crf}
     for path in images:
         try:
             image = read_image(path)

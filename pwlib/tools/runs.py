@@ -20,9 +20,9 @@ from pwlib.context import ContextualCRF
 from pwlib.crf import DenseCRF
 from pwlib.model import PiecewiseTrainedModel
 from pwlib.networks import DeepLabLargeFOV, FeatMapNet
+from pwlib.tools.tiling import predict
 
 STAGES = ("stage1", "stage2", "stage3")
-CRF_LONG_SIDE = 1024  # px; larger images are labelled at this length, and the probabilities enlarged
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Run:
     short_side: int | None
 
     def predict(self, image: Tensor, *, apply_crf: bool = True) -> Tensor:
-        """Label probabilities [K, H, W] of an image [3, H, W] of any size, RGB in [0, 1]; see the model's `predict`."""
-        return self.model.predict(image, short_side=self.short_side, crf_long_side=CRF_LONG_SIDE, apply_crf=apply_crf)
+        """Label probabilities [K, H, W] of an image [3, H, W] of any size, RGB in [0, 1]; see `tiling.predict`."""
+        return predict(self.model, image, short_side=self.short_side, apply_crf=apply_crf)
 
 
 def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:

@@ -90,7 +90,8 @@ def train(
     if main:
         if any(epochs):
             predictions(model, val_set).save(out / "predictions.png")
-        print(f"\n{config['data']['name']}, validation split, {len(val_set)} images\n{table(history)}")
+        print(f"\n{config['data']['name']}, validation split, {len(val_set)} images")
+        print(table(history, settings["stage1_keeps"]))
         print(f"\n{out}/ holds config.json, history.json, checkpoints and predictions.png")
 
 
@@ -114,18 +115,18 @@ def _digest(dataset: SegmentationDataset) -> str:
     return hashlib.sha256("\n".join(dataset.names).encode()).hexdigest()[:16]
 
 
-def table(history: dict[str, list[dict[str, Any]]]) -> str:
-    """Format the validation scores of each stage's best epoch, in percent."""
+def table(history: dict[str, list[dict[str, Any]]], stage1_keeps: str = "best") -> str:
+    """Format the validation scores of the epoch that each stage keeps, in percent."""
     rows = []
     for stage in STAGES:
         records = [record for record in history.get(stage, []) if "val" in record]
         if not records:
             continue
-        best = best_record(records)
+        kept = best_record(records, stage1_keeps if stage == "stage1" else "best")
         if stage == "stage2":  # epoch 0: the CRF before it has learned anything
             rows.append(("stage1 + CRF, default parameters", "-", records[0]["val"]["crf"]))
-        for part, scores in best["val"].items():
-            rows.append((f"{stage} {'CRF' if part == 'crf' else part}", best["epoch"], scores))
+        for part, scores in kept["val"].items():
+            rows.append((f"{stage} {'CRF' if part == 'crf' else part}", kept["epoch"], scores))
     lines = [f"{'':32} {'epoch':>5}" + "".join(f" {title:>13}" for _, title in COLUMNS)]
     for name, epoch, scores in rows:
         cells = (f" {100 * scores[key]:13.2f}" if scores[key] is not None else f" {'-':>13}" for key, _ in COLUMNS)

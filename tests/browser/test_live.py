@@ -13,8 +13,9 @@ expect = sync_api.expect
 from pages import CLOSE, colours, drawn, expected, hover, iteration, numbers, table, where  # noqa: E402
 
 from pwlib.course.explorer import explore  # noqa: E402
-from pwlib.crf import DenseCRF, probabilities_from_labels  # noqa: E402
+from pwlib.crf import DenseCRF  # noqa: E402
 from pwlib.data import VOID  # noqa: E402
+from pwlib.tools.dense import probabilities_from_labels  # noqa: E402
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

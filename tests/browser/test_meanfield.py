@@ -13,8 +13,9 @@ import torch
 pytest.importorskip("playwright.sync_api")
 
 import pwlib.course
-from pwlib.crf import DenseCRF, probabilities_from_labels
+from pwlib.crf import DenseCRF
 from pwlib.data import VOID
+from pwlib.tools.dense import probabilities_from_labels
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

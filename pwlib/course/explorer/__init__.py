@@ -33,8 +33,9 @@ from torch import Tensor
 
 from pwlib.course.explorer.bundle import loader, script
 from pwlib.course.explorer.packing import pack_problem, pack_trace
-from pwlib.crf import DenseCRF, probabilities_from_labels
+from pwlib.crf import DenseCRF
 from pwlib.data import VOID
+from pwlib.tools.dense import probabilities_from_labels
 from pwlib.trace import Trace
 
 try:

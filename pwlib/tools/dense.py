@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pwlib.crf import make_filters
+from pwlib.data import VOID
 from pwlib.filters import GridPositions
+from pwlib.inputs import at_least, check_label
 
 SMALLEST_PROBABILITY = 1e-5  # as in unary_from_softmax of pydensecrf
 THETA_BETA = 13.0  # grey levels
@@ -187,3 +189,28 @@ def _positions(size: Sequence[int], thetas: Tensor) -> Tensor:
     """Positions [N, D] of a grid, divided by the bandwidth per axis, the last axis first, as in `GridPositions`."""
     axes = [torch.arange(n, device=thetas.device) / theta for n, theta in zip(size, thetas, strict=True)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], -1).reshape(-1, len(size))
+
+
+def probabilities_from_labels(
+    labels: np.ndarray | Tensor, num_classes: int, *, confidence: float = 0.7, void: int = VOID
+) -> np.ndarray | Tensor:
+    """Probabilities [K, H, W] for `dense_crf` from an incomplete label map [H, W]: strokes, or another method's result.
+
+    A labelled pixel gives its label the probability `confidence` (pydensecrf's gt_prob) and shares the rest among the
+    other labels, so that the CRF may change it. Pixels with the value `void` start with a uniform distribution.
+    """
+    as_numpy = isinstance(labels, np.ndarray)
+    labels = torch.as_tensor(labels).long()
+    at_least(2, num_classes=num_classes)
+    if not 1 / num_classes < confidence < 1:
+        raise ValueError(f"confidence is {confidence}; expected more than chance (1/{num_classes}) and less than 1")
+    known = labels != void
+    check_label(labels[known], num_classes, name=f"label map (void: {void})", void=False)
+    if num_classes == 2 and void == VOID and not known.all() and not labels[known].any():
+        raise ValueError(
+            "labels hold only 0 and 255 (void); expected classes 0 and 1: for a mask of 0 and 255, labels > 0"
+        )
+    one_hot = F.one_hot(labels.where(known, 0), num_classes).movedim(-1, 0).float()
+    other = (1 - confidence) / (num_classes - 1)
+    probabilities = torch.where(known, other + (confidence - other) * one_hot, 1 / num_classes)
+    return probabilities.numpy() if as_numpy else probabilities
