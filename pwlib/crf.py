@@ -207,10 +207,8 @@ class DenseCRF(nn.Module):
                 filters = self.filters(image)
             elif filters.shape not in ((1, pixels), (batch, pixels)):
                 made = " x ".join(map(str, filters.shape))
-                raise ValueError(
-                    f"filters were made for {made} pixels, the image has {batch} x {pixels}; "
-                    "expected the result of `filters(image)`"
-                )
+                expected = f"{batch} x {pixels}; expected the result of `filters(image)`"
+                raise ValueError(f"filters were made for {made} pixels, the image has {expected}")
             out = filters.mean_field(unary, self.log_w, self.penalties(), steps, log=log)  # [B, N, K]
         # Contiguous: the backward pass of nll_loss does not accept a transposed view.
         return out.mT.contiguous().view(logits.shape)
@@ -241,7 +239,7 @@ class DenseCRF(nn.Module):
             image=image[0].cpu(),
             kernels=self.kernel_names,
             weights=weights.cpu(),
-            compatibility=self.compatibility.detach().cpu().clone(),
+            compatibility=self.penalties().cpu().contiguous(),
             features=tuple(f[0].cpu() for f in self._feature_rows(image)),
             sums=torch.stack([f.n[0, :, 0] for f in filters.filters]).cpu(),
             normalization=self.normalization,

@@ -58,6 +58,6 @@ def evaluate(
         for batch in bar(loader):
             image, label = read_batch(batch, device)
             outputs = model.outputs(image, iterations=iterations) if apply_crf else {"unary": model.unary_logits(image)}
-            for name, part in scores.items():
-                part.update(outputs[name].argmax(1), label)  # [B, H, W] both
-    return {name: part.all_reduce().result() for name, part in scores.items()}
+            for name, table in scores.items():
+                table.update(outputs[name].argmax(1), label)  # [B, H, W] both
+    return {name: table.all_reduce().result() for name, table in scores.items()}

@@ -39,9 +39,9 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
-def derive_seed(*parts: int) -> int:
+def derive_seed(*numbers: int) -> int:
     """One seed from several numbers; close numbers give unrelated random streams."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    digest = hashlib.sha256("/".join(map(str, numbers)).encode()).digest()
     return int.from_bytes(digest[:7], "big")
 
 

@@ -4,16 +4,17 @@ Void pixels (label 255) are not counted. A class that occurs neither in labels n
 is left out of every mean; one that occurs in only one of them scores 0 and stays in the means.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
 from pwlib.data import VOID
 from pwlib.inputs import at_least, check_label
+from pwlib.loaders import all_reduce_sum
 
 
 class ConfusionMatrix:
@@ -44,10 +45,8 @@ class ConfusionMatrix:
 
     def all_reduce(self) -> "ConfusionMatrix":
         """The sum over all processes as a new matrix; every one has to call it, with counts on the GPU under NCCL."""
-        total = ConfusionMatrix(self.num_classes, device=self.matrix.device)
-        total.matrix = self.matrix.clone()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(total.matrix)
+        total = copy.copy(self)
+        total.matrix = all_reduce_sum(self.matrix.clone())
         return total
 
     def scores(self) -> dict[str, Tensor]:
@@ -131,7 +130,7 @@ class SegmentationScores:
 
     def all_reduce(self) -> "SegmentationScores":
         """The scores over the pixels of all processes, as a new object."""
-        total = SegmentationScores(len(self.class_names), self.class_names, self.boundary_width)
+        total = copy.copy(self)
         total.everywhere, total.boundary = self.everywhere.all_reduce(), self.boundary.all_reduce()
         return total
 

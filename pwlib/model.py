@@ -124,9 +124,9 @@ class PiecewiseTrainedModel(nn.Module):
 @contextlib.contextmanager
 def kept_modes(module: nn.Module) -> Iterator[None]:
     """Restore, after the block, the training or evaluation mode of every sub-module."""
-    modes = [(part, part.training) for part in module.modules()]
+    modes = [(inner, inner.training) for inner in module.modules()]
     try:
         yield
     finally:
-        for part, training in modes:
-            part.training = training  # `part.train(training)` would change its sub-modules, too
+        for inner, training in modes:
+            inner.training = training  # `inner.train(training)` would change its sub-modules, too

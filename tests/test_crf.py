@@ -238,7 +238,7 @@ def assert_learnable(crf):
                 sides.append(loss_of(crf).item())
             flat[index] = kept
             slope = (sides[0] - sides[1]) / (2 * step)
-            assert gradient.view(-1)[index].item() == pytest.approx(slope, rel=1e-5, abs=1e-9), name
+            assert gradient.reshape(-1)[index].item() == pytest.approx(slope, rel=1e-5, abs=1e-9), name
             assert slope != 0, f"{name} does nothing"
 
 

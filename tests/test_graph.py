@@ -75,7 +75,10 @@ def test_grid_edges_and_all_pairs():
     [
         (lambda: graph.labellings(40, 2), "at most"),
         (lambda: graph.infer(torch.zeros(2, 2), torch.tensor([[0, 1]]), torch.zeros(2, 2, 2)), r"pair \(2, 2, 2\)"),
-        (lambda: graph.infer(torch.zeros(2, 2), torch.tensor([[0, 5]]), torch.zeros(1, 2, 2)), "node 5"),
+        (
+            lambda: graph.infer(torch.zeros(2, 2), torch.tensor([[0, 5]]), torch.zeros(1, 2, 2)),
+            "edges holds 5; expected 0..1",
+        ),
     ],
 )
 def test_bad_input_is_named(call, message):
@@ -278,7 +281,7 @@ def test_consistent_losses_have_their_minimum_at_the_truth_and_piecewise_has_not
     [
         (lambda u, e, v, y: (u[0], e, v, y), r"unary \(5, 3\).*expected \[B, N, K\]"),
         (lambda u, e, v, y: (u, e, v[:, 1:], y), r"pair \(2, 3, 3, 3\)"),
-        (lambda u, e, v, y: (u, e + 3, v, y), r"node 7; expected nodes 0 to 4"),
+        (lambda u, e, v, y: (u, e + 3, v, y), r"edges holds 5; expected 0\.\.4"),
         (lambda u, e, v, y: (u, e, v, y[:, 1:]), r"label \(2, 4\)"),
         (lambda u, e, v, y: (u, e, v, y + 3), r"label holds \d; expected 0..2 or 255"),
     ],
@@ -290,5 +293,5 @@ def test_graphs_that_do_not_fit_are_refused(name, change, message):
 
 
 def test_the_node_that_is_outside_the_graph_is_named():
-    with pytest.raises(ValueError, match="node -1"):
+    with pytest.raises(ValueError, match="edges holds -1"):
         graph.infer(torch.zeros(4, 2), torch.tensor([[-1, 3]]), torch.zeros(1, 2, 2))
