@@ -37,6 +37,7 @@ class TrainerOptions:
     test_iterations: int | None = None  # of mean field, in evaluation; None: the CRF's own number
     held_out: float = 0.25  # share of the training set that `train_piecewise` keeps for stage 2
     stage1_keeps: Literal["best", "last"] = "best"  # by validation mIoU, or the last epoch, at the smallest rate
+    patience: int | None = None  # stop a stage after so many epochs without a better validation mIoU; None: never
     seed: int = 0  # of order, dropout and augmentation
 
     def __post_init__(self):
@@ -51,6 +52,7 @@ class TrainerOptions:
                 raise ValueError(f"{name} is {value}; expected a positive number")
         at_least(0, weight_decay=self.weight_decay, train_iterations=self.train_iterations)
         at_least(0, test_iterations=self.test_iterations or 0)
+        at_least(1, patience=1 if self.patience is None else self.patience)
         if self.class_weights is not None:
             self.class_weights = check_class_weights(self.class_weights, self.num_classes)
         if not callable(self.loss) and self.loss != "cross_entropy":

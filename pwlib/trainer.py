@@ -156,6 +156,8 @@ class PiecewiseTrainer:
         if not hasattr(loader, "__len__"):
             kind = type(loader).__name__
             raise ValueError(f"stage {stage} was given a {kind}, which has no length; expected a DataLoader or a list")
+        if self.options.patience and val_loader is None:
+            raise ValueError(f"patience is {self.options.patience}, but stage {stage} has no val_loader to score on")
         loader = loaders.rebuilt(loader)
         if len(loader) == 0:
             raise ValueError(f"stage {stage} has no batch to train on: the loader is empty")
@@ -223,6 +225,9 @@ class PiecewiseTrainer:
             finish_epoch({"epoch": 0, "val": self.evaluate(val_loader)})
         module = DistributedDataParallel(objective) if world_size > 1 else objective
         for epoch in range(first, epochs + 1):
+            waited = records[-1]["epoch"] - best_record(records)["epoch"] if records else 0
+            if options.patience and waited >= options.patience:
+                break
             if stage == 2 and options.crf_loss == "marginal":
                 objective.temperature = self._temperature(objective, loader)
             seed = loaders.derive_seed(options.seed, stage, epoch)

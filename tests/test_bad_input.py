@@ -99,6 +99,7 @@ def test_invalid_images(image):
         ({"crf_loss": "joint"}, "crf_loss is 'joint'; expected one of marginal, piecewise"),
         ({"loss": "hinge"}, "loss is 'hinge'; expected 'cross_entropy' or a function"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0; expected a positive number"),
+        ({"patience": 0}, "patience is 0"),
         ({"class_weights": torch.ones(3)}, "class_weights are .*; expected 10 finite"),
     ],
 )

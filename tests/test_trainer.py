@@ -209,6 +209,22 @@ class Lookup(nn.Module):
         return self.logits[(image[:, 0, 0, 0] * 8).round().long()]
 
 
+@pytest.mark.parametrize("keeps", ["best", "last"])
+def test_patience_stops_a_stage_that_no_longer_improves(keeps):
+    """Epoch 2 scores best; two epochs without a better score end the stage, whichever epoch is kept."""
+    scores = iter([0.5, 0.6, 0.6, 0.55, 0.7])
+    trainer = trainer_of(tiny_model(), patience=2, stage1_keeps=keeps)
+    trainer.evaluate = lambda *_, **__: {"unary": {"miou": next(scores)}}
+    records = trainer.train_stage1(scenes(4), 5, scenes(2))["stage1"]
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4]
+    assert best_record(records, keeps)["epoch"] == {"best": 2, "last": 4}[keeps]
+
+
+def test_patience_needs_a_validation_score():
+    with pytest.raises(ValueError, match="patience is 2, but stage 1 has no val_loader"):
+        trainer_of(tiny_model(), patience=2).train_stage1(scenes(4), 5)
+
+
 @pytest.mark.parametrize(("stage", "best"), [(1, 1), (2, 0), (3, 0)])
 def test_a_stage_can_be_trained_again(stage, best):
     """As when a notebook cell is run twice: the second call starts anew and keeps the best of its own epochs, even if

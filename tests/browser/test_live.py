@@ -522,9 +522,7 @@ def test_on_a_phone_nothing_is_clipped(live, panes):
     phone = {"width": 390, "height": 844, "media": {"has_touch": True, "is_mobile": True}}
     page = live(*(source if panes == 1 else (source, source)), class_names=None, **phone)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    boxes = page.locator(".explorer tbody tr td").evaluate_all(
-        "all => all.map(n => n.getBoundingClientRect().right)"
-    )
+    boxes = page.locator(".explorer tbody tr td").evaluate_all("all => all.map(n => n.getBoundingClientRect().right)")
     assert max(boxes) <= 390
     small = page.locator(".explorer button, .explorer select, .explorer input").evaluate_all(
         "all => all.filter(n => n.offsetParent && n.getBoundingClientRect().height < 43.5).map(n => n.outerHTML)"
