@@ -33,7 +33,7 @@ from pwlib.cli.profiles import PROFILES, pretrained
 from pwlib.data import Augment, SegmentationDataset, load
 from pwlib.evaluation import evaluate
 from pwlib.losses import balanced_weights
-from pwlib.runs import build_model
+from pwlib.tools.runs import build_model
 from pwlib.tools.training import TRAINER_SETTINGS
 from pwlib.trainer import PiecewiseTrainer
 
