@@ -99,6 +99,7 @@ def main() -> int:
     if options.lab:
         root = ["--allow-root"] if hasattr(os, "getuid") and os.getuid() == 0 else []
         return run(PYTHON, "-m", "jupyter", "lab", *root, "notebooks/00_why_structure.ipynb")
+    print(f"Installed. {PYTHON.relative_to(ROOT)} is the Python that has pwlib; --lab opens the notebooks.")
     return 0
 
 

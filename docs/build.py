@@ -31,6 +31,7 @@ from leaks import leaks  # noqa: E402
 
 NOT_IN_THE_REFERENCE = ("pwlib.__main__", "pwlib.cli", "pwlib.course", "pwlib.tools")
 REGION = re.compile(r"^([ \t]*)### BEGIN (SOLUTION|HIDDEN TESTS)\n.*?^[ \t]*### END \2[ \t]*(?:\n|\Z)", re.S | re.M)
+TOGGLE = '<summary><span class="toctree-toggle"'  # the theme's, without a name for screen readers
 STUBS = {"SOLUTION": "\\1# YOUR CODE HERE\n\\1raise NotImplementedError\n", "HIDDEN TESTS": ""}
 # 1.6 MB of icons that the theme's stylesheet has as a font, too.
 ICON_SCRIPT = re.compile(r'<script defer src="[^"]*fontawesome\.js[^"]*"></script>')
@@ -163,11 +164,12 @@ def write_sources(folder: Path) -> None:
     shutil.copy(es5 / "tex-mml-chtml.js", static / "mathjax")
 
 
-def remove_leftovers(output: Path) -> None:
-    """Remove what no page needs: Sphinx's records, maps of scripts, other languages, and icons that a font has, too."""
+def finish(output: Path) -> None:
+    """Name the theme's buttons, and remove what no page needs: records, maps of scripts, other languages, icons."""
     for path in output.rglob("*.html"):
         text = path.read_text("utf-8")
-        path.write_text(ICON_SCRIPT.sub("", text), "utf-8")
+        text = ICON_SCRIPT.sub("", text).replace(TOGGLE, TOGGLE.replace(">", ' aria-label="Pages of this section">', 1))
+        path.write_text(text, "utf-8")
     static = output / "_static"
     leftovers = [output / "_sources", output / ".buildinfo", static / "locales", *static.rglob("*.map")]
     for path in [*leftovers, *static.glob("scripts/fontawesome.*"), *static.glob("*webpack-macros.html")]:
@@ -185,7 +187,7 @@ def main() -> int:
     shutil.rmtree(options.output, ignore_errors=True)
     # Sphinx's own records stay beside the sources, out of what is published.
     status = sphinx(["-q", "-b", "html", "-d", str(sources / "doctrees"), str(sources), str(options.output)])
-    remove_leftovers(options.output)
+    finish(options.output)
     print(f"The site is {options.output / 'index.html'}" if status == 0 else "Sphinx failed")
     return status
 

@@ -22,6 +22,8 @@ autodoc_inherit_docstrings = False
 autodoc_typehints = "signature"
 python_use_unqualified_type_names = True
 napoleon_use_rtype = False
+toc_object_entries_show_parents = "hide"
+highlight_language = "none"  # of docstrings' indented blocks: equations and tables
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_ipywidgets_js = {}  # explorers are embedded as plain HTML and need no widget manager
@@ -47,8 +49,16 @@ myst_html_meta = {
     "property=og:image": "_static/preview.png",
 }
 html_copy_source = False
-# Snippets are taken from the pages, which browsers do not allow a page from disk to read.
-html_js_files = [(None, {"body": "DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = location.protocol !== 'file:';"})]
+# Snippets are taken from the pages, which browsers do not allow a page from disk to read. Equations that are wider than
+# the screen can be scrolled with the keyboard.
+SCRIPT = """
+DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = location.protocol !== "file:";
+addEventListener("load", () => window.MathJax?.startup?.promise.then(() => {
+  for (const equation of document.querySelectorAll("mjx-container[display]"))
+    if (equation.scrollWidth > equation.clientWidth) equation.tabIndex = 0;
+}));
+"""
+html_js_files = [(None, {"body": SCRIPT})]
 html_context = {"default_mode": "auto"}  # course.css gives figures a white background in the dark
 html_show_sourcelink = False
 html_theme_options = {
