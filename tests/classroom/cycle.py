@@ -71,8 +71,8 @@ attempt("ENVIRONMENT", lambda: open(f"/proc/{os.getppid()}/environ").read())
 CALLS_OUT = """
 import socket
 attempt("SENT", lambda: socket.create_connection(("127.0.0.1", PORT), timeout=2).sendall(b"hello"))
-attempt("SENT", lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"hello", ("127.0.0.1", PORT)))
-attempt("signal", lambda: os.kill(os.getppid(), 9))  # grading goes on, whatever this says
+attempt("datagram", lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"hello", ("127.0.0.1", PORT)))
+attempt("signal", lambda: os.kill(os.getppid(), 9))  # grading survives it; test_release.py checks datagrams
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(321)", MARK], start_new_session=True)
 """
 

@@ -59,13 +59,14 @@ def bubblewrap(read: list[Path], write: list[Path]) -> list[str] | None:
     if program is None or os.environ.get("LAB_BUBBLEWRAP") == "0":
         return None
     command = [program, "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
-    command += ["--proc", "/proc", "--dev", "/dev"]
+    # A kernel that knows its parent ends when that is process 1, as bubblewrap is in its namespace.
+    command += ["--unsetenv", "JPY_PARENT_PID", "--proc", "/proc", "--dev", "/dev"]
     for kind, paths in (("--ro-bind-try", read), ("--bind-try", write)):
         for path in (os.path.abspath(path) for path in paths):
             if not path.startswith(("/proc", "/dev/")):
                 command += [kind, path, path]
     command += ["--remount-ro", "/", "--"]
-    works = subprocess.run([*command, sys.executable, "-I", "-c", ""], capture_output=True)
+    works = subprocess.run([*command, "/usr/bin/env", "true"], capture_output=True)
     return None if works.returncode else command
 
 
@@ -177,9 +178,9 @@ def main() -> None:
     command = sys.argv[split + 1 :]
     if not (options.check or command):
         parser.error("expected a command after --")
-    system = [Path(path) for path in ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", sys.prefix, sys.base_prefix)]
+    system = [Path(path) for path in ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")]
     try:
-        inside = bubblewrap(system if options.check else [*options.read, *system[:4]], options.write)
+        inside = bubblewrap([*system, *options.read], options.write)
         limit(resource.RLIMIT_CORE, 0)
         limit(resource.RLIMIT_FSIZE, options.file_size)
         limit(resource.RLIMIT_DATA, options.memory)

@@ -163,7 +163,7 @@ def isolation(unsafe: bool) -> dict[str, str]:
     """What nbgrader's environment must say so that its kernels are confined; ends where they cannot be."""
     python = os.environ.get("LAB_PYTHON", str(REPOSITORY / ".venv" / "bin" / "python"))
     # The font manager makes the list of fonts that each kernel is handed a copy of: it takes seconds.
-    look = "import matplotlib.font_manager, pwlib; print(matplotlib.get_cachedir(), pwlib.__path__[0], sep='\\n')"
+    look = "import matplotlib.font_manager, pwlib; print(matplotlib.get_cachedir())"
     try:
         # From the root: a pwlib in the current folder would be found first, and kernels run elsewhere, without it.
         found = subprocess.run([python, "-c", look], capture_output=True, text=True, cwd=os.sep)
@@ -171,8 +171,7 @@ def isolation(unsafe: bool) -> dict[str, str]:
         found = None
     if found is None or found.returncode:
         sys.exit(f"{python} cannot run the labs: it lacks pwlib. LAB_PYTHON names the Python that has it.")
-    cache, pwlib = found.stdout.splitlines()
-    environment = {"LAB_PYTHON": python, "LAB_PWLIB": pwlib, "LAB_MATPLOTLIB": cache}
+    environment = {"LAB_PYTHON": python, "LAB_MATPLOTLIB": found.stdout.strip()}
     if unsafe:
         print("UNSAFE: the students' code can read and change whatever you can.", file=sys.stderr)
         return environment | {"LAB_UNSAFE": "1"}

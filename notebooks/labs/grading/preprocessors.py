@@ -34,6 +34,7 @@ from nbgrader.preprocessors import ClearHiddenTests, Execute, NbGraderPreprocess
 from traitlets import Integer, Unicode
 
 CONFINE = Path(__file__).with_name("confine.py")
+PYTHON = Path(__file__).resolve().parents[3] / ".venv" / "bin" / "python"
 TAG = re.compile(r"<(?=[a-zA-Z/!?])")
 ATTACHED = re.compile(r"attachment:([^)\s\"'>]+)")
 
@@ -115,8 +116,8 @@ class Restore(NbGraderPreprocessor):
 class ConfinedKernelManager(AsyncKernelManager):
     """Starts the students' kernel in an empty folder of its own, confined unless LAB_UNSAFE is set.
 
-    It talks through files of that folder, so that it needs no network. The environment names it: LAB_PYTHON, the Python
-    that has pwlib; LAB_PWLIB, the folder of pwlib where it is installed editable.
+    Files of that folder connect it, so that it needs no network. LAB_PYTHON names the Python that has pwlib, instead of
+    .venv's.
     """
 
     def __init__(self, **options):
@@ -126,15 +127,17 @@ class ConfinedKernelManager(AsyncKernelManager):
         self.autorestart = False
 
     def format_kernel_cmd(self, extra_arguments=None):
-        python = os.environ.get("LAB_PYTHON")
-        if not python:
-            raise RuntimeError("the kernel of the labs is started by `make grade`, which says in which Python")
+        python = os.environ.get("LAB_PYTHON", str(PYTHON))
         kernel = [python, "-m", "ipykernel_launcher", "-f", self.connection_file, *(extra_arguments or [])]
         if os.environ.get("LAB_UNSAFE"):
             return kernel
-        look = "import sys; print(sys.prefix, sys.base_prefix, sep='\\n')"
-        homes = subprocess.run([python, "-c", look], capture_output=True, text=True, check=True).stdout.splitlines()
-        read = [*SYSTEM, *homes, *filter(None, [os.environ.get("LAB_PWLIB")])]
+        look = "import sys; from importlib.util import find_spec; "
+        look += "print(sys.prefix, sys.base_prefix, *find_spec('pwlib').submodule_search_locations, sep='\\n')"
+        try:
+            found = subprocess.run([python, "-c", look], capture_output=True, text=True, check=True, cwd=os.sep)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise RuntimeError(f"{python} lacks pwlib; LAB_PYTHON names the Python that has it") from error
+        read = [*SYSTEM, *found.stdout.splitlines()]
         options = [f"--read={path}" for path in read] + [f"--write={self.folder}", "--write=/dev/null"]
         # Signals do not reach a process in another namespace; a message makes the kernel interrupt itself.
         self.kernel_spec.interrupt_mode = "message"
