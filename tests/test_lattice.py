@@ -103,12 +103,40 @@ def test_equals_the_dictionary_lattice(dims, spread, normalization, dtype, error
     torch.testing.assert_close(found, expected, rtol=error, atol=error)
 
 
-@pytest.mark.parametrize("dims", [2, 5])
-def test_several_blocks_of_points_make_the_same_lattice(dims, monkeypatch):
-    monkeypatch.setattr(geometry, "SERIAL", 32)
-    f, v = features(150, dims, spread=0.7), values(1, 150, 4)
-    found = LatticeFilter(f, normalization="none")(v)[0]
-    torch.testing.assert_close(found, dictionary_matrix(f[0].numpy()) @ v[0], rtol=1e-9, atol=1e-9)
+def whole(points, dims, dtype=torch.float32):
+    """Points on and near the borders of simplices: many ties in the order of the rests."""
+    generator = torch.Generator().manual_seed(dims)
+    return torch.randint(-4, 5, (2, points, dims), generator=generator).to(dtype)
+
+
+def grid(theta, colours=0):
+    """A pixel grid, with colours of whole numbers / 13 if wanted."""
+    positions = GridPositions(40, 30, torch.tensor(theta)).features()
+    generator = torch.Generator().manual_seed(0)
+    return torch.cat([positions, torch.randint(0, 3, (1, 1200, colours), generator=generator) / 13], -1)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        *(features(3000, dims, batch=2, dtype=torch.float32) for dims in (1, 2, 3, 5, 6)),
+        *(whole(500, dims) for dims in (1, 2, 3, 5, 6)),
+        *(grid(theta, colours) for theta in (0.5, 1.0, 3.0, 80.0) for colours in (0, 3)),
+        torch.full((1, 100, 5), 0.3),
+        features(500, 3, spread=1e5),  # float64, as for all features beyond 4096
+    ],
+    ids=lambda f: "x".join(map(str, f.shape)),
+)
+def test_the_compiled_embedding_has_the_bits_of_the_plain_one(f, monkeypatch):
+    from pwlib.lattice import compiled
+
+    monkeypatch.setattr("pwlib.lattice.compiled.CHUNK", 200)
+    expected_weight, expected = plain.embed(f)
+    weight, lattice = compiled.embed(f)
+    assert torch.equal(weight, expected_weight.float())
+    # The vertices may have other numbers: each vertex of one lattice is always the same vertex of the other.
+    pairs = torch.stack([lattice.corner, expected.corner], -1).flatten(0, 2).unique(dim=0)
+    assert len(pairs) == len(pairs[:, 0].unique()) == len(pairs[:, 1].unique())
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])

@@ -22,7 +22,6 @@ from torch import Tensor
 from pwlib.filters import FilterBank, GaussianFilter, GridPositions
 from pwlib.lattice import geometry, plain
 from pwlib.lattice.geometry import Lattice
-from pwlib.mean_field import normalise
 
 EPS = 1e-20  # added to row sums, as in the reference code
 LARGE = 2**12  # beyond it, float32 has too few digits to place a point inside its simplex
@@ -69,9 +68,8 @@ class LatticeFilter(GaussianFilter):
         if not torch.isfinite(largest):
             raise ValueError("features hold NaN or infinity; expected finite numbers (is a bandwidth zero?)")
         self.backend = backend(features)
-        weight, *keys = geometry.embed(features.double() if largest > LARGE else features)
+        weight, self.lattice = self.backend.embed(features.double() if largest > LARGE else features)
         self.weight = weight.to(features.dtype)  # [B, N, D + 1]
-        self.lattice = self.backend.number(*keys)
         self.gain = geometry.gain(features.shape[-1])
         ones, mixing = torch.ones_like(self.weight[..., :1]), self.weight.new_full((1, 1, 1), self.gain)
         self.n = self.backend.message(ones, self.weight, self.weight, mixing, self.lattice)  # [B, N, 1]
@@ -151,8 +149,7 @@ class LatticeBank(FilterBank):
         compatibility = compatibility - compatibility.detach().amax(0)
         mixing = (log_weights.exp() * self.gain)[:, None, None] * compatibility.T
         weights = self.splat_weight, self.slice_weight
-        energy = self.backend.mean_field(unary, *weights, mixing, self.lattice, iterations)
-        return normalise(-energy, log=log)
+        return self.backend.mean_field(unary, weights, mixing, self.lattice, iterations, log=log)
 
 
 @functools.lru_cache(4)

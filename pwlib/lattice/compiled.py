@@ -8,6 +8,7 @@ compiled on import; numba keeps the result in a cache folder.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +20,17 @@ import torch.nn.functional as F
 from numpy import ndarray
 from torch import Tensor
 
+from pwlib.lattice import geometry
 from pwlib.lattice.geometry import Lattice
+from pwlib.mean_field import normalise
 
 MULTIPLIER = np.uint64(0x2545F4914F6CDD1D)  # of xorshift64*; spreads these regular keys better than the golden ratio
 CHUNK = 2**13  # the least number of points that is worth a thread
 BLOCK = 2048  # points
 IMPOSSIBLE = 1e30  # the energy of labels that do not exist
+LOG2 = math.log(2)
+LOG2_HIGH = np.float32(0.693359375)  # multiplied by a small whole number without rounding
+LOG2_LOW = np.float32(LOG2 - 0.693359375)
 
 ROWS, TAPS, CORNER = "float32[:, ::1]", "int32[:, :, ::1]", "int32[:, ::1]"
 HASH = "int32[::1], int64[::1], int64"  # slots, each empty (0) or a vertex; the vertices' keys; 64 - log2(slots)
@@ -40,16 +46,56 @@ def _find(key, slots, keys, shift):
     return at
 
 
-@compiled(f"int64(int64[:, ::1], {CORNER}, {HASH})")
-def _number(corner_keys, corner, slots, keys, shift):
+@compiled([f"void({t}[:, ::1], int64[::1], int64[::1], int64, int64, {ROWS}, int64[::1], int8[:, ::1])"
+           for t in ("float32", "float64")], fastmath=False)  # fmt: skip
+def _embed(elevated, low, strides, start, stop, weight, first, order):
+    """The loop over the points of `plain.embed`, with the same roundings.
+
+    Returns, for the points start to stop - 1: the weights of the corners; the key of the corner of remainder 0, without
+    the image; and the coordinates of H by descending rest.
+    """
+    axes, number = len(elevated), elevated.dtype.type
+    size, share = number(axes), number(1 / axes)
+    base, rest, rank = np.empty(axes, elevated.dtype), np.empty(axes, elevated.dtype), np.empty(axes, np.int64)
+    for p in range(start, stop):
+        rank[:] = 0
+        for i in range(axes):
+            base[i] = np.rint(elevated[i, p] * share)
+            rest[i] = elevated[i, p] - size * base[i]
+        for i in range(axes):
+            for j in range(i + 1, axes):
+                below = rest[i] < rest[j]
+                rank[i] += below
+                rank[j] += not below
+        rank += np.int64(base.sum())
+        first[p] = 0
+        for i in range(axes):
+            shift = np.int64(rank[i] < 0) - np.int64(rank[i] >= axes)
+            base[i] += shift
+            rank[i] += axes * shift
+            order[p, rank[i]] = i
+            rest[rank[i]] = (elevated[i, p] - size * base[i]) * share
+            if i < axes - 1:
+                first[p] += (np.int64(base[i]) - low[i]) * strides[i]
+        weight[p, 0] = number(1) + rest[axes - 1] - rest[0]
+        for k in range(1, axes):
+            weight[p, k] = rest[axes - 1 - k] - rest[axes - k]
+
+
+@compiled(f"int64(int64[::1], int8[:, ::1], int64[::1], {CORNER}, {HASH})")
+def _number(first, order, lowered, corner, slots, keys, shift):
     """Number the vertices 1, 2, .. in the order in which the points touch them; returns their number."""
-    count = 0
-    for p in range(corner.shape[0]):
-        for k in range(corner.shape[1]):
-            key = corner_keys[p, k]
-            if p > 0 and key == corner_keys[p - 1, k]:  # neighbouring pixels often share a simplex
+    count, axes = 0, order.shape[1]
+    before = np.full(axes, -1)  # the keys of the previous point; neighbouring pixels often share a simplex
+    for p in range(len(first)):
+        key = first[p]
+        for k in range(axes):
+            if k > 0:
+                key += 1 - lowered[order[p, axes - k]]
+            if key == before[k]:
                 corner[p, k] = corner[p - 1, k]
                 continue
+            before[k] = key
             at = _find(key, slots, keys, shift)
             if slots[at] == 0:
                 count += 1
@@ -107,7 +153,8 @@ def _dots(values, out, corner, table):
 
 @compiled(f"{ROWS}({ROWS}, {TAPS}, boolean)")
 def _blur(table, neighbours, backward):
-    here, there = table.copy(), np.zeros_like(table)
+    """The blurred table; the given one is overwritten."""
+    here, there = table, np.zeros_like(table)
     for j in range(len(neighbours)):
         axis = len(neighbours) - 1 - j if backward else j
         for v in range(1, len(table)):
@@ -120,17 +167,13 @@ def _blur(table, neighbours, backward):
 
 @compiled("float32(float32)")
 def _exp(x):
-    """exp(x) for x <= 0 (Cephes): 2^n times a polynomial, which is vectorised, unlike a call of the C library."""
+    """exp(x) for x <= 0, as 2^n exp(r) with |r| <= log(2) / 2: unlike a call of the C library, this is vectorised."""
     x = max(x, np.float32(-87))
-    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
-    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-    y = np.float32(1.9875691500e-4)
-    y = y * r + np.float32(1.3981999507e-3)
-    y = y * r + np.float32(8.3334519073e-3)
-    y = y * r + np.float32(4.1665795894e-2)
-    y = y * r + np.float32(1.6666665459e-1)
-    y = y * r + np.float32(5.0000001201e-1)
-    y = y * r * r + r + np.float32(1)
+    n = np.floor(x * np.float32(1 / LOG2) + np.float32(0.5))
+    r = x - n * LOG2_HIGH - n * LOG2_LOW
+    y = np.float32(1)
+    for k in (6, 5, 4, 3, 2, 1):  # the Taylor series
+        y = np.float32(1) + y * r * np.float32(1 / k)
     return y * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
@@ -159,7 +202,7 @@ def _softmax(energy, q):
 def _update(unary, q, slice_weight, splat_weight, corner, table, total):
     """q = softmax(-unary - slice(table)), and total += splat(q), in blocks of points that stay in the cache.
 
-    A q of one block is overwritten by each. Without rows in total, q receives the energies.
+    A q of one block is overwritten by each. Without rows in table, q = softmax(-unary).
     """
     block = min(BLOCK, len(q))
     for start in range(0, len(unary), block):
@@ -168,9 +211,19 @@ def _update(unary, q, slice_weight, splat_weight, corner, table, total):
         here[:] = unary[start:stop]
         if len(table):
             _slice(here, slice_weight[start:stop], corner[start:stop], table)
-        if len(total):
-            _softmax(here, here)
-            _splat(here, splat_weight[start:stop], corner[start:stop], total)
+        _softmax(here, here)
+        _splat(here, splat_weight[start:stop], corner[start:stop], total)
+
+
+@compiled(f"void({ROWS}, float32[:, :])")
+def _marginals(energy, q):
+    """q = softmax(-energy) transposed, from energies [P, C], which are overwritten, to [K, P] with K <= C."""
+    for start in range(0, len(energy), BLOCK):
+        here = energy[start : start + BLOCK]
+        _softmax(here, here)
+        for c in range(len(q)):
+            for p in range(len(here)):
+                q[c, start + p] = here[p, c]
 
 
 @compiled(f"void({ROWS}, {ROWS}, {ROWS})")
@@ -198,44 +251,77 @@ def parallel(task: Callable, items: Iterable[tuple]) -> list:
     return list(_threads(os.getpid(), count).map(lambda item: task(*item), items))
 
 
-def number(corner_keys: Tensor, steps: Tensor) -> Lattice:
-    batch, points, axes = corner_keys.shape
-    corner_keys, corner = corner_keys.numpy(), np.empty(corner_keys.shape, np.int32)
-    bits = (2 * points * axes).bit_length()
+def split(points: int, parts: int) -> list[slice]:
+    """`parts` slices of so many points, of equal length up to one."""
+    return [slice(points * i // parts, points * (i + 1) // parts) for i in range(parts)]
 
-    def build(image: int) -> ndarray:
+
+class _Embed(torch.autograd.Function):
+    """From elevated points [d+1, B, N] to the results of the loop `_embed`, each [B, N, ..]."""
+
+    @staticmethod
+    def forward(ctx, elevated, low, strides):
+        axes, batch, points = elevated.shape
+        shape, inputs = (batch, points, axes), (elevated.flatten(1).numpy(), low.numpy(), strides.numpy())
+        weight, first, order = np.empty(shape, np.float32), np.empty(shape[:2], np.int64), np.empty(shape, np.int8)
+        outputs = weight.reshape(-1, axes), first.reshape(-1), order.reshape(-1, axes)
+        chunks = split(batch * points, max(1, min(torch.get_num_threads(), batch * points // CHUNK)))
+        parallel(lambda p: _embed(*inputs, p.start, p.stop, *outputs), [(chunk,) for chunk in chunks])
+        weight, first, ctx.order = map(torch.from_numpy, (weight, first, order))
+        ctx.mark_non_differentiable(first, ctx.order)
+        return weight, first, ctx.order
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        # Weight d - m is the difference of the rests m and m + 1, in descending order, divided by d + 1.
+        slope = grad.flip(-1)
+        slope = (slope - slope.roll(1, -1)) / slope.shape[-1]
+        return torch.empty_like(slope).scatter_(-1, ctx.order.long(), slope).movedim(-1, 0), None, None
+
+
+def embed(features: Tensor) -> tuple[Tensor, Lattice]:
+    """See `plain.embed`."""
+    elevated, low, strides, steps = geometry.place(features)
+    weight, first, order = _Embed.apply(elevated, low, strides)
+    batch, points, axes = weight.shape
+    lowered, steps = np.append(strides[:-1].numpy(), 0), steps.numpy()  # the last coordinate has no digit
+    corner, bits = np.empty(weight.shape, np.int32), (2 * points * axes).bit_length()
+
+    def number(image: int) -> ndarray:
         hashed = np.zeros(1 << bits, np.int32), np.empty(points * axes + 1, np.int64), 64 - bits
-        count = _number(corner_keys[image], corner[image], *hashed)
+        count = _number(first[image].numpy(), order[image].numpy(), lowered, corner[image], *hashed)
         neighbours = np.zeros((axes, count + 1, 2), np.int32)
-        _link(steps.numpy(), neighbours, *hashed)
+        _link(steps, neighbours, *hashed)
         return neighbours
 
-    neighbours = parallel(build, [(image,) for image in range(batch)])  # a part of the vertices for each image
+    neighbours = parallel(number, [(image,) for image in range(batch)])  # a part of the vertices for each image
     for image, start in enumerate(np.cumsum([part.shape[1] for part in neighbours[:-1]]), 1):
         corner[image] += start
-    return Lattice(torch.from_numpy(corner), tuple(map(torch.from_numpy, neighbours)), (0,) * batch)
+    return weight, Lattice(torch.from_numpy(corner), tuple(map(torch.from_numpy, neighbours)), (0,) * batch)
 
 
 class _Filter:
-    """Splat, blur, mix and slice on a lattice with given weights, on arrays and without gradients."""
+    """Splat, blur, mix and slice with given weights, on arrays [P, C] of all images' points, without gradients."""
 
     def __init__(self, splat_weight: Tensor, slice_weight: Tensor, mixing: Tensor, lattice: Lattice):
-        arrays = (t.detach().contiguous().numpy() for t in (splat_weight, slice_weight, mixing, lattice.corner))
-        self.splat_weight, self.slice_weight, self.mixing, self.corner = arrays
+        arrays = (t.detach().flatten(0, 1).contiguous().numpy() for t in (splat_weight, slice_weight, lattice.corner))
+        self.splat_weight, self.slice_weight, self.corner = arrays
+        self.mixing = mixing.detach().numpy()
         self.diagonal = not (self.mixing * (1 - np.eye(mixing.shape[-1]))).any()
         ends = np.cumsum(lattice.sizes)
         rows = [slice(end - size, end) for end, size in zip(ends, lattice.sizes, strict=True)]
         self.parts = [(r, n.numpy(), k) for r, n, k in zip(rows, lattice.neighbours, lattice.kernel, strict=True)]
         self.vertices = int(ends[-1])
-        batch, points, _ = self.corner.shape
+        batch, points, _ = lattice.corner.shape
+        # The chunks of an image share its vertices. In a splat, each of them adds to a table of its own, a layer.
         self.layers = max(1, min(torch.get_num_threads() // batch, points // CHUNK))
-        bounds = [points * i // self.layers for i in range(self.layers + 1)]
-        self.chunks = [(b, i, slice(bounds[i], bounds[i + 1])) for b in range(batch) for i in range(self.layers)]
+        self.chunks = [(i % self.layers, p) for i, p in enumerate(split(batch * points, batch * self.layers))]
 
     def splat(self, values: ndarray, weight: ndarray) -> ndarray:
-        """[B, N, C] -> [layers, M, C], to be summed: the chunks of one image share its vertices."""
+        """[P, C] -> [layers, M, C], to be summed."""
         layers = np.zeros((self.layers, self.vertices, values.shape[-1]), np.float32)
-        parallel(lambda b, i, p: _splat(values[b, p], weight[b, p], self.corner[b, p], layers[i]), self.chunks)
+        parallel(lambda i, p: _splat(values[p], weight[p], self.corner[p], layers[i]), self.chunks)
         return layers
 
     def blur(self, layers: ndarray, backward: bool = False) -> tuple[list[ndarray], ndarray]:
@@ -247,7 +333,7 @@ class _Filter:
         table = np.empty(layers.shape[1:], np.float32)
 
         def one(rows: slice, neighbours: ndarray, kernel: int) -> ndarray:
-            part = layers[0, rows] if self.layers == 1 else layers[:, rows].sum(0)
+            part = layers[:, rows].sum(0)
             part = part if backward else _blur(part, neighbours, False)
             mixing = self.mixing[kernel].T if backward else self.mixing[kernel]
             if self.diagonal:
@@ -261,58 +347,59 @@ class _Filter:
         return parallel(one, self.parts), table
 
     def slice(self, table: ndarray, weight: ndarray, out: ndarray) -> ndarray:
-        """[M, C] -> [B, N, C], added to out."""
-        parallel(lambda b, i, p: _slice(out[b, p], weight[b, p], self.corner[b, p], table), self.chunks)
+        """[M, C] -> [P, C], added to out."""
+        parallel(lambda _, p: _slice(out[p], weight[p], self.corner[p], table), self.chunks)
         return out
 
-    def update(self, unary: ndarray, table: ndarray, q: ndarray | None, splat: bool = True) -> ndarray:
-        """See `_update`; returns its totals [layers, M, C], with M = 0 if not `splat`. A q of None is not kept."""
-        layers = np.zeros((self.layers, self.vertices * splat, unary.shape[-1]), np.float32)
+    def update(self, unary: ndarray, table: ndarray, q: ndarray | None) -> ndarray:
+        """See `_update`; returns its totals [layers, M, C]. A q of None is not kept."""
+        layers = np.zeros((self.layers, self.vertices, unary.shape[-1]), np.float32)
 
-        def one(b: int, i: int, p: slice) -> None:
-            here = np.empty((BLOCK, unary.shape[-1]), np.float32) if q is None else q[b, p]
-            weights = self.slice_weight[b, p], self.splat_weight[b, p]
-            _update(unary[b, p], here, *weights, self.corner[b, p], table, layers[i])
+        def one(i: int, p: slice) -> None:
+            here = np.empty((BLOCK, unary.shape[-1]), np.float32) if q is None else q[p]
+            _update(unary[p], here, self.slice_weight[p], self.splat_weight[p], self.corner[p], table, layers[i])
 
         parallel(one, self.chunks)
         return layers
 
     def backward(self, slope: ndarray, values: ndarray, blurred: list, table: ndarray, gradients: list) -> ndarray:
-        """From the slope [B, N, C] of a message to that of its values; those of the weights are added to gradients."""
+        """From the slope [P, C] of a message to that of its values; those of the weights are added to gradients."""
         to_splat, to_slice, to_mixing = gradients
         received, back = self.blur(self.splat(slope, self.slice_weight), backward=True)
         if to_mixing is not None:
             for (_, _, kernel), sent, part in zip(self.parts, blurred, received, strict=True):
                 to_mixing[kernel] += sent.T @ part
-        for out, rows, side in ((to_slice, slope, table), (to_splat, values, back)):
-            if out is not None:
-                parallel(
-                    lambda b, i, p, o=out, r=rows, s=side: _dots(r[b, p], o[b, p], self.corner[b, p], s), self.chunks
-                )
+
+        def dots(_: int, p: slice) -> None:
+            for out, rows, side in ((to_slice, slope, table), (to_splat, values, back)):
+                if out is not None:
+                    _dots(rows[p], out[p], self.corner[p], side)
+
+        parallel(dots, self.chunks)
         return self.slice(back, self.splat_weight, np.zeros_like(values))
 
 
 class _Lattice(torch.autograd.Function):
-    """`message` of the values in `start`, if iterations is None, or `mean_field` from the unary energies in `start`."""
+    """`message` of the values in `start`, if iterations is None, or energies of mean field from the unary ones."""
 
     @staticmethod
     def forward(ctx, start, splat_weight, slice_weight, mixing, lattice, iterations, keep):
         ctx.save_for_backward(start, splat_weight, slice_weight, mixing)  # autograd notices if they change in place
-        f, start = _Filter(splat_weight, slice_weight, mixing, lattice), start.detach().contiguous().numpy()
+        f, shape = _Filter(splat_weight, slice_weight, mixing, lattice), start.shape
+        start = start.detach().flatten(0, 1).contiguous().numpy()
         steps, table = [], np.empty((0, start.shape[-1]), np.float32)
         ctx.extras = f, steps, iterations is not None
         if iterations is None:
             blurred, table = f.blur(f.splat(start, f.splat_weight))
             steps.append((start, blurred, table))
-            return torch.from_numpy(f.slice(table, f.slice_weight, np.zeros_like(start)))
+            return torch.from_numpy(f.slice(table, f.slice_weight, np.zeros_like(start))).view(shape)
         for _ in range(iterations):
             q = np.empty_like(start) if keep else None
             blurred, table = f.blur(f.update(start, table, q))
             if keep:
                 steps.append((q, blurred, table))
-        energy = np.empty_like(start)
-        f.update(start, table, energy, splat=False)
-        return torch.from_numpy(energy)
+        energy = start.copy()
+        return torch.from_numpy(f.slice(table, f.slice_weight, energy) if iterations else energy).view(shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -320,14 +407,16 @@ class _Lattice(torch.autograd.Function):
         (f, steps, softmax), _ = ctx.extras, ctx.saved_tensors
         wanted = zip((f.splat_weight, f.slice_weight, f.mixing), ctx.needs_input_grad[1:], strict=False)
         gradients = [np.zeros_like(array) if needed else None for array, needed in wanted]
-        slope = grad.contiguous().numpy()
+        slope = grad.flatten(0, 1).contiguous().numpy()
         total = slope.copy()
         for q, *rest in reversed(steps):
             slope = f.backward(slope, q, *rest, gradients)
             if softmax:
-                parallel(lambda b, i, p, q=q, s=slope: _softmax_backward(q[b, p], s[b, p], total[b, p]), f.chunks)
-        gradients = [None if part is None else torch.from_numpy(part) for part in gradients]
-        return torch.from_numpy(total if softmax else slope), *gradients, None, None, None
+                parallel(lambda _, p, q=q, s=slope: _softmax_backward(q[p], s[p], total[p]), f.chunks)
+        shapes = (t.shape for t in ctx.saved_tensors)
+        given = total if softmax else slope, *gradients
+        back = [None if g is None else torch.from_numpy(g).view(s) for g, s in zip(given, shapes, strict=True)]
+        return *back, None, None, None
 
 
 def message(values: Tensor, splat_weight: Tensor, slice_weight: Tensor, mixing: Tensor, lattice: Lattice) -> Tensor:
@@ -336,11 +425,23 @@ def message(values: Tensor, splat_weight: Tensor, slice_weight: Tensor, mixing: 
 
 
 def mean_field(
-    unary: Tensor, splat_weight: Tensor, slice_weight: Tensor, mixing: Tensor, lattice: Lattice, iterations: int
+    unary: Tensor,
+    weights: tuple[Tensor, Tensor],
+    mixing: Tensor,
+    lattice: Lattice,
+    iterations: int,
+    *,
+    log: bool,
 ) -> Tensor:
-    """The energies [B, N, K] after some iterations of energy = unary + message(softmax(-energy))."""
-    labels = unary.shape[-1]
+    """log q (or q) [B, N, K] after some iterations of q = softmax(-unary - message(q)) from q = softmax(-unary)."""
+    labels, learns = unary.shape[-1], torch.is_grad_enabled()
     spare = -labels % 8  # labels of probability zero, which fill the vector registers
     unary, mixing = F.pad(unary, (0, spare), value=IMPOSSIBLE), F.pad(mixing, (0, spare, 0, spare))
-    keep = torch.is_grad_enabled()
-    return _Lattice.apply(unary, splat_weight, slice_weight, mixing, lattice, iterations, keep)[..., :labels]
+    energy = _Lattice.apply(unary, *weights, mixing, lattice, iterations, learns)
+    if log or learns:
+        return normalise(-energy[..., :labels], log=log)
+    q = np.empty((len(energy), labels, energy.shape[1]), np.float32)
+    chunks = split(energy.shape[1], max(1, torch.get_num_threads() // len(energy)))
+    work = [(energy[b, p].numpy(), q[b, :, p]) for b in range(len(energy)) for p in chunks]
+    parallel(_marginals, work)
+    return torch.from_numpy(q).mT

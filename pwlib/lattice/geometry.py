@@ -27,7 +27,6 @@ after one step along each of them, forwards or backwards: 1 + 2 (1/2)^(d+1) = 1 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,8 +34,6 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-
-SERIAL = 2**15  # numbers; PyTorch divides more than these among its threads
 
 
 def elevate(features: Tensor) -> Tensor:
@@ -49,33 +46,6 @@ def elevate(features: Tensor) -> Tensor:
         rows.append(torch.sub(total, scaled, alpha=j))
         total = total + scaled
     return torch.stack([total, *reversed(rows)])
-
-
-@torch.no_grad()
-def enclosing_simplex(elevated: Tensor) -> tuple[Tensor, Tensor]:
-    """The simplex around each point [d+1, ...]: y / (d+1), whole numbers in the points' dtype, and int8 ranks."""
-    axes = len(elevated)
-    base = torch.round(elevated * (1 / axes))
-    rest = torch.sub(elevated, base, alpha=axes)
-    rank = torch.zeros(rest.shape, dtype=torch.int8, device=rest.device)
-    for i, j in itertools.combinations(range(axes), 2):
-        below = rest[i] < rest[j]
-        rank[i] += below
-        rank[j] += ~below
-    # Adding s to every rank makes those that leave 0 .. d the coordinates to correct. A corrected rest is then the
-    # largest or the smallest, hence its rank continues at the other end.
-    rank += base.sum(0).to(torch.int8)
-    shift = (rank < 0).to(torch.int8) - (rank >= axes).to(torch.int8)
-    return base + shift, rank + axes * shift
-
-
-def barycentric(elevated: Tensor, base: Tensor, rank: Tensor) -> Tensor:
-    """Barycentric coordinates [..., d+1] of points in their simplices; differentiable in `elevated` [d+1, ...]."""
-    axes = len(elevated)
-    rest = torch.sub(elevated, base, alpha=axes) * (1 / axes)
-    rest = torch.zeros_like(rest).scatter(0, rank.long(), rest)  # in descending order
-    steps = (rest[:-1] - rest[1:]).flip(0)  # b_1 .. b_d
-    return torch.cat([1 + rest[-1:] - rest[:1], steps]).movedim(0, -1).contiguous()
 
 
 def gain(d: int) -> float:
@@ -95,58 +65,34 @@ def self_weight(weight: Tensor) -> Tensor:
     return ((weight @ response) * weight).sum(-1, keepdim=True)
 
 
-@torch.no_grad()
-def corner_keys(base: Tensor, rank: Tensor, low: Tensor, strides: Tensor) -> Tensor:
-    """One integer for each corner of the simplices [d+1, B, N]: int64 [B, N, d+1].
+def place(features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Embed points with features [B, N, D] in H, and choose keys for the vertices around them.
 
     Coordinate i of a vertex of remainder k is (d+1) c_i + k. The digits of its key are the image, c_(d-1), .., c_0 and
-    k, with the place values strides[d], .., strides[0] and 1; low is the least of each c_i.
-    """
-    d, batch = len(base) - 1, base.shape[1]
-    key = (strides[d] * torch.arange(batch, device=base.device))[:, None].repeat(1, base.shape[2])
-    for row, smallest, stride in zip(base[:d], low, strides, strict=False):
-        key += (row - smallest).long() * stride
-    # From corner k-1 to corner k, the coordinate of rank d+1-k is lowered; the last one has no digit.
-    place = torch.cat([strides[:d], strides.new_zeros(1)])[:, None, None].expand(rank.shape)
-    lowered = torch.empty_like(place, memory_format=torch.contiguous_format).scatter_(0, rank.long(), place)
-    keys = [key]
-    for k in range(1, d + 1):
-        keys.append(keys[-1] + 1 - lowered[d + 1 - k])
-    return torch.stack(keys, -1)
-
-
-def embed(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Place points with features [B, N, D] on the lattice.
+    k, with the place values strides[d], .., strides[0] and 1.
 
     Returns:
-        weight: [B, N, D+1], of the corners around each point; differentiable in the features.
-        keys: int64 [B, N, D+1], of the corners.
+        elevated: [D+1, B, N], contiguous; differentiable in the features.
+        low: int64 [D], less than the c_i of any vertex around a point.
+        strides: int64 [D+1].
         steps: int64 [D+2]. One step along axis j leads from a vertex to key + steps[j], and if the vertex has remainder
             0, which becomes D, to key + steps[j] + steps[D+1].
     """
-    batch, points, d = features.shape
-    # Blocks of points that stay in the cache, and are so few that PyTorch does not divide them among threads.
-    block = max(1, SERIAL // (batch * (d + 1))) if features.device.type == "cpu" else points
-    weight, simplices = [], []
-    for part in features.movedim(-1, 0).split(block, -1):
-        elevated = elevate(part)
-        base, rank = enclosing_simplex(elevated.detach())
-        weight.append(barycentric(elevated, base, rank))
-        simplices.append((base, rank))
-    # One spare value per digit: a step out of the box of all vertices, on either side, leads to it and finds no vertex.
-    low = torch.stack([base[:d].amin((1, 2)) for base, _ in simplices]).amin(0) - 1
-    high = torch.stack([base[:d].amax((1, 2)) for base, _ in simplices]).amax(0) + 1
-    spans = [int(span) for span in (high - low + 1).tolist()]
+    batch, _, d = features.shape
+    elevated = elevate(features.movedim(-1, 0))
+    ends = torch.stack(elevated.detach()[:d].flatten(1).aminmax(dim=1))
+    # Rounding is corrected by at most 1, and c_i of a corner is at most 1 lower than that of the corner 0. One value of
+    # each digit is spare: a step out of the box of all vertices, on either side, leads to it and finds no vertex.
+    low, high = torch.round(ends * (1 / (d + 1))).long() + torch.tensor([[-2], [2]], device=ends.device)
+    spans = (high - low + 1).tolist()
     strides = [(d + 1) * math.prod(spans[:i]) for i in range(d + 1)]
     if strides[d] * batch >= 2**62:
         raise ValueError(
             f"features spread over {' x '.join(map(str, spans))} lattice cells, too many to number in 64 bits; "
             "expected bandwidths that are not so small beside the features' range"
         )
-    places = torch.tensor(strides, device=features.device)
-    keys = torch.cat([corner_keys(base, rank, low, places) for base, rank in simplices], 1)
-    steps = torch.tensor([*(stride - 1 for stride in strides[:d]), -1, d + 1 - sum(strides[:d])], device=keys.device)
-    return torch.cat(weight, 1), keys, steps
+    steps = [*(stride - 1 for stride in strides[:d]), -1, d + 1 - sum(strides[:d])]
+    return elevated, low, low.new_tensor(strides), low.new_tensor(steps)
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,58 @@ with the splat's weights. Splat and slice are sparse matrices, the transposes of
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pwlib.lattice import geometry
 from pwlib.lattice.geometry import Lattice
 
 
-def number(keys: Tensor, steps: Tensor) -> Lattice:
-    """Number the vertices with these keys [B, N, d+1] and find their neighbours; see `geometry.corner_keys`."""
-    axes = keys.shape[-1]
+@torch.no_grad()
+def enclosing_simplex(elevated: Tensor) -> tuple[Tensor, Tensor]:
+    """The simplex around each point [d+1, ...]: y / (d+1), whole numbers in the points' dtype, and int8 ranks."""
+    axes = len(elevated)
+    base = torch.round(elevated * (1 / axes))
+    rest = torch.sub(elevated, base, alpha=axes)
+    rank = torch.zeros(rest.shape, dtype=torch.int8, device=rest.device)
+    for i, j in itertools.combinations(range(axes), 2):
+        below = rest[i] < rest[j]
+        rank[i] += below
+        rank[j] += ~below
+    # Adding s to every rank makes those that leave 0 .. d the coordinates to correct. A corrected rest is then the
+    # largest or the smallest, hence its rank continues at the other end.
+    rank += base.sum(0).to(torch.int8)
+    shift = (rank < 0).to(torch.int8) - (rank >= axes).to(torch.int8)
+    return base + shift, rank + axes * shift
+
+
+def barycentric(elevated: Tensor, base: Tensor, rank: Tensor) -> Tensor:
+    """Barycentric coordinates [..., d+1] of points in their simplices; differentiable in `elevated` [d+1, ...]."""
+    axes = len(elevated)
+    rest = torch.sub(elevated, base, alpha=axes) * (1 / axes)
+    rest = torch.zeros_like(rest).scatter(0, rank.long(), rest)  # in descending order
+    steps = (rest[:-1] - rest[1:]).flip(0)  # b_1 .. b_d
+    return torch.cat([1 + rest[-1:] - rest[:1], steps]).movedim(0, -1).contiguous()
+
+
+def embed(features: Tensor) -> tuple[Tensor, Lattice]:
+    """Place points with features [B, N, D] on the lattice.
+
+    Returns:
+        The weights [B, N, D+1] of the corners around each point, differentiable in the features, and the lattice.
+    """
+    elevated, low, strides, steps = geometry.place(features)
+    base, rank = enclosing_simplex(elevated.detach())
+    weight = barycentric(elevated, base, rank)
+    axes, batch, _ = base.shape
+    remainder = torch.arange(axes, device=base.device)
+    keys = strides[-1] * remainder.new_tensor(range(batch))[:, None, None] + remainder  # [B, 1, d+1]
+    for i in range(axes - 1):
+        c = base[i, ..., None].long() - (rank[i, ..., None] >= axes - remainder).long()  # [B, N, d+1]
+        keys = keys + (c - low[i]) * strides[i]
     vertex, corner = keys.unique(return_inverse=True)  # [M], ascending, and [B, N, d+1]
     wanted = vertex + steps[:axes, None] + steps[axes] * (vertex % axes == 0)  # [d+1, M]
     at = torch.searchsorted(vertex, wanted).clamp_(max=len(vertex) - 1)
@@ -27,7 +69,7 @@ def number(keys: Tensor, steps: Tensor) -> Lattice:
     rows = torch.arange(ahead.shape[1], device=keys.device).expand_as(ahead)
     behind = torch.zeros_like(ahead).scatter_(1, ahead, rows)
     behind[:, 0] = 0
-    return Lattice((corner + 1).int(), (torch.stack([ahead, behind], -1).int(),), (0,))
+    return weight, Lattice((corner + 1).int(), (torch.stack([ahead, behind], -1).int(),), (0,))
 
 
 def splat(values: Tensor, weight: Tensor, lattice: Lattice) -> Tensor:
