@@ -47,8 +47,7 @@ class GridPositions:
     theta: Tensor
 
     def axes(self) -> tuple[Tensor, Tensor]:
-        y = torch.arange(self.height, device=self.theta.device, dtype=self.theta.dtype)
-        x = torch.arange(self.width, device=self.theta.device, dtype=self.theta.dtype)
+        y, x = (torch.arange(length).to(self.theta) for length in (self.height, self.width))
         return y / self.theta, x / self.theta
 
     def planes(self) -> Tensor:
@@ -84,28 +83,24 @@ class GaussianFilter:
         """K @ values, [B, N, C] -> [B, N, C]."""
         raise NotImplementedError
 
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """What values are multiplied by before K is applied, and messages after it; both [B, N, 1]."""
+        if self.normalization == "symmetric":
+            return (self.n.rsqrt(),) * 2
+        one = torch.ones_like(self.n)
+        return one, 1 / self.n if self.normalization == "row" else one
+
     def __call__(self, values: Tensor) -> Tensor:
         """Messages [B, N, C] from values [B, N, C] (usually marginals), both row-major over the image."""
-        if self.normalization == "symmetric":
-            scale = self.n.rsqrt()
-            values = values * scale
+        before, after = self.scales()
+        values = values * before
         message = self.apply(values)
-        if not self.self_message:
-            message = message - values
-        if self.normalization == "symmetric":
-            message = message * scale
-        elif self.normalization == "row":
-            message = message / self.n
-        return message
+        return (message if self.self_message else message - values) * after
 
     def pair_weights(self, similarity: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """Normalised weights [B, P] of pixel pairs (first, second), int64 [B, P], from K_ij [B, P]."""
-        n = self.n.squeeze(-1).expand(similarity.shape[0], -1)  # [B, N]
-        if self.normalization == "symmetric":
-            return similarity * (n.gather(1, first) * n.gather(1, second)).rsqrt()
-        if self.normalization == "row":
-            return similarity / n.gather(1, first)
-        return similarity
+        before, after = (scale.squeeze(-1).expand(len(similarity), -1) for scale in self.scales())  # [B, N]
+        return after.gather(1, first) * similarity * before.gather(1, second)
 
 
 class ExactFilter(GaussianFilter):
@@ -205,10 +200,7 @@ class FilterBank:
         Returns:
             (sum_m w_m message_m) @ compatibility.T, [B, N, K].
         """
-        weights = log_weights.exp()
-        total = weights[0] * self.filters[0](values)
-        for weight, f in zip(weights[1:], self.filters[1:], strict=True):
-            total = total + weight * f(values)
+        total = sum(w * f(values) for w, f in zip(log_weights.exp(), self.filters, strict=True))
         return total if compatibility is None else total @ compatibility.T
 
     def mean_field(

@@ -72,16 +72,11 @@ class LatticeFilter(GaussianFilter):
         self.weight = weight.to(features.dtype)  # [B, N, D + 1]
         self.gain = geometry.gain(features.shape[-1])
         ones, mixing = torch.ones_like(self.weight[..., :1]), self.weight.new_full((1, 1, 1), self.gain)
-        self.n = self.backend.message(ones, self.weight, self.weight, mixing, self.lattice)  # [B, N, 1]
+        self.n = EPS + self.backend.message(ones, (self.weight, self.weight), mixing, self.lattice)  # [B, N, 1]
         if not self_message:  # the factor of a pixel's own value in its normalised message, [B, N, 1]
+            before, after = self.scales()
             own = torch.minimum(geometry.self_weight(self.weight) * self.gain, self.n)
-            self.own_share = own if normalization == "none" else own / (self.n + EPS)
-
-    def weights(self) -> tuple[Tensor, Tensor]:
-        """The corners' weights [B, N, D + 1] in the splat and in the slice, with the normalisation included."""
-        n = self.n + EPS
-        splat = self.weight * n.rsqrt() if self.normalization == "symmetric" else self.weight
-        return splat, splat / n if self.normalization == "row" else splat
+            self.own_share = own * before * after
 
     def __call__(self, values: Tensor) -> Tensor:
         return LatticeBank([self])(values, values.new_zeros(1))
@@ -95,8 +90,7 @@ class LatticeBank(FilterBank):
         self.backend = self.filters[0].backend
         self.self_message = self.filters[0].self_message
         self.gain = self.filters[0].weight.new_tensor([f.gain for f in self.filters])
-        self._join(self.shape[0])
-        self.learns = self.splat_weight.requires_grad
+        self.joined = {}
 
     @classmethod
     def of(cls, features: Sequence[Tensor | GridPositions], **options) -> LatticeBank:
@@ -107,35 +101,38 @@ class LatticeBank(FilterBank):
         make = [_grid_filter if isinstance(f, GridPositions) else LatticeFilter for f in features]
         return cls([build(f, **options) for build, f in zip(make, features, strict=True)])
 
-    def _join(self, images: int) -> None:
-        self.images = images
-        self.lattice = Lattice.join([f.lattice for f in self.filters], images)
-        splat, slice_ = zip(*(f.weights() for f in self.filters), strict=True)
-        self.splat_weight = torch.cat([w.expand(images, -1, -1) for w in splat], -1)  # [B, N, A]
-        self.slice_weight = self.splat_weight
-        if self.filters[0].normalization == "row":
-            self.slice_weight = torch.cat([w.expand(images, -1, -1) for w in slice_], -1)
+    def join(self, values: Tensor) -> tuple[tuple[Tensor, Tensor], Lattice]:
+        """The weights [B, N, A] of all kernels' corners in the splat and in the slice, and their lattices as one.
 
-    def _prepare(self, values: Tensor) -> None:
+        The normalisation is part of the weights. The last result is kept for more values [B, N, C] of its kind.
+        """
         made, pixels = self.shape
         if values.ndim != 3 or values.shape[1] != pixels or made not in (1, len(values)):
             raise ValueError(
                 f"values have shape {tuple(values.shape)}; expected [{'B' if made == 1 else made}, {pixels}, C]"
             )
-        # Weights that were joined without gradients have none.
-        if len(values) != self.images or (self.learns and torch.is_grad_enabled() != self.splat_weight.requires_grad):
-            self._join(len(values))
+        key = len(values), torch.is_grad_enabled()  # weights that were joined without gradients have none
+        if key not in self.joined:
+
+            def scaled(scales: Sequence[Tensor]) -> Tensor:
+                weights = [f.weight * scale for f, scale in zip(self.filters, scales, strict=True)]
+                return torch.cat([w.expand(len(values), -1, -1) for w in weights], -1)
+
+            before, after = zip(*(f.scales() for f in self.filters), strict=True)
+            splat = scaled(before)
+            slice_ = splat if before[0] is after[0] else scaled(after)
+            self.joined = {key: ((splat, slice_), Lattice.join([f.lattice for f in self.filters], len(values)))}
+        return self.joined[key]
 
     def __call__(self, values: Tensor, log_weights: Tensor, compatibility: Tensor | None = None) -> Tensor:
-        self._prepare(values)
+        weights, lattice = self.join(values)
         if compatibility is None:
             compatibility = torch.eye(values.shape[-1]).to(values)
-        weights = log_weights.exp()
-        mixing = (weights * self.gain)[:, None, None] * compatibility.T  # [M, K, K]; on the vertices, which are few
-        out = self.backend.message(values, self.splat_weight, self.slice_weight, mixing, self.lattice)
+        mixing = (log_weights.exp() * self.gain)[:, None, None] * compatibility.T  # [M, K, K], on the vertices
+        out = self.backend.message(values, weights, mixing, lattice)
         if self.self_message:
             return out
-        own = values * sum(w * f.own_share for w, f in zip(weights, self.filters, strict=True))
+        own = values * sum(w * f.own_share for w, f in zip(log_weights.exp(), self.filters, strict=True))
         return out - own @ compatibility.T
 
     def mean_field(
@@ -144,12 +141,11 @@ class LatticeBank(FilterBank):
         """See `FilterBank.mean_field`; the compiled backend runs all iterations in one call."""
         if self.backend is plain or not self.self_message:
             return super().mean_field(unary, log_weights, compatibility, iterations, log=log)
-        self._prepare(unary)
+        weights, lattice = self.join(unary)
         # An energy that all labels of a pixel share does not change its marginals: Potts becomes a diagonal matrix.
         compatibility = compatibility - compatibility.detach().amax(0)
         mixing = (log_weights.exp() * self.gain)[:, None, None] * compatibility.T
-        weights = self.splat_weight, self.slice_weight
-        return self.backend.mean_field(unary, weights, mixing, self.lattice, iterations, log=log)
+        return self.backend.mean_field(unary, weights, mixing, lattice, iterations, log=log)
 
 
 @functools.lru_cache(4)

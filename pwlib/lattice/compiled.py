@@ -8,7 +8,6 @@ compiled on import; numba keeps the result in a cache folder.
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from numpy import ndarray
 from torch import Tensor
 
-from pwlib.lattice import geometry
+from pwlib.lattice import geometry, plain
 from pwlib.lattice.geometry import Lattice
 from pwlib.mean_field import normalise
 
@@ -28,9 +27,7 @@ MULTIPLIER = np.uint64(0x2545F4914F6CDD1D)  # of xorshift64*; spreads these regu
 CHUNK = 2**13  # the least number of points that is worth a thread
 BLOCK = 2048  # points
 IMPOSSIBLE = 1e30  # the energy of labels that do not exist
-LOG2 = math.log(2)
-LOG2_HIGH = np.float32(0.693359375)  # multiplied by a small whole number without rounding
-LOG2_LOW = np.float32(LOG2 - 0.693359375)
+LOG2 = np.float32(np.log(2))
 
 ROWS, TAPS, CORNER = "float32[:, ::1]", "int32[:, :, ::1]", "int32[:, ::1]"
 HASH = "int32[::1], int64[::1], int64"  # slots, each empty (0) or a vertex; the vertices' keys; 64 - log2(slots)
@@ -46,17 +43,16 @@ def _find(key, slots, keys, shift):
     return at
 
 
-@compiled([f"void({t}[:, ::1], int64[::1], int64[::1], int64, int64, {ROWS}, int64[::1], int8[:, ::1])"
-           for t in ("float32", "float64")], fastmath=False)  # fmt: skip
+@compiled(f"void({ROWS}, int64[::1], int64[::1], int64, int64, {ROWS}, int64[::1], int8[:, ::1])", fastmath=False)
 def _embed(elevated, low, strides, start, stop, weight, first, order):
     """The loop over the points of `plain.embed`, with the same roundings.
 
     Returns, for the points start to stop - 1: the weights of the corners; the key of the corner of remainder 0, without
     the image; and the coordinates of H by descending rest.
     """
-    axes, number = len(elevated), elevated.dtype.type
-    size, share = number(axes), number(1 / axes)
-    base, rest, rank = np.empty(axes, elevated.dtype), np.empty(axes, elevated.dtype), np.empty(axes, np.int64)
+    axes = len(elevated)
+    size, share = np.float32(axes), np.float32(1 / axes)
+    base, rest, rank = np.empty(axes, np.float32), np.empty(axes, np.float32), np.empty(axes, np.int64)
     for p in range(start, stop):
         rank[:] = 0
         for i in range(axes):
@@ -77,7 +73,7 @@ def _embed(elevated, low, strides, start, stop, weight, first, order):
             rest[rank[i]] = (elevated[i, p] - size * base[i]) * share
             if i < axes - 1:
                 first[p] += (np.int64(base[i]) - low[i]) * strides[i]
-        weight[p, 0] = number(1) + rest[axes - 1] - rest[0]
+        weight[p, 0] = np.float32(1) + rest[axes - 1] - rest[0]
         for k in range(1, axes):
             weight[p, k] = rest[axes - 1 - k] - rest[axes - k]
 
@@ -169,23 +165,23 @@ def _blur(table, neighbours, backward):
 def _exp(x):
     """exp(x) for x <= 0, as 2^n exp(r) with |r| <= log(2) / 2: unlike a call of the C library, this is vectorised."""
     x = max(x, np.float32(-87))
-    n = np.floor(x * np.float32(1 / LOG2) + np.float32(0.5))
-    r = x - n * LOG2_HIGH - n * LOG2_LOW
+    n = np.floor(x / LOG2 + np.float32(0.5))
+    r = x - n * LOG2
     y = np.float32(1)
     for k in (6, 5, 4, 3, 2, 1):  # the Taylor series
         y = np.float32(1) + y * r * np.float32(1 / k)
     return y * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@compiled(f"void({ROWS}, {ROWS})")
-def _softmax(energy, q):
-    """q = softmax(-energy), which may be the same array."""
+@compiled(f"void({ROWS})")
+def _softmax(q):
+    """Replace the energies in q by softmax(-q)."""
     for p in range(len(q)):
-        least = energy[p, 0]
+        least = q[p, 0]
         for c in range(1, q.shape[1]):
-            least = min(least, energy[p, c])
+            least = min(least, q[p, c])
         for c in range(q.shape[1]):
-            q[p, c] = least - energy[p, c]
+            q[p, c] = least - q[p, c]
     flat = q.reshape(q.size)  # one long loop is faster than many short ones
     for i in range(len(flat)):
         flat[i] = _exp(flat[i])
@@ -211,7 +207,7 @@ def _update(unary, q, slice_weight, splat_weight, corner, table, total):
         here[:] = unary[start:stop]
         if len(table):
             _slice(here, slice_weight[start:stop], corner[start:stop], table)
-        _softmax(here, here)
+        _softmax(here)
         _splat(here, splat_weight[start:stop], corner[start:stop], total)
 
 
@@ -220,7 +216,7 @@ def _marginals(energy, q):
     """q = softmax(-energy) transposed, from energies [P, C], which are overwritten, to [K, P] with K <= C."""
     for start in range(0, len(energy), BLOCK):
         here = energy[start : start + BLOCK]
-        _softmax(here, here)
+        _softmax(here)
         for c in range(len(q)):
             for p in range(len(here)):
                 q[c, start + p] = here[p, c]
@@ -281,7 +277,9 @@ class _Embed(torch.autograd.Function):
 
 
 def embed(features: Tensor) -> tuple[Tensor, Lattice]:
-    """See `plain.embed`."""
+    """See `plain.embed`, which serves float64, the precision of large features."""
+    if features.dtype != torch.float32:
+        return plain.embed(features)
     elevated, low, strides, steps = geometry.place(features)
     weight, first, order = _Embed.apply(elevated, low, strides)
     batch, points, axes = weight.shape
@@ -419,19 +417,13 @@ class _Lattice(torch.autograd.Function):
         return *back, None, None, None
 
 
-def message(values: Tensor, splat_weight: Tensor, slice_weight: Tensor, mixing: Tensor, lattice: Lattice) -> Tensor:
+def message(values: Tensor, weights: tuple[Tensor, Tensor], mixing: Tensor, lattice: Lattice) -> Tensor:
     """See `plain.message`."""
-    return _Lattice.apply(values, splat_weight, slice_weight, mixing, lattice, None, True)
+    return _Lattice.apply(values, *weights, mixing, lattice, None, True)
 
 
 def mean_field(
-    unary: Tensor,
-    weights: tuple[Tensor, Tensor],
-    mixing: Tensor,
-    lattice: Lattice,
-    iterations: int,
-    *,
-    log: bool,
+    unary: Tensor, weights: tuple[Tensor, Tensor], mixing: Tensor, lattice: Lattice, iterations: int, *, log: bool
 ) -> Tensor:
     """log q (or q) [B, N, K] after some iterations of q = softmax(-unary - message(q)) from q = softmax(-unary)."""
     labels, learns = unary.shape[-1], torch.is_grad_enabled()
@@ -441,7 +433,6 @@ def mean_field(
     if log or learns:
         return normalise(-energy[..., :labels], log=log)
     q = np.empty((len(energy), labels, energy.shape[1]), np.float32)
-    chunks = split(energy.shape[1], max(1, torch.get_num_threads() // len(energy)))
-    work = [(energy[b, p].numpy(), q[b, :, p]) for b in range(len(energy)) for p in chunks]
-    parallel(_marginals, work)
+    chunks = split(energy.shape[1], torch.get_num_threads())
+    parallel(_marginals, [(energy[b, p].numpy(), q[b, :, p]) for b in range(len(energy)) for p in chunks])
     return torch.from_numpy(q).mT

@@ -57,11 +57,11 @@ def embed(features: Tensor) -> tuple[Tensor, Lattice]:
     base, rank = enclosing_simplex(elevated.detach())
     weight = barycentric(elevated, base, rank)
     axes, batch, _ = base.shape
-    remainder = torch.arange(axes, device=base.device)
-    keys = strides[-1] * remainder.new_tensor(range(batch))[:, None, None] + remainder  # [B, 1, d+1]
-    for i in range(axes - 1):
-        c = base[i, ..., None].long() - (rank[i, ..., None] >= axes - remainder).long()  # [B, N, d+1]
-        keys = keys + (c - low[i]) * strides[i]
+    image, remainder = (torch.arange(length, device=base.device) for length in (batch, axes))
+    keys = strides[-1] * image[:, None, None] + remainder  # [B, 1, d+1]
+    for i in range(axes - 1):  # a corner of remainder k is lowered in the coordinates of the k last ranks
+        lowered = rank[i, ..., None] >= axes - remainder  # [B, N, d+1]
+        keys = keys + (base[i, ..., None].long() - lowered.long() - low[i]) * strides[i]
     vertex, corner = keys.unique(return_inverse=True)  # [M], ascending, and [B, N, d+1]
     wanted = vertex + steps[:axes, None] + steps[axes] * (vertex % axes == 0)  # [d+1, M]
     at = torch.searchsorted(vertex, wanted).clamp_(max=len(vertex) - 1)
@@ -96,18 +96,18 @@ def slice_(table: Tensor, weight: Tensor, lattice: Lattice) -> Tensor:
     return out.view(*weight.shape[:2], -1)
 
 
-def message(values: Tensor, splat_weight: Tensor, slice_weight: Tensor, mixing: Tensor, lattice: Lattice) -> Tensor:
+def message(values: Tensor, weights: tuple[Tensor, Tensor], mixing: Tensor, lattice: Lattice) -> Tensor:
     """The messages of several kernels, summed.
 
     Args:
         values: [B, N, C].
-        splat_weight, slice_weight: [B, N, A], of the corners of all kernels.
+        weights: those in the splat and those in the slice, [B, N, A], of the corners of all kernels.
         mixing: [M, C, C], by which the channels of kernel m are multiplied (from the right) on the vertices.
         lattice: the joined lattices of the kernels.
 
     Returns:
         [B, N, C].
     """
-    table = blur(splat(values, splat_weight, lattice), lattice)  # [M, C], M vertices
+    table = blur(splat(values, weights[0], lattice), lattice)  # [M, C], M vertices
     parts = zip(table.split(lattice.sizes), lattice.kernel, strict=True)
-    return slice_(torch.cat([part @ mixing[kernel] for part, kernel in parts]), slice_weight, lattice)
+    return slice_(torch.cat([part @ mixing[kernel] for part, kernel in parts]), weights[1], lattice)
