@@ -3,8 +3,8 @@
     K v ~ gain * slice(blur(splat(v)))
 
 The conventions are those of Kraehenbuehl & Koltun's reference code, and so are the marginals. `plain` computes in
-PyTorch operations on any device; `compiled` computes the same in float32 on a CPU, several times faster. It needs
-numba, and where numba is missing `plain` takes its place.
+PyTorch operations on any device; `compiled` computes the same in float32 on a CPU, about three times faster. It
+needs numba, and where numba is missing `plain` takes its place.
 """
 
 from __future__ import annotations
