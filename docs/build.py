@@ -31,6 +31,8 @@ from leaks import leaks  # noqa: E402
 
 NOT_IN_THE_REFERENCE = ("pwlib.__main__", "pwlib.cli", "pwlib.course", "pwlib.tools")
 REGION = re.compile(r"^([ \t]*)### BEGIN (SOLUTION|HIDDEN TESTS)\n.*?^[ \t]*### END \2[ \t]*(?:\n|\Z)", re.S | re.M)
+ICON = re.compile(r"fa-[a-z0-9-]+")
+ICON_RULE = re.compile(r'\.fa-[\w.,-]+\{--fa:"[^"]*"\}')
 TOGGLE = '<summary><span class="toctree-toggle"'  # the theme's, without a name for screen readers
 STUBS = {"SOLUTION": "\\1# YOUR CODE HERE\n\\1raise NotImplementedError\n", "HIDDEN TESTS": ""}
 # 1.6 MB of icons that the theme's stylesheet has as a font, too.
@@ -166,11 +168,20 @@ def write_sources(folder: Path) -> None:
 
 def finish(output: Path) -> None:
     """Name the theme's buttons, and remove what no page needs: records, maps of scripts, other languages, icons."""
-    for path in output.rglob("*.html"):
-        text = path.read_text("utf-8")
-        text = ICON_SCRIPT.sub("", text).replace(TOGGLE, TOGGLE.replace(">", ' aria-label="Pages of this section">', 1))
-        path.write_text(text, "utf-8")
     static = output / "_static"
+    used = set()
+    for path in output.rglob("*.html"):
+        text = ICON_SCRIPT.sub("", path.read_text("utf-8"))
+        text = text.replace(TOGGLE, TOGGLE.replace(">", ' aria-label="Pages of this section">', 1))
+        path.write_text(text, "utf-8")
+        used |= set(ICON.findall(text))
+    for path in static.glob("scripts/*theme.js"):
+        used |= set(ICON.findall(path.read_text("utf-8")))
+    for path in static.glob("styles/*.css"):
+        style = path.read_text("utf-8")
+        path.write_text(
+            ICON_RULE.sub(lambda rule: rule[0] if used & set(ICON.findall(rule[0])) else "", style), "utf-8"
+        )
     leftovers = [output / "_sources", output / ".buildinfo", static / "locales", *static.rglob("*.map")]
     for path in [*leftovers, *static.glob("scripts/fontawesome.*"), *static.glob("*webpack-macros.html")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
