@@ -14,6 +14,20 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 PARTS = ("What you will be able to do", "What you need", "Time", "What to remember", "Where it is in the paper")
 SHORTEST_ALT = 20  # characters; "a figure" is no description
 
+# Notebooks of the second edition, by number, to which the rules on style apply as well.
+SECOND_EDITION = {"00"}
+ENDING = ("What to remember", "Quick questions", "Weekend project", "Further reading")
+WIDTH, LENGTH = 90, 25  # characters of a line, lines of a code cell
+WORDS_PER_MINUTE = 180
+# Words that personify pixels or replace a term of the field.
+AVOIDED = re.compile(
+    r"\b(?:(?:pixels?|messages?|kernels?|models?|networks?|CRFs?) (?:hears?|says?|tells?|talks?|calls?|knows?|thinks?"
+    r"|believes?|wants?|listens?)|hear|hears|heard|listen|listens|listened|friends?|mend|mends|mended"
+    r"|put right|surer|untuned|as it lies|straw man|parrot|whispers?|shrugs?|votes?|voted|outvoted|crew|price tags?"
+    r"|priced|dear|but for|earns? (?:its|their) keep)\b",
+    re.I,
+)
+
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 IMAGE = re.compile(r"!\[(?P<alt>[^\]]*)\]\((?P<target>[^)\s]+)[^)]*\)")
 HTML_IMAGE = re.compile(r"<img\b[^>]*>", re.I)
@@ -27,7 +41,9 @@ MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|tmp|root|home|Users)/")
 
 def faults(notebook, name: str) -> list[str]:
     """Return all faults of a notebook stored as notebooks/<name>.ipynb, one sentence each."""
-    rules = (execution, images, links, names, anatomy, outputs)
+    rules = [execution, images, links, names, anatomy, outputs]
+    if name[:2] in SECOND_EDITION:
+        rules += [widths, plotting, wording, ending, reading_time]
     return [f"{name}: {fault}" for rule in rules for fault in rule(notebook, name)]
 
 
@@ -245,6 +261,72 @@ def outputs(notebook, name: str) -> Iterator[str]:
         yield f"its outputs take {stored / 1e6:.1f} MB; expected at most 1.5"
     if stored + explorers > 6e6:
         yield f"its outputs and explorers take {(stored + explorers) / 1e6:.1f} MB; expected at most 6"
+
+
+# ---------------------------------------------------------------------------------------------- the second edition
+
+
+def widths(notebook, name: str) -> Iterator[str]:
+    """Lines are at most 90 characters wide, except in tables, and code cells at most 25 lines long."""
+    for cell in notebook.cells:
+        if "nbval-skip" in tags(cell):  # `make publish-config` writes the cell that installs
+            continue
+        for line in cell.source.splitlines():
+            if len(line) > WIDTH and not (cell.cell_type == "markdown" and line.startswith("|")):
+                yield f"cell {cell.id} has a line of {len(line)} characters; expected at most {WIDTH}: {line[:40]}"
+        lines = len(cell.source.splitlines())
+        if cell.cell_type == "code" and lines > LENGTH and "hide-input" not in tags(cell):
+            yield f"cell {cell.id} has {lines} lines; expected at most {LENGTH}"
+        for output in cell.get("outputs", []):
+            for line in output.get("text", "").splitlines():
+                if len(line) > WIDTH:
+                    yield f"cell {cell.id} prints a line of {len(line)} characters; expected at most {WIDTH}"
+
+
+def plotting(notebook, name: str) -> Iterator[str]:
+    """Alternative texts are in `pwlib.course.figures` or in a cell with the tag hide-input."""
+    for cell in code_cells(notebook):
+        if "hide-input" not in tags(cell) and re.search(r"\balt=", cell.source):
+            yield f"cell {cell.id} contains an alt text: move the figure to pwlib.course.figures, or tag it hide-input"
+
+
+def wording(notebook, name: str) -> Iterator[str]:
+    """Texts and comments use the terms of the field."""
+    for cell in notebook.cells:
+        text = prose(cell) if cell.cell_type == "markdown" else "\n".join(re.findall(r"#.*", cell.source))
+        for found in AVOIDED.finditer(INLINE_CODE.sub("", text).replace("\n", " ")):
+            yield f"cell {cell.id} uses {found[0]!r}: use a term of the field"
+
+
+def ending(notebook, name: str) -> Iterator[str]:
+    """The last sections are there, in order; each of three questions has options A to D and an answer."""
+    text = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    headings = re.findall(r"^## (.+)$", text, re.M)
+    for part in ENDING:
+        if headings.count(part) != 1:
+            yield f"there is no section ## {part}, or more than one"
+    if [heading for heading in headings if heading in ENDING] != list(ENDING):
+        yield f"its last sections are not in the order {', '.join(ENDING)}"
+    questions = text.partition("## Quick questions")[2].partition("\n## ")[0]
+    for number, question in enumerate(re.split(r"^\*\*Question \d\.\*\*", questions, flags=re.M)[1:], 1):
+        options = re.findall(r"^- ([A-D])\. ", question, re.M)
+        answer = re.search(r"<details>\s*<summary>Answer</summary>(.*?)</details>", question, re.S)
+        if options != list("ABCD"):
+            yield f"question {number} has the options {options}; expected A to D"
+        if not answer or not all(re.search(rf"\b{letter}\b", answer[1]) for letter in "ABCD"):
+            yield f"question {number} has no answer that explains each of A to D"
+    if questions.count("**Question ") != 3:
+        yield f"it has {questions.count('**Question ')} quick questions; expected three"
+
+
+def reading_time(notebook, name: str) -> Iterator[str]:
+    """The stated time is that of the words, without solutions, and of the exercises, rounded to 5 minutes."""
+    texts = [SOLUTION.sub("", cell.source) for cell in notebook.cells if cell.cell_type == "markdown"]
+    minutes = sum(int(effort["minutes"]) for text in texts for effort in EFFORT.finditer(text))
+    expected = 5 * round((sum(len(text.split()) for text in texts) / WORDS_PER_MINUTE + minutes) / 5)
+    stated = re.search(r"\*\*Time\.\*\* (\d+) minutes", texts[0])
+    if not stated or int(stated[1]) != expected:
+        yield f"it states {stated[1] if stated else 'no'} minutes; its text and exercises take {expected}"
 
 
 # ------------------------------------------------------------------------------------------------------ exercises

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import budgets
 import nbformat
 import pytest
-from notebook_rules import ROOT, WIDGET, Printed, code_cells, exercises, faults, resolves, tags
+from notebook_rules import ROOT, SECOND_EDITION, WIDGET, Printed, code_cells, exercises, faults, resolves, tags
 
 from pwlib.course.checks import Exercise
 
@@ -114,9 +114,22 @@ def without(pattern, instead=""):
         (without("What to remember"), "no part 'What to remember'"),
         (without("except ImportError", "finally"), "not the one about installing pwlib"),
         (without("^# 00.*"), "not the title"),
+        (write("\n" + "wide " * 20), "a line of 100 characters; expected at most 90"),
+        (run("\nx = 1" * 30), "lines; expected at most 25"),
+        (run("\nplots.show(figure, alt='a figure')"), "contains an alt text"),
+        (shows("-" * 91), "prints a line of 91 characters"),
+        (write("\nA pixel\nhears its neighbours."), "uses 'pixel hears'"),
+        (run("\nx = 1  # every friend"), "uses 'friend'"),
+        (without("## Weekend project"), "no section ## Weekend project"),
+        (without("## Further reading", "## Quick questions"), "in the order What to remember, Quick questions"),
+        (without("(?m)^- D\\. .*"), "question 1 has the options"),
+        (without("<summary>Answer", "<summary>Hint"), "question 2 has no answer that explains"),
+        (without("Question 3"), "has 2 quick questions; expected three"),
+        (without(r"Time\.\*\* \d+", "Time.** 5"), "states 5 minutes; its text and exercises take"),
     ],
 )
 def test_a_planted_fault_is_found(first, plant, fault):
+    assert "00" in SECOND_EDITION
     before = faults(first, "00_why_structure")
     plant(first)
     assert any(fault in found for found in faults(first, "00_why_structure") if found not in before)

@@ -50,11 +50,13 @@ def test_table_of_colour_and_height(pull):
 
 def test_agreement_is_the_share_of_equal_pairs(pull):
     """Vertical stripes of width 8, coloured by class: pairs of similar colour always agree, others never."""
+    agreement, pairs_at_distance = pull("00", "agreement"), pull("00", "pairs_at_distance")
     stripes = (torch.arange(64) // 8 % 2).expand(2, 48, 64)
     image = stripes[:, None].expand(-1, 3, -1, -1).float()
-    assert pull("00", "agreement")(stripes, image, 8) == (1.0, 0.0)
+    pairs = pairs_at_distance(stripes.shape, 8)
+    assert agreement(stripes, image, *pairs) == [1.0, 0.0]
     # In one colour: all pixels and angles, and all pairs that end inside the image.
-    alike, _ = pull("00", "agreement")(stripes, torch.zeros(2, 3, 48, 64), 5)
+    alike, _ = agreement(stripes, torch.zeros(2, 3, 48, 64), *pairs_at_distance(stripes.shape, 5))
     equal = total = 0
     for degree in range(360):
         dy, dx = round(5 * math.sin(math.radians(degree))), round(5 * math.cos(math.radians(degree)))
@@ -64,3 +66,25 @@ def test_agreement_is_the_share_of_equal_pairs(pull):
         equal += (stripes[0, y, x] == stripes[0, y + dy, x + dx]).sum()
         total += len(y)
     assert abs(alike - equal / total) < 0.01
+
+
+def test_agreement_leaves_out_void_and_compares_colours_in_grey_levels(pull):
+    label = torch.tensor([[[0, 0, 255, 1]]])
+    image = torch.tensor([10.0, 20, 30, 40]).expand(1, 3, 1, 4) / 255
+    pairs = [(a, b) for a in range(4) for b in range(4)]
+    first, second = (torch.tensor([[0, 0, pair[side]] for pair in pairs]).T for side in (0, 1))
+    # Without void: 0-0, 1-1, 3-3 and both directions of 0-1 lie within 15 levels; 0-3 and 1-3 do not.
+    assert pull("00", "agreement")(label, image, first, second, similar=15.0) == [1.0, 0.0]
+
+
+def test_random_pairs_lie_in_one_scene_or_in_two(pull):
+    shape = (5, 7, 9)
+    for same_scene in (True, False):
+        first, second = pull("00", "random_pairs")(shape, same_scene, count=20_000)
+        for pixels in (first, second):
+            assert pixels.min() == 0 and pixels.amax(1).tolist() == [4, 6, 8]
+        assert ((first[0] == second[0]) == same_scene).all()
+        scenes = torch.bincount(5 * first[0] + second[0], minlength=25)
+        possible = torch.eye(5, dtype=torch.bool).flatten() == same_scene
+        expected = 20_000 / possible.sum()
+        assert (scenes[~possible] == 0).all() and ((scenes[possible] - expected).abs() < 6 * expected**0.5).all()
