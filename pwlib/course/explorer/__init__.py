@@ -268,7 +268,7 @@ def explore(
         warnings.warn(f"this explorer holds {len(data) / 1e6:.0f} MB; a smaller image is easier to keep", stacklevel=2)
     settings = [pane.get("settings", {}) for pane in panes]
     change = (traces[-1][-1] - traces[0][0]).abs()
-    meta = {"panes": panes, "truth": None if truth is None else runs(truth)}
+    meta = {"panes": panes, "truth": "" if truth is None else json.dumps(runs(truth), separators=(",", ":"))}
     explorer = Explorer(
         meta=meta, data=data, settings=settings[0], settings_b=settings[1] if len(settings) > 1 else {},
         strokes=[] if strokes is None else runs(strokes), sources=sources,

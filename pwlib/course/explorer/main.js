@@ -24,7 +24,7 @@ async function render({ model, el }) {
   const shadow = el.shadowRoot ?? el.attachShadow({ mode: "open" });
   el.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab: leave our keys to us
   for (const node of el.querySelectorAll(":scope > .still")) node.remove();
-  const { panes: metas } = model.get("meta"), [meta] = metas;
+  const { panes: metas, truth } = model.get("meta"), [meta] = metas;
   const [height, width] = meta.size, names = meta.classes, N = height * width, K = names.length;
   const app = { model, shadow, height, width, N, K, names, colours: meta.colours, palette: meta.colours.map((c) => [...rgb(c.slice(1)), 255]), pinned: false };
   const state = (app.state = {
@@ -41,8 +41,7 @@ async function render({ model, el }) {
     if (hard) { ownStrokes = true; model.set("strokes", toRuns(app.painting.strokes)); ownStrokes = false; model.save_changes(); }
     schedule();
   });
-  const { truth } = model.get("meta");
-  app.truth = truth && fromRuns(truth, N);
+  app.truth = truth && fromRuns(JSON.parse(truth), N);
   const panes = metas.map((each, n) => new Pane(app, n, each)), pair = panes.length > 1, letters = pair ? ["A", "B"] : [""];
   const data = model.get("data");
   await Promise.all(panes.map((pane) => pane.load(new Uint8Array(data.buffer, data.byteOffset + pane.meta.bytes[0], pane.meta.bytes[1]))));

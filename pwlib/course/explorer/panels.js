@@ -69,9 +69,10 @@ export class Panel {
         const about = moved ? `The colours are rescaled: at the first settings they covered ${number(first[0])} to ${number(first[1])}.` : "";
         this.legend.classList.toggle("moved", moved);
         this.legend.title = about;
-        this.legend.replaceChildren(short(low), make("span", { class: "bar", style: `background: ${gradient(view.colours)}` }, notch), short(high),
-          ...(view.sum === undefined ? [] : [make("span", { class: "sum", title: "the sum over all pixels: the message" }, `Σ ${short(view.sum)}`)]));
-        spoken = `from ${number(low)} to ${number(high)}; ${number(here)} at the marked pixel${view.sum === undefined ? "" : `; the sum is ${number(view.sum)}`}${about && `. ${about}`}`;
+        const summed = "sum" in view, bar = make("span", { class: "bar", style: `background: ${gradient(view.colours)}` }, notch);
+        this.legend.replaceChildren(...(app.tiny && summed ? [bar] : [short(low), bar, short(high)]),
+          summed ? make("span", { class: "sum", title: "the sum over all pixels: the message" }, `Σ ${short(view.sum)}`) : "");
+        spoken = `from ${number(low)} to ${number(high)}; ${number(here)} at the marked pixel${summed ? `; the sum is ${number(view.sum)}` : ""}${about && `. ${about}`}`;
       }
       context.putImageData(picture, 0, 0);
     } else context.clearRect(0, 0, width, height);
