@@ -130,7 +130,7 @@ export function panelsOf(app, pane, letter) {
     return exact ? { map: exact.subarray(state.c * N, (state.c + 1) * N), range: [0, 1], colours: "viridis" } : { blank: "too many labellings" };
   }, { spoken: "exact marginal by enumeration" })] : [];
   const senders = pane.hasSenders ? pane.meta.kernels.map((name, m) => make(`senders${m}`, name, "senders", sent(m), { spoken: `what each pixel sends to the marked one by the ${name} kernel` })) : [];
-  return { unary, messages, pairwise, q, labels, entropy: wrong ?? entropy, exact, senders };
+  return { unary, messages, pairwise, q, labels, entropy: wrong || entropy, exact, senders };
 }
 
 // The image, with the strokes on it.
