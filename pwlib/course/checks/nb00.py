@@ -104,7 +104,7 @@ def ceiling(answer):
     return "No classifier that sees only the cell can do better."
 
 
-@exercise("00.4", title="The odds of a whole object", minutes=10, difficulty=2)
+@exercise("00.4", title="The probability of a whole object", minutes=10, difficulty=2)
 def all_alike(answer):
     _compare_all_alike(answer, torch.tensor([[0.7, 0.3], [0.4, 0.6]]))  # every known slip gives another number here
     _compare_all_alike(answer, torch.full((2, 2), 0.5))
