@@ -126,8 +126,8 @@ def plane(elevated: Sequence[float]) -> None:
     alt = (
         "Left: a triangular lattice in the plane. Its vertices are circles, squares and triangles for the remainders "
         "0, 1 and 2, and each circle is the centre of a hexagon of six triangles. Middle: one hexagon; each of its "
-        "triangles has one of the six orders of the rests r0, r1, r2. Right: the triangle of one point, with a closed "
-        "path over the remainders 0, 1, 2, and the barycentric weights 0.4, 0.2 and 0.4 of its corners."
+        "triangles has one of the six orders of the residuals r0, r1, r2. Right: the triangle of one point, with a "
+        "closed path over the remainders 0, 1, 2, and the barycentric weights 0.4, 0.2 and 0.4 of its corners."
     )
     plots.show(fig, alt=alt)
 
