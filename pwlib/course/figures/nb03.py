@@ -111,7 +111,7 @@ def plane(elevated: Sequence[float]) -> None:
         x, y = flat(vertices(remainder)).T
         axes[0, 0].plot(x, y, marker, ls="none", color=colour, ms=6, label=f"remainder {remainder}")
     axes[0, 0].plot(*star, "*", color="black", ms=11, label="a point")
-    axes[0, 0].legend(fontsize=7, loc="upper left", framealpha=1)
+    axes[0, 0].legend(fontsize=8, loc="upper left", framealpha=1)
     window(axes[0, 0], 2.2, "rounding finds the hexagon")
     axes[0, 0].set(xlabel="feature 1 (bandwidths)", ylabel="feature 2 (bandwidths)")
     axes[0, 1].add_patch(Polygon(flat(corners), fill=False, ec="0.35", lw=1.4))
@@ -119,9 +119,10 @@ def plane(elevated: Sequence[float]) -> None:
     for first, second in itertools.pairwise([*corners, corners[0]]):
         middle = (first + second) / 3
         order = " < ".join(f"r{subscripts[i]}" for i in middle.argsort())
-        axes[0, 1].text(*flat(middle), order, ha="center", va="center", fontsize=8)
+        axes[0, 1].text(*flat(middle), order, ha="center", va="bottom", fontsize=10)
     axes[0, 1].plot(*star, "*", color="black", ms=9)
-    window(axes[0, 1], 1.2, "ranking finds the triangle")
+    axes[0, 1].set_axis_off()
+    window(axes[0, 1], 1.1, "ranking finds the triangle")
     triangle(axes[0, 2], point)
     alt = (
         "Left: a triangular lattice in the plane. Its vertices are circles, squares and triangles for the remainders "
@@ -144,13 +145,13 @@ def triangle(axes: Axes, point: np.ndarray) -> None:
         arrow = {"arrowstyle": "-|>", "color": "0.3", "shrinkA": 9, "shrinkB": 9}
         axes.annotate("", end, start, arrowprops=arrow)
         middle = (start + end) / 2 + 0.3 * ((start + end) / 2 - spots[:3].mean(0))
-        axes.text(*middle, f"$-u_{order[k]}$", fontsize=9, ha="center", va="center")
+        axes.text(*middle, f"$-u_{order[k]}$", fontsize=11, ha="center", va="center")
     for k, (spot, weight, (marker, colour)) in enumerate(zip(spots[:3], weights, MARKERS, strict=True)):
         axes.plot(*spot, marker, color=colour, ms=9)
         axes.plot(*zip(spot, flat(point), strict=True), color=colour, lw=1 + 6 * weight, alpha=0.5)
         away = spot + 0.42 * (spot - spots[:3].mean(0))
         coordinates = ", ".join(f"{v:.0f}" for v in path[k] + 0.0)
-        axes.text(*away, f"$b_{k}$ = {weight:.1f}\n({coordinates})", fontsize=8, ha="center", va="center")
+        axes.text(*away, f"$b_{k}$ = {weight:.1f}\n({coordinates})", fontsize=10, ha="center", va="center")
     axes.plot(*flat(point), "*", color="black", ms=12)
     middle = spots[:3].mean(0)
     axes.set(xlim=middle[0] + np.array([-1, 1]), ylim=middle[1] + np.array([-1, 1]), aspect="equal")
@@ -167,26 +168,28 @@ def response(spots: Tensor, tables: Sequence[Tensor], field: Tensor, point: Tens
         field: the result [S, S] on a square grid from -3.2 to 3.2 bandwidths, first feature first.
         point: its features [2].
     """
-    fig, axes = plots.figure(1, 5, figsize=(14, 3.2))
+    fig, axes = plots.figure(2, 3, figsize=(10, 7))
+    axes = axes.flatten()
+    axes[5].set_axis_off()
     titles = ("splat", "blur along direction 0", "then along 1", "then along 2")
-    for cell, table, title in zip(axes[0], tables, titles, strict=False):
+    for cell, table, title in zip(axes, tables, titles, strict=False):
         edges(cell)
         there = table > 1e-6
         colour = {"c": table[there], "cmap": "cividis", "vmin": 0, "vmax": tables[-1].max()}
         cell.scatter(*spots[there].T, s=30 + 330 * table[there], edgecolors="k", linewidths=0.5, **colour)
         for spot, value in zip(spots[there].tolist(), table[there].tolist(), strict=True):
             place = {"textcoords": "offset points", "xytext": (0, 8 + 3 * value), "ha": "center"}
-            cell.annotate(f"{value:.2f}", spot, fontsize=6, annotation_clip=True, **place)
+            cell.annotate(f"{value:.2f}", spot, fontsize=8, annotation_clip=True, **place)
         cell.plot(*point, "*", color=COLOURS["vermilion"], ms=6)
-        window(cell, 2.6, title)
+        window(cell, 3.4, title)
     side = np.linspace(-EXTENT, EXTENT, len(field))
     distance = (side[:, None] - float(point[0])) ** 2 + (side - float(point[1])) ** 2
-    last, levels = axes[0, 4], [0.1, 0.3, 0.6, 0.9]
+    last, levels = axes[4], [0.1, 0.3, 0.6, 0.9]
     last.imshow(field.T, origin="lower", extent=(-EXTENT, EXTENT) * 2, cmap="cividis")
     last.contour(side, side, np.exp(-distance / 2).T, levels=levels, colors="white", linewidths=0.8)
     last.contour(side, side, field.T, levels=levels, colors=COLOURS["orange"], linewidths=0.8, linestyles="--")
-    window(last, 2.6, "slice (dashed), Gaussian (white)")
-    for cell in axes[0]:
+    window(last, 3, "slice (dashed), Gaussian (white)")
+    for cell in axes:
         cell.set(xticks=[], yticks=[])
     alt = (
         "The response to one point. Splat: the three corners of its triangle hold the barycentric weights. Three blurs "
