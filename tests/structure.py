@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pwlib"
 # Lines of Python.
-LIMITS = {"library": 3500, "lattice": 700, "data": 1050, "cli": 450, "annotations": 920, "tools": 1060, "course": None}
+LIMITS = {"library": 3500, "lattice": 700, "data": 1050, "cli": 450, "annotations": 960, "tools": 1060, "course": None}
 PARTS = ("data", "cli", "annotations", "tools", "course")  # sub-packages that do not count as library
 
 
