@@ -40,3 +40,23 @@ def test_upsample(pull, size):
     pixels = torch.arange(size[0]).float()
     inner = (pixels >= centres[0]) & (pixels <= centres[-1])
     torch.testing.assert_close(ramp[inner], pixels[inner])
+
+
+def test_class_shares(pull):
+    label = torch.randint(3, (2, 16, 24), generator=torch.Generator().manual_seed(0))
+    label[torch.rand(label.shape, generator=torch.Generator().manual_seed(1)) < 0.2] = 255
+    shares = pull("01", "class_shares")(label, 8, 3)
+    for b, i, j in torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(3)).tolist():
+        pixels = label[b, 8 * i : 8 * i + 8, 8 * j : 8 * j + 8].flatten().tolist()
+        counts = torch.tensor([pixels.count(k) for k in range(3)])
+        torch.testing.assert_close(shares[b, :, i, j], counts / counts.sum())
+
+
+def test_fitted_logits_place_a_border_between_centres_where_shares_do_not(pull):
+    label = (torch.arange(16) >= 6).long().expand(1, 8, 16)  # cells of 8 px: the border is at 5.5, between the centres
+    found = {}
+    for name in ("class_shares", "fit_logits"):
+        cells = pull("01", name)(label, 8, 2)
+        found[name] = resize_logits(cells, (8, 16), stride=8).argmax(1)
+    assert (found["class_shares"] != label)[0].any(0).nonzero()[:, 0].tolist() == [6]
+    assert torch.equal(found["fit_logits"], label)
