@@ -14,7 +14,7 @@ import publish
 project = "pwlib"
 author = "the pwlib authors"
 copyright = "text: CC BY 4.0, code: MIT licence"
-html_title = "Structured prediction for images"
+html_title = "pwlib: a hands-on course on CNN + CRF segmentation"
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 autodoc_default_options = {"members": True, "member-order": "bysource", "show-inheritance": True}
