@@ -1,4 +1,4 @@
-"""Draw the README's photograph before and after the dense CRF: `python docs/photograph.py` writes docs/photograph.png."""
+"""Draw the README's photograph before and after the dense CRF: `python docs/photograph.py`."""
 
 from pathlib import Path
 
