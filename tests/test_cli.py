@@ -390,7 +390,7 @@ def test_colour_masks(where, mode, tmp_path, capsys):
         index = np.asarray(Image.open(path)) // 255
         Image.fromarray(np.array([[0, 0, 0], [250, 50, 83]], np.uint8)[index]).convert(mode).save(path)
     assert main(["labels", str(root)]) == 2
-    assert "list the colours in classes.txt" in capsys.readouterr().out
+    assert "list them with their names in classes.txt" in capsys.readouterr().out
     colours = (root if where == "classes.txt" else tmp_path) / "classes.txt"
     colours.write_text("background:0,0,0::\ndisc:250,50,83::\n")
     options = [] if where == "classes.txt" else [where, str(colours)]

@@ -32,7 +32,7 @@ def test_score_and_log_partition_equal_the_librarys_energy_and_log_z(pull, seed)
     torch.testing.assert_close((wanted.log_z - of_label) / 4, nll)
 
 
-@pytest.mark.parametrize("counting", context.COUNTING)
+@pytest.mark.parametrize("counting", ["tree", "sum"])  # the two that the notebook programs
 def test_combine_gives_the_distribution_of_the_library(pull, counting):
     """On a 3x4 map of two labels: the same scores for all 4096 labellings, up to a constant."""
     torch.manual_seed(0)
