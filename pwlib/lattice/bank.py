@@ -3,8 +3,8 @@
     K v ~ gain * slice(blur(splat(v)))
 
 The conventions are those of Kraehenbuehl & Koltun's reference code, and so are the marginals. `plain` computes in
-PyTorch operations on any device; `compiled` computes the same in float32 on a CPU, about three times faster. It
-needs numba, and where numba is missing `plain` takes its place.
+PyTorch operations on any device; `compiled` computes the same in float32 on a CPU, about twice as fast. It needs
+numba, and where numba is missing `plain` takes its place.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _compiled() -> ModuleType:
         from pwlib.lattice import compiled
     except (ImportError, RuntimeError) as error:  # numba raises RuntimeError if it can store its results nowhere
         reason = "numba is not installed" if isinstance(error, ImportError) else f"numba cannot be used ({error})"
-        warnings.warn(f"{reason}: the dense CRF takes about three times as long", stacklevel=2)
+        warnings.warn(f"{reason}: the dense CRF takes about twice as long", stacklevel=2)
         return plain
     finally:
         timer.cancel()
