@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import json
 import math
@@ -10,6 +11,7 @@ import random
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,16 @@ from pwlib import checkpoints
 
 # 97.5 % quantile of Student's t with n - 1 degrees of freedom, by n
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 12: 2.201}
+
+
+def parser(description: str, out: Path, seeds: Sequence[int] = range(8)) -> argparse.ArgumentParser:
+    """The arguments of every study; the study itself takes one thread, so that several can run side by side."""
+    torch.set_num_threads(1)
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--seeds", type=int, nargs="*", default=list(seeds))
+    result.add_argument("--out", type=Path, default=out)
+    result.add_argument("--table", action="store_true", help="print the tables of the stored results and stop")
+    return result
 
 
 class Study:

@@ -148,8 +148,8 @@ class DenseCRF(nn.Module):
         return ("spatial", "bilateral", *(k.name for k in self.extra_kernels))
 
     def extra_repr(self) -> str:
-        names = ("theta_alpha", "theta_beta", "theta_gamma")
-        thetas = ", ".join(f"{name} {getattr(self, f'log_{name}').exp().item():.3g}" for name in names)
+        units = {"theta_alpha": "px", "theta_beta": "grey levels", "theta_gamma": "px"}
+        thetas = ", ".join(f"{t} {getattr(self, f'log_{t}').exp().item():.3g} {unit}" for t, unit in units.items())
         weights = ", ".join(f"{n} {w:.3g}" for n, w in zip(self.kernel_names, self.log_w.exp().tolist(), strict=True))
         return f"{self.num_classes} labels, {thetas}, w: {weights}, {self.normalization}, {self.iterations} iterations"
 

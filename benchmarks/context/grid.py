@@ -25,7 +25,6 @@ several processes may share the work.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 import time
@@ -36,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from study import Study, cell, command, settings_searched
+from study import Study, cell, command, parser, settings_searched
 
 from pwlib.context import ContextualCRF
 from pwlib.crf import DenseCRF
@@ -300,13 +299,9 @@ def weights_table(runs: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)))
-    parser.add_argument("--fields", choices=tuple(FIELDS), nargs="+", default=list(FIELDS))
-    parser.add_argument("--out", type=Path, default=HERE / "grid.json")
-    parser.add_argument("--table", action="store_true", help="print the stored results' tables and stop")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = parser(__doc__, HERE / "grid.json")
+    arguments.add_argument("--fields", choices=tuple(FIELDS), nargs="+", default=list(FIELDS))
+    given = arguments.parse_args()
     study = Study(given.out, SETTINGS)
     if not given.table:
         for seed in given.seeds:

@@ -10,14 +10,13 @@ scenes. Adam moves a parameter by at most its rate per step, so that few steps d
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from pathlib import Path
 
 import torch
 from grid import SETTINGS, Scored, build, train
-from study import Study, cell, command  # grid has added its folder to the path
+from study import Study, cell, command, parser  # grid has added its folder to the path
 
 from pwlib.data import Augment, load
 
@@ -64,12 +63,8 @@ def table(runs: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--table", action="store_true", help="print the stored result's table and stop")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    study = Study(HERE / "steps.json", OURS)
+    given = parser(__doc__, HERE / "steps.json", range(3)).parse_args()
+    study = Study(given.out, OURS)
     for seed in () if given.table else given.seeds:
         if f"reparametrised, {OURS['stage2_epochs'][-1]} epochs, seed {seed}" not in study.runs:
             run(seed, lambda m, e, row, s=seed: study.add(f"{m}, {e} epochs, seed {s}", row, command=command()))

@@ -18,7 +18,6 @@ fitted to the held-out scenes. A seed decides the order of the batches and the s
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from study import Study, cell, command
+from study import Study, cell, command, parser
 
 from pwlib.crf import DenseCRF
 from pwlib.data import VOID, load
@@ -193,12 +192,7 @@ def table(runs: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 9)), help="orders of the batches")
-    parser.add_argument("--out", type=Path, default=HERE / "result.json")
-    parser.add_argument("--table", action="store_true", help="print the stored result's tables and stop")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
+    given = parser(__doc__, HERE / "result.json", range(1, 9)).parse_args()
     study = Study(given.out, SETTINGS)
     if not given.table:
         judge = Judge(*prepare())

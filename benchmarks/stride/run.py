@@ -18,7 +18,6 @@ result.json is written after every run; a command that was stopped continues whe
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from study import Study, cell, command
+from study import Study, cell, command, parser
 
 from pwlib.data import VOID, Augment, load
 from pwlib.losses import balanced_weights
@@ -155,12 +154,7 @@ def table(runs: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="*", default=list(range(8)))
-    parser.add_argument("--out", type=Path, default=HERE / "result.json")
-    parser.add_argument("--table", action="store_true", help="print the stored result's table and stop")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
+    given = parser(__doc__, HERE / "result.json").parse_args()
     study = Study(given.out, SETTINGS)
     if not given.table:
         dataset = load("scenes", "val", length=SETTINGS["val_images"])

@@ -21,7 +21,6 @@ seeds needs, are kept in runs/three_stages/claims.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import statistics
 import sys
@@ -33,7 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from run import SETTINGS as COMMON
 from run import Steps, Undone, stride2
-from study import Study, cell, command, settings_searched
+from study import Study, cell, command, parser, settings_searched
 
 from pwlib import checkpoints
 from pwlib.crf import DenseCRF
@@ -270,13 +269,9 @@ def table(runs: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=("stride8", "stride2"), default="stride8")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)))
-    parser.add_argument("--out", type=Path, default=HERE / "claims.json")
-    parser.add_argument("--table", action="store_true", help="print the stored results' tables and stop")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = parser(__doc__, HERE / "claims.json")
+    arguments.add_argument("--network", choices=("stride8", "stride2"), default="stride8")
+    given = arguments.parse_args()
     study = Study(given.out, SETTINGS)
     if not given.table:
         WORK.mkdir(parents=True, exist_ok=True)
