@@ -48,19 +48,19 @@ def _embed(elevated, low, strides, start, stop, weight, first, order):
     """The loop over the points of `plain.embed`, with the same roundings.
 
     Returns, for the points start to stop - 1: the weights of the corners; the key of the corner of remainder 0, without
-    the image; and the coordinates of H by descending rest.
+    the image; and the coordinates of H by descending residual.
     """
     axes = len(elevated)
     size, share = np.float32(axes), np.float32(1 / axes)
-    base, rest, rank = np.empty(axes, np.float32), np.empty(axes, np.float32), np.empty(axes, np.int64)
+    base, residual, rank = np.empty(axes, np.float32), np.empty(axes, np.float32), np.empty(axes, np.int64)
     for p in range(start, stop):
         rank[:] = 0
         for i in range(axes):
             base[i] = np.rint(elevated[i, p] * share)
-            rest[i] = elevated[i, p] - size * base[i]
+            residual[i] = elevated[i, p] - size * base[i]
         for i in range(axes):
             for j in range(i + 1, axes):
-                below = rest[i] < rest[j]
+                below = residual[i] < residual[j]
                 rank[i] += below
                 rank[j] += not below
         rank += np.int64(base.sum())
@@ -70,12 +70,12 @@ def _embed(elevated, low, strides, start, stop, weight, first, order):
             base[i] += shift
             rank[i] += axes * shift
             order[p, rank[i]] = i
-            rest[rank[i]] = (elevated[i, p] - size * base[i]) * share
+            residual[rank[i]] = (elevated[i, p] - size * base[i]) * share
             if i < axes - 1:
                 first[p] += (np.int64(base[i]) - low[i]) * strides[i]
-        weight[p, 0] = np.float32(1) + rest[axes - 1] - rest[0]
+        weight[p, 0] = np.float32(1) + residual[axes - 1] - residual[0]
         for k in range(1, axes):
-            weight[p, k] = rest[axes - 1 - k] - rest[axes - k]
+            weight[p, k] = residual[axes - 1 - k] - residual[axes - k]
 
 
 @compiled(f"int64(int64[::1], int8[:, ::1], int64[::1], {CORNER}, {HASH})")
@@ -270,7 +270,7 @@ class _Embed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
-        # Weight d - m is the difference of the rests m and m + 1, in descending order, divided by d + 1.
+        # Weight d - m is the difference of the residuals m and m + 1, in descending order, divided by d + 1.
         slope = grad.flip(-1)
         slope = (slope - slope.roll(1, -1)) / slope.shape[-1]
         return torch.empty_like(slope).scatter_(-1, ctx.order.long(), slope).movedim(-1, 0), None, None

@@ -6,12 +6,13 @@ shape, each with d+1 corners, one of every remainder. Two steps find the simplex
 
 Rounding (p. 4). Round each coordinate to the nearest multiple of d+1. If the result y sums to zero, it is the nearest
 vertex of remainder 0. Otherwise its sum is s (d+1) for a small integer s, and the coordinates that were rounded
-furthest are corrected: the s with the smallest rest x - y are lowered by d+1 (or the -s with the largest are raised).
+furthest are corrected: the s with the smallest residual x - y are lowered by d+1 (or the -s with the largest are
+raised).
 
-Ranking (p. 5). Around y there is one simplex for every order of the rests. Let rank_i = 0 for the largest rest and d
-for the smallest. The corner of remainder k is y + k at the d+1-k coordinates with the largest rests, and y + k - (d+1)
-at the other k, so that it lies in H. With the rests in descending order, r_0 >= .. >= r_d, the barycentric coordinates
-of x, which are the weights of the corners in a linear interpolation, are
+Ranking (p. 5). Around y there is one simplex for every order of the residuals. Let rank_i = 0 for the largest residual
+and d for the smallest. The corner of remainder k is y + k at the d+1-k coordinates with the largest residuals, and y +
+k - (d+1) at the other k, so that it lies in H. With the residuals in descending order, r_0 >= .. >= r_d, the
+barycentric coordinates of x, which are the weights of the corners in a linear interpolation, are
 
     b_0 = 1 - (r_0 - r_d) / (d+1),    b_k = (r_(d-k) - r_(d-k+1)) / (d+1)  for k = 1 .. d
 

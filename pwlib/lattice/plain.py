@@ -25,13 +25,13 @@ def enclosing_simplex(elevated: Tensor) -> tuple[Tensor, Tensor]:
     """The simplex around each point [d+1, ...]: y / (d+1), whole numbers in the points' dtype, and int8 ranks."""
     axes = len(elevated)
     base = torch.round(elevated * (1 / axes))
-    rest = torch.sub(elevated, base, alpha=axes)
-    rank = torch.zeros(rest.shape, dtype=torch.int8, device=rest.device)
+    residual = torch.sub(elevated, base, alpha=axes)
+    rank = torch.zeros(residual.shape, dtype=torch.int8, device=residual.device)
     for i, j in itertools.combinations(range(axes), 2):
-        below = rest[i] < rest[j]
+        below = residual[i] < residual[j]
         rank[i] += below
         rank[j] += ~below
-    # Adding s to every rank makes those that leave 0 .. d the coordinates to correct. A corrected rest is then the
+    # Adding s to every rank makes those that leave 0 .. d the coordinates to correct. A corrected residual is then the
     # largest or the smallest, hence its rank continues at the other end.
     rank += base.sum(0).to(torch.int8)
     shift = (rank < 0).to(torch.int8) - (rank >= axes).to(torch.int8)
@@ -41,10 +41,10 @@ def enclosing_simplex(elevated: Tensor) -> tuple[Tensor, Tensor]:
 def barycentric(elevated: Tensor, base: Tensor, rank: Tensor) -> Tensor:
     """Barycentric coordinates [..., d+1] of points in their simplices; differentiable in `elevated` [d+1, ...]."""
     axes = len(elevated)
-    rest = torch.sub(elevated, base, alpha=axes) * (1 / axes)
-    rest = torch.zeros_like(rest).scatter(0, rank.long(), rest)  # in descending order
-    steps = (rest[:-1] - rest[1:]).flip(0)  # b_1 .. b_d
-    return torch.cat([1 + rest[-1:] - rest[:1], steps]).movedim(0, -1).contiguous()
+    residual = torch.sub(elevated, base, alpha=axes) * (1 / axes)
+    residual = torch.zeros_like(residual).scatter(0, rank.long(), residual)  # in descending order
+    steps = (residual[:-1] - residual[1:]).flip(0)  # b_1 .. b_d
+    return torch.cat([1 + residual[-1:] - residual[:1], steps]).movedim(0, -1).contiguous()
 
 
 def embed(features: Tensor) -> tuple[Tensor, Lattice]:
