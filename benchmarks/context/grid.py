@@ -19,13 +19,14 @@ initial weights, order and augmentation.
     python benchmarks/context/grid.py --seeds 0 1 2 3 4 5 6 7     about 25 CPU minutes a seed on one core
     python benchmarks/context/grid.py --table                     prints the tables from grid.json
 
-grid.json is written after every receptive field of every seed; a command that was stopped continues where it was, and
+grid.json is written after every training; a command that was stopped continues where it was, and
 several processes may share the work.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -50,6 +51,7 @@ HERE = Path(__file__).parent
 LOOK_ALIKES = ("plane", "boat", "roof", "tent")
 FIELDS = {"10": (1, 1), "34": (7, 1), "58": (7, 7), "whole": None}  # sides of the depthwise convolutions
 MODELS = ("plain", "larger", "tree", "reparametrised")
+PARTS = ("plain", "larger", "context")  # one training each; "context" is scored with both countings
 DENSE = ("none", "default", "searched", "learned")
 SETTINGS = {
     "train_images": 160,
@@ -196,30 +198,28 @@ def train(model: PiecewiseTrainedModel, seed: int, stage: int, counts: Tensor, d
     return trainer
 
 
-def run(seed: int, field: str) -> dict:
-    """Train and score everything with one receptive field."""
+def run(seed: int, field: str, part: str) -> dict:
+    """Train one network with one receptive field, and score it: "plain", "larger", or "context" with both countings."""
     data = load("scenes", "train", length=SETTINGS["train_images"])
     held = load("scenes", "val", length=SETTINGS["val_images"])
     counts = sum(torch.bincount(data[i][1].flatten(), minlength=256)[: data.num_classes] for i in range(len(data)))
     val, test = Scored("val", SETTINGS["val_images"]), Scored("test", SETTINGS["test_images"])
     start, rows = time.process_time(), {}
-    for name in ("plain", "larger", "context"):
-        torch.manual_seed(seed)
-        began = time.process_time()
-        model = build(field, name, data.num_classes)
-        augment = Augment(scale=(1.0, 1.0), colour=0.0)  # flips only
-        history = train(model, seed, 1, counts, data.with_transform(augment)).history["stage1"]
-        about = {
-            "parameters": count(model.unary) + (count(model.context) if model.context else 0),
-            "loss": [round(record["loss"], 3) for record in history],
-            "stage1_minutes": round((time.process_time() - began) / 60, 2),
-        }
-        for counting in ("tree", "reparametrised") if name == "context" else (None,):
-            one = copy.deepcopy(model)
-            if counting:
-                one.context.counting = counting
-            rows[counting or name] = about | score_all(one, seed, counts, held, val, test)
-            print(f"seed {seed}, field {field}: {counting or name}", flush=True)
+    torch.manual_seed(seed)
+    model = build(field, part, data.num_classes)
+    augment = Augment(scale=(1.0, 1.0), colour=0.0)  # flips only
+    history = train(model, seed, 1, counts, data.with_transform(augment)).history["stage1"]
+    about = {
+        "parameters": count(model.unary) + (count(model.context) if model.context else 0),
+        "loss": [round(record["loss"], 3) for record in history],
+        "stage1_minutes": round((time.process_time() - start) / 60, 2),
+    }
+    for counting in MODELS[2:] if part == "context" else (None,):
+        one = copy.deepcopy(model)
+        if counting:
+            one.context.counting = counting
+        rows[counting or part] = about | score_all(one, seed, counts, held, val, test)
+        print(f"seed {seed}, field {field}: {counting or part}", flush=True)
     return {"seed": seed, "field": field, "rows": rows, "minutes": round((time.process_time() - start) / 60, 1)}
 
 
@@ -261,11 +261,18 @@ def score_all(model: PiecewiseTrainedModel, seed: int, counts: Tensor, held, val
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def table(runs: dict[str, dict], key: str = "miou") -> str:
+def complete(runs: dict[str, dict]) -> dict[str, list[dict]]:
+    """The rows {model: ...} of the seeds of which everything is stored, by receptive field."""
+    found: dict = {field: {} for field in FIELDS}
+    for run in runs.values():
+        found[run["field"]].setdefault(run["seed"], {}).update(run["rows"])
+    found = {field: [seeds[s] for s in sorted(seeds) if len(seeds[s]) == len(MODELS)] for field, seeds in found.items()}
+    return {field: rows for field, rows in found.items() if rows}
+
+
+def table(found: dict[str, list[dict]], key: str = "miou") -> str:
     """Markdown: the scores of the grid, and what the contextual CRF adds to each of its controls."""
     lines = []
-    found = {field: [run["rows"] for run in runs.values() if run["field"] == field] for field in FIELDS}
-    found = {field: rows for field, rows in found.items() if rows}
     lines.append(f"| {key}, test scenes | model | parameters | seeds | " + " | ".join(DENSE) + " |")
     lines.append("|---|---|--:|--:|" + "--:|" * len(DENSE))
     for field, rows in found.items():
@@ -282,14 +289,13 @@ def table(runs: dict[str, dict], key: str = "miou") -> str:
     return "\n".join(lines)
 
 
-def weights_table(runs: dict[str, dict]) -> str:
+def weights_table(found: dict[str, list[dict]]) -> str:
     """Markdown: test mIoU at each weight of the pairwise terms, and the weights that were selected and learned."""
     weights = [str(w) for w in SETTINGS["weights"]]
     lines = [f"| field | counting | dense CRF | {' | '.join(weights)} | selected | learned |"]
     lines.append("|---|---|---|" + "--:|" * len(weights) + "---|---|")
-    for field in FIELDS:
-        rows = [run["rows"] for run in runs.values() if run["field"] == field]
-        for model in MODELS[2:] if rows else ():
+    for field, rows in found.items():
+        for model in MODELS[2:]:
             for dense in ("none", "default"):
                 cells = [cell([row[model][f"sweep, {dense}"][w][1] for row in rows]) for w in weights]
                 selected = ", ".join(f"{row[model][dense]['weight']:g}" for row in rows)
@@ -301,17 +307,18 @@ def weights_table(runs: dict[str, dict]) -> str:
 def main() -> None:
     arguments = parser(__doc__, HERE / "grid.json")
     arguments.add_argument("--fields", choices=tuple(FIELDS), nargs="+", default=list(FIELDS))
+    arguments.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS))
     given = arguments.parse_args()
     study = Study(given.out, SETTINGS)
     if not given.table:
-        for seed in given.seeds:
-            for field in given.fields:
-                key = f"seed {seed}, field {field}"
-                if key not in study.runs:
-                    study.add(key, run(seed, field), command=command())
+        for seed, field, part in itertools.product(given.seeds, given.fields, given.parts):
+            key = f"seed {seed}, field {field}, {part}"
+            if key not in study.runs:
+                study.add(key, run(seed, field, part), command=command())
+    found = complete(study.runs)
     for key in ("miou", "look_alikes", "pixel_accuracy"):
-        print(table(study.runs, key), end="\n\n")
-    print(weights_table(study.runs))
+        print(table(found, key), end="\n\n")
+    print(weights_table(found))
 
 
 if __name__ == "__main__":
