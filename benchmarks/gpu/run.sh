@@ -52,19 +52,31 @@ export -f set_up
 export PYTHON SET run
 PYTHONPATH=$PYTHONPATH:$PWD/build/gpu/site
 
-quick=(-m "not slow and not browser and not classroom" --ignore=tests/browser --ignore=tests/classroom)
-pytest=("$PYTHON" -m pytest -p recorder -q -p no:cacheprovider --dist loadscope)
+pytest="$PYTHON -m pytest -p recorder -q -p no:cacheprovider"
+
+# Side by side: the notebooks take as long as the longest one, on a core each, and leave the others to the tests.
+notebooks_and_tests() {
+    if [ -n "$TESTS" ]; then
+        $pytest -n $((workers > 9 ? workers - 8 : 1)) --dist loadscope --record "$out/tests.json" --ignore=tests/browser \
+            --ignore=tests/classroom -m "not slow and not browser and not classroom" $TESTS &
+    fi
+    if [ -n "$NOTEBOOKS" ]; then
+        $pytest -n $((workers < 9 ? workers : 9)) --dist loadscope --record "$out/notebooks.json" --nbval-lax \
+            --nbval-current-env --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout=120 $NOTEBOOKS
+    fi
+    wait
+}
+export -f notebooks_and_tests
+export TESTS NOTEBOOKS workers out pytest
 
 : > "$out/log.txt"
 case $run in
 A)
     step set-up 30 bash -c set_up
-    [ -n "$CUDA_TESTS" ] && step cuda 35 "${pytest[@]}" --record "$out/cuda.json" $CUDA_TESTS
+    [ -n "$CUDA_TESTS" ] && step cuda 50 $pytest -n $((workers < 4 ? workers : 4)) --record "$out/cuda.json" $CUDA_TESTS
     step crf 85 "$PYTHON" benchmarks/gpu/crf.py "$out/crf.json" --seconds $((TINY ? 60 : 80)) ${TINY:+--tiny}
     export OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
-    [ -n "$NOTEBOOKS" ] && step notebooks 95 "${pytest[@]}" -n $((workers < 9 ? workers : 9)) --record "$out/notebooks.json" \
-        --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout=90 $NOTEBOOKS
-    [ -n "$TESTS" ] && step tests 50 "${pytest[@]}" -n $workers --record "$out/tests.json" "${quick[@]}" $TESTS
+    step notebooks-and-tests 135 bash -c notebooks_and_tests
     ;;
 B)
     step set-up 20 bash -c set_up
