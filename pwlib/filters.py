@@ -36,6 +36,8 @@ from pwlib.mean_field import mean_field
 NORMALIZATIONS = ("symmetric", "row", "none")
 # A rounding error in the exponent of exp(f_i.f_j - |f_j|^2/2) is a relative error of the weight: about eps * |f|^2.
 EXPONENT_ERROR = 1e-4
+MANY = 2**14  # pixels; with fewer, float32 takes milliseconds
+SINK = 2.0**15  # a value whose share 1 / (1 + n) neither overflows nor underflows 16 bits
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,26 @@ class ExactFilter(GaussianFilter):
     added to the N keys: a sink whose weight is exactly 1 for every query. Its share of the softmax is 1 / (1 + n_i),
     and the output for the pixels' values, multiplied by 1 + n_i, is K v.
 
+    GPUs multiply numbers of 16 bits many times faster than those of 32. With `half`, each factor of an exponent is
+    therefore the sum of two such numbers, which has float32's 24 binary digits, and all four products are added in
+    float32. Weights and values are rounded to 11 binary digits.
+
     Args:
         features: [B, N, D], already divided by the bandwidths; may require a gradient.
         normalization: "symmetric", "row" or "none", see the module's head.
         self_message: whether a pixel's own value is part of its message.
+        half: see above; features get no gradient. None: for more than `MANY` float32 features on a GPU that require no
+            gradient.
     """
 
-    def __init__(self, features: Tensor, *, normalization: str = "symmetric", self_message: bool = True):
+    def __init__(
+        self,
+        features: Tensor,
+        *,
+        normalization: str = "symmetric",
+        self_message: bool = True,
+        half: bool | None = None,
+    ):
         super().__init__(normalization, self_message)
         if features.ndim != 3:
             raise ValueError(f"features have shape {tuple(features.shape)}; expected [B, N, D]")
@@ -127,32 +142,61 @@ class ExactFilter(GaussianFilter):
         largest = features.detach().square().sum(-1).max().item()
         if largest * torch.finfo(features.dtype).eps > EXPONENT_ERROR:
             features = features.double()
-        half = features.square().sum(-1, keepdim=True) / 2  # [B, N, 1]
-        one, zero = torch.ones_like(half), torch.zeros_like(half)
-        self.query = torch.cat([features, one, half], dim=-1)  # [B, N, D + 2]
-        key = torch.cat([features, -half, zero], dim=-1)
+        if half is None:
+            fast = features.is_cuda and features.dtype == torch.float32 and features.shape[1] > MANY
+            half = fast and not features.requires_grad
+        energy = features.square().sum(-1, keepdim=True) / 2  # [B, N, 1]
+        one, zero = torch.ones_like(energy), torch.zeros_like(energy)
+        query = torch.cat([features, one, energy], dim=-1)  # [B, N, D + 2]
+        key = torch.cat([features, -energy, zero], dim=-1)
         sink = torch.zeros_like(key[:, :1])
         sink[..., -1] = 1
-        self.key = torch.cat([key, sink], dim=1)  # [B, N + 1, D + 2]
-        # With value 1 for the sink and 0 for the pixels, attention returns the sink's share 1 / (1 + n).
-        share = self._attend(torch.zeros_like(half), sink_value=1.0)
-        self.total = 1 / share
+        key = torch.cat([key, sink], dim=1)  # [B, N + 1, D + 2]
+        if half:
+            query, key = _halves(query.detach(), (0, 0, 1, 1)), _halves(key.detach(), (0, 1, 0, 1))
+        self.query, self.key, self.half = query, key, half
+        # With a value for the sink and 0 for the pixels, attention returns the sink's share 1 / (1 + n) of it.
+        self.total = SINK / self._attend(torch.zeros_like(energy), sink_value=SINK)
         self.n = (self.total - 1).to(self.dtype)
 
     def _attend(self, values: Tensor, sink_value: float) -> Tensor:
         batch, _, channels = values.shape
-        values = F.pad(values, (0, 0, 0, 1), value=sink_value)  # [B, N + 1, C]
+        kept, values = values.dtype, F.pad(values.to(self.query.dtype), (0, 0, 0, 1), value=sink_value)  # [B, N + 1, C]
         # Fused kernels expect queries, keys and values of one width, a multiple of 8.
         width = -(-max(self.query.shape[-1], channels) // 8) * 8
         query, key, values = (
             F.pad(t, (0, width - t.shape[-1])).expand(batch, -1, -1).unsqueeze(1)
             for t in (self.query, self.key, values)
         )
-        return F.scaled_dot_product_attention(query, key, values, scale=1.0)[:, 0, :, :channels]  # [B, N, C]
+        out = F.scaled_dot_product_attention(query, key, values, scale=1.0)[:, 0, :, :channels]  # [B, N, C]
+        return out.to(kept)
 
     def apply(self, values: Tensor) -> Tensor:
+        if self.half:
+            return _Scaled.apply(values, self)
         mean = self._attend(values.to(self.query.dtype), sink_value=0.0)
         return (mean * self.total).to(values.dtype)
+
+
+class _Scaled(torch.autograd.Function):
+    """K @ values in 16 bits, scaled into their range; K is symmetric, so a gradient is filtered in the same way."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, exact: ExactFilter) -> Tensor:
+        ctx.exact = exact
+        scale = values.abs().max().clamp_min(torch.finfo(values.dtype).tiny)
+        return exact._attend(values / scale, sink_value=0.0) * (exact.total * scale)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Scaled.apply(gradient, ctx.exact), None
+
+
+def _halves(t: Tensor, order: tuple[int, ...]) -> Tensor:
+    """The leading 16 bits (0) and the remainder (1) of t [B, N, D], in the given order: [B, N, len(order) * D]."""
+    leading = t.half()
+    parts = leading, (t - leading.to(t.dtype)).half()
+    return torch.cat([parts[i] for i in order], dim=-1)
 
 
 class SeparableFilter(GaussianFilter):

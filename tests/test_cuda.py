@@ -50,6 +50,18 @@ def test_exact_marginals_and_gradients_are_the_cpus(problem, normalization):
         assert (one.double() - other).norm() <= 1e-2 * other.norm() + 1e-6
 
 
+def test_exact_marginals_of_many_pixels_are_the_cpus():
+    """With more than 16384 pixels, attention on a GPU multiplies numbers of 16 bits where no features are learned."""
+    image, label = pwlib.load("scenes", "val", size=(96, 192))[1]
+    logits = torch.nn.functional.one_hot(label % 4, 4).movedim(-1, 0)[None].float()
+    logits = logits + 2 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    crf = DenseCRF(4, filtering="exact", iterations=3, **BANDWIDTHS)
+    with torch.no_grad():
+        expected = crf(logits, image[None]).exp()
+        found = copy.deepcopy(crf).to(DEVICE)(logits.to(DEVICE), image[None].to(DEVICE)).exp().cpu()
+    assert (found - expected).abs().max() < 5e-3 and (found - expected).abs().mean() < 1e-4
+
+
 def test_the_lattice_on_the_gpu_is_the_cpus(problem):
     image, label, logits = problem
     crf = DenseCRF(4, filtering="lattice", iterations=3, **BANDWIDTHS)

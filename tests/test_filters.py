@@ -39,6 +39,18 @@ def test_exact_filter_is_the_dense_matrix(features, values, normalization, self_
     assert (filt(values) - want).abs().max() < 1e-5 * max(1.0, want.abs().max())
 
 
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_attention_in_16_bits_is_the_dense_matrix(features, values, normalization):
+    """Weights, values, outputs and row sums are rounded to 11 binary digits each: four relative errors of 2^-11."""
+    want = dense(features, normalization, True)
+    values = values.requires_grad_()
+    message = ExactFilter(features, normalization=normalization, half=True)(values)
+    torch.testing.assert_close(message.detach().double(), want @ values.detach().double(), rtol=2e-3, atol=0)
+    gradient = 1e-9 * torch.rand_like(values)  # below the range of 16 bits
+    message.backward(gradient)
+    torch.testing.assert_close(values.grad.double(), want.mT @ gradient.double(), rtol=2e-3, atol=0)
+
+
 @pytest.mark.parametrize("self_message", [True, False])
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_separable_filter_is_the_dense_matrix(normalization, self_message):

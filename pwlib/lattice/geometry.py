@@ -119,11 +119,33 @@ class Lattice:
         return [part.shape[1] for part in self.neighbours]
 
     @cached_property
-    def entries(self) -> tuple[Tensor, Tensor]:
-        """The entries of `corner`, flat, in the order of their vertices, and where each vertex begins, int64 [M+1]."""
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The entries of `corner`, flat, in the order of their vertices, and how they are divided.
+
+        Flat colours put thousands of points around one vertex, and a GPU adds up the entries of one vertex one after
+        the other. They are therefore added in runs of at most 64, and then the runs of each vertex.
+
+        Returns:
+            order int64 [E], where each run begins int64 [R+1], and the first run of each vertex int64 [M+1].
+        """
         vertex, order = self.corner.flatten().sort(stable=True)
-        rows = torch.arange(sum(self.sizes) + 1, device=vertex.device, dtype=vertex.dtype)
-        return order, torch.searchsorted(vertex, rows)
+        starts = torch.searchsorted(vertex, torch.arange(sum(self.sizes) + 1, device=vertex.device, dtype=vertex.dtype))
+        runs = (starts.diff() + 63) // 64  # [M]
+        first = torch.cat([runs.new_zeros(1), runs.cumsum(0)])  # [M+1]
+        number = torch.arange(int(first[-1]), device=runs.device) - first[:-1].repeat_interleave(runs)  # in its vertex
+        begins = starts[:-1].repeat_interleave(runs) + 64 * number
+        return order, torch.cat([begins, starts[-1:]]), first
+
+    @cached_property
+    def stencils(self) -> list[tuple[Tensor, Tensor]]:
+        """For each part, int32: along each axis, every vertex twice and the two beside it [d+1, 4 M_part], whose values
+        are added, and where the four of each vertex begin [M_part]."""
+        stencils = []
+        for part in self.neighbours:
+            rows = torch.arange(part.shape[1], dtype=part.dtype, device=part.device)
+            four = torch.cat([rows[:, None].expand(len(part), -1, 2), part], -1)
+            stencils.append((four.flatten(1), 4 * rows))
+        return stencils
 
     @staticmethod
     def join(lattices: Sequence[Lattice], batch: int) -> Lattice:

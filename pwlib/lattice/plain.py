@@ -10,8 +10,6 @@ with the splat's weights. Splat and slice are sparse matrices, the transposes of
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,11 +24,9 @@ def enclosing_simplex(elevated: Tensor) -> tuple[Tensor, Tensor]:
     axes = len(elevated)
     base = torch.round(elevated * (1 / axes))
     residual = torch.sub(elevated, base, alpha=axes)
-    rank = torch.zeros(residual.shape, dtype=torch.int8, device=residual.device)
-    for i, j in itertools.combinations(range(axes), 2):
-        below = residual[i] < residual[j]
-        rank[i] += below
-        rank[j] += ~below
+    before = torch.ones(axes, axes, dtype=torch.bool, device=residual.device).triu(1)  # i < j, which decides ties
+    before = before.view(axes, axes, *[1] * (residual.ndim - 1))
+    rank = torch.where(before, residual <= residual[:, None], residual < residual[:, None]).sum(0, dtype=torch.int8)
     # Adding s to every rank makes those that leave 0 .. d the coordinates to correct. A corrected residual is then the
     # largest or the smallest, hence its rank continues at the other end.
     rank += base.sum(0).to(torch.int8)
@@ -57,11 +53,12 @@ def embed(features: Tensor) -> tuple[Tensor, Lattice]:
     base, rank = enclosing_simplex(elevated.detach())
     weight = barycentric(elevated, base, rank)
     axes, batch, _ = base.shape
-    image, remainder = (torch.arange(length, device=base.device) for length in (batch, axes))
-    keys = strides[-1] * image[:, None, None] + remainder  # [B, 1, d+1]
-    for i in range(axes - 1):  # a corner of remainder k is lowered in the coordinates of the k last ranks
-        lowered = rank[i, ..., None] >= axes - remainder  # [B, N, d+1]
-        keys = keys + (base[i, ..., None].long() - lowered.long() - low[i]) * strides[i]
+    # A corner of remainder k is lowered in the coordinates of the k last ranks. The last coordinate is not in a key.
+    lowering = F.pad(strides[:-1], (0, 1))[:, None, None].expand(base.shape)
+    lowered = torch.zeros_like(lowering).scatter(0, rank.long(), lowering).flip(0).cumsum(0)  # [d+1, B, N]
+    keys = (strides[:-1, None, None] * (base[:-1].long() - low[:, None, None])).sum(0)  # of the corner 0, [B, N]
+    keys = keys + strides[-1] * torch.arange(batch, device=base.device)[:, None]
+    keys = torch.stack([keys, *(keys + k - lowered[k - 1] for k in range(1, axes))], -1)  # [B, N, d+1]
     vertex, corner = keys.unique(return_inverse=True)  # [M], ascending, and [B, N, d+1]
     wanted = vertex + steps[:axes, None] + steps[axes] * (vertex % axes == 0)  # [d+1, M]
     at = torch.searchsorted(vertex, wanted).clamp_(max=len(vertex) - 1)
@@ -74,20 +71,36 @@ def embed(features: Tensor) -> tuple[Tensor, Lattice]:
 
 def splat(values: Tensor, weight: Tensor, lattice: Lattice) -> Tensor:
     """Values [B, N, C] at the points to values [M, C] on the vertices, by weights [B, N, A]."""
-    order, starts = lattice.entries
+    order, begins, first = lattice.entries
     point, weight = order // weight.shape[-1], weight.flatten()[order]
-    bags = {"mode": "sum", "per_sample_weights": weight, "include_last_offset": True}
-    return F.embedding_bag(point, values.flatten(0, 1), starts, **bags)
+    bags = {"mode": "sum", "include_last_offset": True}
+    runs = F.embedding_bag(point, values.flatten(0, 1), begins, per_sample_weights=weight, **bags)  # [R, C]
+    return F.embedding_bag(torch.arange(len(runs), device=runs.device), runs, first, **bags)
+
+
+class _Convolve(torch.autograd.Function):
+    """Add the neighbours of each vertex to twice its value, along one axis after the other.
+
+    Along an axis this is a symmetric matrix, so that a gradient takes the same way in reverse order.
+    """
+
+    @staticmethod
+    def forward(ctx, table: Tensor, axes: Tensor, starts: Tensor) -> Tensor:
+        ctx.save_for_backward(axes, starts)
+        for vertices in axes:
+            table = F.embedding_bag(vertices, table, starts, mode="sum")
+        return table
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        axes, starts = ctx.saved_tensors
+        return _Convolve.apply(gradient, axes.flip(0), starts), None, None
 
 
 def blur(table: Tensor, lattice: Lattice) -> Tensor:
     """Blur the values [M, C] on the vertices along all axes."""
-    parts = []
-    for part, neighbours in zip(table.split(lattice.sizes), lattice.neighbours, strict=True):
-        for ahead, behind in neighbours.transpose(1, 2):
-            part = part + (F.embedding(ahead, part) + F.embedding(behind, part)) / 2
-        parts.append(part)
-    return torch.cat(parts)
+    parts = zip(table.split(lattice.sizes), lattice.stencils, strict=True)
+    return torch.cat([_Convolve.apply(part, axes, starts) * 0.5 ** len(axes) for part, (axes, starts) in parts])
 
 
 def slice_(table: Tensor, weight: Tensor, lattice: Lattice) -> Tensor:
