@@ -119,22 +119,25 @@ class Lattice:
         return [part.shape[1] for part in self.neighbours]
 
     @cached_property
-    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+    def entries(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The entries of `corner`, flat, in the order of their vertices, and how they are divided.
 
         Flat colours put thousands of points around one vertex, and a GPU adds up the entries of one vertex one after
         the other. They are therefore added in runs of at most 64, and then the runs of each vertex.
 
         Returns:
-            order int64 [E], where each run begins int64 [R+1], and the first run of each vertex int64 [M+1].
+            order int64 [E], where each run begins int64 [R+1], the numbers of the runs int64 [R], and the first run of
+            each vertex int64 [M+1].
         """
         vertex, order = self.corner.flatten().sort(stable=True)
-        starts = torch.searchsorted(vertex, torch.arange(sum(self.sizes) + 1, device=vertex.device, dtype=vertex.dtype))
+        rows = torch.arange(sum(self.sizes) + 1, device=vertex.device, dtype=vertex.dtype)
+        starts = torch.searchsorted(vertex, rows)
         runs = (starts.diff() + 63) // 64  # [M]
         first = torch.cat([runs.new_zeros(1), runs.cumsum(0)])  # [M+1]
-        number = torch.arange(int(first[-1]), device=runs.device) - first[:-1].repeat_interleave(runs)  # in its vertex
-        begins = starts[:-1].repeat_interleave(runs) + 64 * number
-        return order, torch.cat([begins, starts[-1:]]), first
+        number = torch.arange(int(first[-1]), device=runs.device)
+        of = rows[:-1].repeat_interleave(runs, output_size=len(number)).long()  # the vertex of each run
+        begins = starts[of] + 64 * (number - first[of])
+        return order, torch.cat([begins, starts[-1:]]), number, first
 
     @cached_property
     def stencils(self) -> list[tuple[Tensor, Tensor]]:

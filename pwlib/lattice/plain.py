@@ -71,11 +71,11 @@ def embed(features: Tensor) -> tuple[Tensor, Lattice]:
 
 def splat(values: Tensor, weight: Tensor, lattice: Lattice) -> Tensor:
     """Values [B, N, C] at the points to values [M, C] on the vertices, by weights [B, N, A]."""
-    order, begins, first = lattice.entries
+    order, begins, number, first = lattice.entries
     point, weight = order // weight.shape[-1], weight.flatten()[order]
     bags = {"mode": "sum", "include_last_offset": True}
     runs = F.embedding_bag(point, values.flatten(0, 1), begins, per_sample_weights=weight, **bags)  # [R, C]
-    return F.embedding_bag(torch.arange(len(runs), device=runs.device), runs, first, **bags)
+    return F.embedding_bag(number, runs, first, **bags)
 
 
 class _Convolve(torch.autograd.Function):
