@@ -51,8 +51,8 @@ import torch
 from torch import Tensor, nn
 
 from pwlib.graph import LIKELIHOODS, expected_energies, mean_field
-from pwlib.inputs import check_label
-from pwlib.losses import pairwise_nll
+from pwlib.inputs import at_least, check_label
+from pwlib.losses import cross_entropy, pairwise_nll
 from pwlib.trace import Trace, record
 
 RELATIONS = ("surrounding", "above_below")
@@ -169,11 +169,11 @@ class ContextualCRF(nn.Module):
         iterations: of mean field, unless a call gives another number; 3 in the paper.
         counting: "tree", "reparametrised" or "sum", see the module's head.
         residual: whether log P_U of both nodes is added to the networks' scores; False in the paper.
-        temperature: divides the combined energy; above 1, marginals become less certain.
 
     Learnable: the pairwise networks, through `loss` or `pair_loss`; `weight` [relations], a factor on each relation's
-    energies, which counts as 0 where it is negative, and `log_temperature`. The piecewise likelihood does not depend on
-    the last two; they are learned through inference. A weight becomes 0 where its relation does not help.
+    energies, which counts as 0 where it is negative; and `log_temperature`. The combined energy is divided by the
+    temperature: above 1, marginals become less certain. The piecewise likelihood does not depend on the last two; they
+    are learned through inference. A weight becomes 0 where its relation does not help.
     """
 
     def __init__(
@@ -188,17 +188,12 @@ class ContextualCRF(nn.Module):
         iterations: int = 3,
         counting: str = "tree",
         residual: bool = True,
-        temperature: float = 1.0,
     ):
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes is {num_classes}; expected at least 2 labels")
-        if iterations < 0:
-            raise ValueError(f"iterations is {iterations}; expected 0 or more")
+        at_least(2, num_classes=num_classes)
+        at_least(0, iterations=iterations)
         if counting not in COUNTING:
             raise ValueError(f"counting is {counting!r}; expected one of {', '.join(COUNTING)}")
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}; expected a positive number")
         if not relations or len(set(relations)) != len(relations):
             raise ValueError(f"relations are {relations}; expected one or more of {', '.join(RELATIONS)}, each once")
         for relation in relations:
@@ -208,7 +203,7 @@ class ContextualCRF(nn.Module):
         self.iterations, self.counting, self.residual = iterations, counting, residual
         self.networks = nn.ModuleDict({r: PairwiseNet(in_channels, num_classes, hidden) for r in relations})
         self.weight = nn.Parameter(torch.ones(len(relations)))  # not a logarithm, which could not reach 0
-        self.log_temperature = nn.Parameter(torch.tensor(float(temperature)).log())
+        self.log_temperature = nn.Parameter(torch.zeros(()))
 
     def edges(self, height: int, width: int) -> dict[str, Tensor]:
         """The edges of each relation, int64 [E_r, 2]."""
@@ -315,10 +310,8 @@ class ContextualCRF(nn.Module):
             raise ValueError(f"likelihood is {likelihood!r}; expected one of {', '.join(LIKELIHOODS)}")
         self._check(logits, features)
         if likelihood == "piecewise":
-            unary, edges = -self._log_p(logits), torch.cat(list(self.edges(*logits.shape[-2:]).values()))
-            pair = torch.cat(list(self.pair_energies(logits.detach(), features).values()), dim=1)
-        else:
-            unary, edges, pair = self.potentials(logits, self.pairwise_terms(logits, features))
+            return cross_entropy(logits, label, **options) + self.pair_loss(logits, features, label, **options)
+        unary, edges, pair = self.potentials(logits, self.pairwise_terms(logits, features))
         if likelihood == "mean_field":
             options = {"iterations": self.iterations, "initial": -self._log_p(logits), **options}
         return LIKELIHOODS[likelihood](unary, edges, pair, label.flatten(1), **options)

@@ -171,24 +171,18 @@ def mean_field_nll(
 
 
 def piecewise_nll(
-    unary: Tensor,
-    edges: Tensor,
-    pair: Tensor,
-    label: Tensor,
-    *,
-    class_weights: Tensor | None = None,
-    pair_weight: float = 1.0,
+    unary: Tensor, edges: Tensor, pair: Tensor, label: Tensor, *, class_weights: Tensor | None = None
 ) -> Tensor:
-    """-mean_i log P_U(y_i) - pair_weight * mean_e log P_V(y_i, y_j): every potential is normalised by itself.
+    """-mean_i log P_U(y_i) - mean_e log P_V(y_i, y_j): every potential is normalised by itself.
 
     The gradient of each term with respect to its own energies is one-hot minus softmax. Edges with a void node are left
-    out. Lin et al. (CVPR 2016) sum over nodes and edges; as means, their loss has pair_weight = edges per node.
+    out. Lin et al. (CVPR 2016) sum over nodes and edges, so that the second mean is multiplied by the edges per node.
     class_weights: see `pwlib.losses.pairwise_nll`.
     """
     check_graph(unary, edges, pair, label)
     ends = (label[:, index] for index in edges.unbind(1))
     pairwise = pairwise_nll(pair.expand(len(unary), -1, -1, -1), *ends, class_weights=class_weights)
-    return _node_nll(unary, label, class_weights) + pair_weight * pairwise
+    return _node_nll(unary, label, class_weights) + pairwise
 
 
 LIKELIHOODS: dict[str, Callable[..., Tensor]] = {

@@ -37,9 +37,9 @@ class ConfusionMatrix:
         device = self.device = self.device or label.device
         classes = self.num_classes
         label = check_label(label.to(device), classes)
-        prediction = check_label(prediction.to(device), name="prediction")
         counted = label != VOID
-        truth, guess = label[counted], check_label(prediction[counted], classes, name="prediction", void=False)
+        guess = check_label(prediction.to(device)[counted], classes, name="prediction", void=False)
+        truth = label[counted]
         counts = torch.bincount(truth * classes + guess, minlength=classes**2)
         self.matrix = self.matrix.to(device) + counts.view(classes, classes)
 

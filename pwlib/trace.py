@@ -24,7 +24,7 @@ class Trace:
     pairwise: Tensor  # [T, K, H, W], expected pairwise energies, sum_m w_m mu messages[t, m]
     q: Tensor  # [T + 1, K, H, W], marginals: q[0] = softmax(-unary), q[t + 1] = softmax(-unary - pairwise[t])
     free_energy: Tensor  # [T + 1], F(q[t]) in nats, see `pwlib.mean_field`
-    # For `senders`, where the kernels are Gaussian:
+    # Of Gaussian kernels; they determine the weight of every pixel in a message:
     features: tuple[Tensor, ...] = ()  # [N, D] for each kernel, divided by the bandwidths
     sums: Tensor | None = None  # [M, N], the row sums K 1 of each kernel matrix
     normalization: str = "symmetric"
@@ -43,23 +43,6 @@ class Trace:
     def entropy(self) -> Tensor:
         """[T + 1, H, W] in nats."""
         return torch.special.entr(self.q).sum(1)
-
-    def senders(self, kernel: int, pixel: int) -> Tensor:
-        """[H, W]: the weights with which `pixel` (row-major) receives the marginals of all pixels, a kernel matrix row.
-
-        sum_j senders_j q[t]_j(l) is messages[t, kernel, l] at `pixel`, up to the lattice's approximation.
-        """
-        if not self.features or self.sums is None:
-            raise ValueError("this trace has no kernel features; expected a trace of Gaussian kernels")
-        features, sums = self.features[kernel], self.sums[kernel]  # [N, D], [N]
-        weight = torch.exp(-(features - features[pixel]).square().sum(-1) / 2)  # [N]
-        if not self.self_message:
-            weight[pixel] = 0
-        if self.normalization == "symmetric":
-            weight = weight * (sums * sums[pixel]).rsqrt()
-        elif self.normalization == "row":
-            weight = weight / sums[pixel]
-        return weight.reshape(self.q.shape[-2:])
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from kernel_row import kernel_row
 
 import pwlib
 from pwlib.course import plots
@@ -81,17 +82,12 @@ def test_numbers_too_large_for_half_precision_stay_finite(trace):
 
 @pytest.mark.parametrize("normalization", ["symmetric", "row", "none"])
 @pytest.mark.parametrize("self_message", [True, False])
-def test_what_the_senders_send_is_the_message(normalization, self_message):
+def test_a_message_is_the_kernel_s_row_times_the_marginals(normalization, self_message):
     trace = make_trace(normalization=normalization, self_message=self_message, filtering="exact")
     for kernel in range(2):
         for pixel in (0, 57, 129):
-            sent = (trace.senders(kernel, pixel) * trace.q[2]).sum((1, 2))
+            sent = (kernel_row(trace, kernel, pixel) * trace.q[2]).sum((1, 2))
             torch.testing.assert_close(sent, trace.messages[2, kernel].flatten(1)[:, pixel], rtol=1e-4, atol=1e-5)
-
-
-def test_a_trace_without_features_knows_no_senders(trace):
-    with pytest.raises(ValueError, match="no kernel features"):
-        replace(trace, features=(), sums=None).senders(0, 0)
 
 
 def test_a_trace_made_by_hand_needs_neither_features_nor_a_free_energy(trace):

@@ -228,8 +228,8 @@ def test_piecewise_by_hand(weights):
     assert len(nodes) == 9 and len(pairs) == 5
     mean = [sum(a * x for a, x in part) / sum(a for a, _ in part) for part in (nodes, pairs)]
     given = None if weights is None else torch.tensor(weights, dtype=torch.float64)
-    found = piecewise_nll(unary, edges, pair, label, pair_weight=0.7, class_weights=given)
-    assert found.item() == pytest.approx(mean[0] + 0.7 * mean[1], rel=1e-10)
+    found = piecewise_nll(unary, edges, pair, label, class_weights=given)
+    assert found.item() == pytest.approx(mean[0] + mean[1], rel=1e-10)
 
 
 def test_piecewise_gradients_are_one_hot_minus_softmax():

@@ -12,6 +12,7 @@ pytest.importorskip("anywidget")
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
 
+from kernel_row import kernel_row  # noqa: E402
 from pages import CLOSE, colours, drawn, expected, hover, iteration, numbers, painted, table, where  # noqa: E402
 
 from pwlib.context import ContextualCRF  # noqa: E402
@@ -96,7 +97,7 @@ def test_the_colours_are_the_traces(page, trace):
 def test_the_senders_are_the_kernels_row(page, trace):
     hover(page, "image", trace, 9, 17, click=True)
     for m in range(2):
-        mass = trace.senders(m, 9 * 32 + 17) * trace.q[1, 1]
+        mass = kernel_row(trace, m, 9 * 32 + 17) * trace.q[1, 1]
         off = np.abs(colours(page, f"senders{m}").astype(float) - painted(mass, 0, mass.max().item(), "viridis"))
         assert off.max() <= 5
         # What all pixels send adds up to the message in the table.
@@ -104,7 +105,7 @@ def test_the_senders_are_the_kernels_row(page, trace):
         assert total == pytest.approx(trace.messages[1, m, 1, 9, 17].item(), abs=2e-3)
     page.get_by_role("button", name="weight", exact=True).click()
     for m in range(2):
-        weights = trace.senders(m, 9 * 32 + 17)
+        weights = kernel_row(trace, m, 9 * 32 + 17)
         off = np.abs(colours(page, f"senders{m}").astype(float) - painted(weights, 0, weights.max().item(), "viridis"))
         assert off.max() <= 5
 
