@@ -177,7 +177,7 @@ WRONG = {
     ],
     "experiment_a": [
         (constant("a", True), "fires on a healthy CRF"),
-        (constant("a", False), "says that patient A is well"),
+        (constant("a", False), "does not detect the fault of patient A"),
         (as_the_patient("a"), "in another CRF that has it"),
         (experiment("a", "    pass\n"), "returns nothing"),
         (
@@ -216,7 +216,7 @@ WRONG = {
         ),
     ],
     "experiment_b": [
-        (constant("b", False), "says that patient B is well"),
+        (constant("b", False), "does not detect the fault of patient B"),
         (as_the_patient("b"), "in another CRF that has it"),
         (
             # Confidence is no disease: strong couplings make a healthy CRF sure, too.
@@ -275,7 +275,7 @@ WRONG = {
     return bool((crf(logits, image, iterations=1) - plain).abs().max() < 1e-3)
 """,
             ),
-            "says that patient C is well",
+            "does not detect the fault of patient C",
         ),
     ],
     "mended_c": [
@@ -304,7 +304,7 @@ WRONG = {
     return bool((turned - crf(logits, image, iterations=1)).abs().max() > 1e-3)
 """,
             ),
-            "says that patient D is well",
+            "does not detect the fault of patient D",
         ),
         (
             # Upside down: the list of places is wrong, and as wrong the other way round.
@@ -316,7 +316,7 @@ WRONG = {
     return bool((turned - crf(logits, image, iterations=1)).abs().max() > 1e-3)
 """,
             ),
-            "says that patient D is well",
+            "does not detect the fault of patient D",
         ),
     ],
     "mended_d": [
@@ -350,7 +350,7 @@ WRONG = {
         ),
     ],
     "experiment_e": [
-        (constant("e", False), "says that patient E is well"),
+        (constant("e", False), "does not detect the fault of patient E"),
         (as_the_patient("e"), "in another CRF that has it"),
         (
             # Faint is not nothing.

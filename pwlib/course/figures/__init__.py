@@ -1,4 +1,4 @@
-"""The figures of the notebooks: one module for each notebook, one function for each figure, with its alternative text.
+"""The figures of notebooks and labs: one module for each, one function for each figure, with its alternative text.
 
-A function draws what its notebook computed and shows it with `pwlib.course.plots.show`.
+A function draws what its notebook or lab computed and shows it with `pwlib.course.plots.show`.
 """
