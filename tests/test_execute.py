@@ -48,6 +48,7 @@ def test_a_second_run_changes_nothing(tmp_path):
 
 
 def test_normalising_again_changes_nothing():
+    pytest.importorskip("nbclient")
     normalise = runpy.run_path(str(SCRIPT))["normalise"]
     for path in sorted((ROOT / "notebooks").glob("0[03]*.ipynb")):
         once = normalise(nbformat.read(path, 4))

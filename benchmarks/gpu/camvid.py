@@ -152,10 +152,14 @@ class Run:
 
     def choose_recipe(self) -> tuple[str, float]:
         """The recipe with the highest mIoU on the held-out images after short trials, and an epoch's seconds."""
-        trials, begun = {}, time.monotonic()
         loader, held = self.loader(self.fit, augmented=True), self.loader(self.held, shuffle=False)
+        few = self.loader(self.fit.subset(range(2 * self.batch)), augmented=True)
+        warm = self.trainer(copy.deepcopy(self.model), RECIPES["profile"], self.deadline)
+        warm.train_stage1(few, 1)  # cuDNN tries its algorithms here, and no trial is charged with it
+        trials, begun = {}, time.monotonic()
         for name, recipe in RECIPES.items():
-            if trials and time.monotonic() - begun > SHARES["trials"] * self.total * len(trials) / len(RECIPES):
+            used = time.monotonic() - begun
+            if trials and used + used / len(trials) > SHARES["trials"] * self.total:
                 break
             trainer = self.trainer(copy.deepcopy(self.model), recipe, self.deadline)
             try:

@@ -2,6 +2,7 @@
 
 python benchmarks/gpu/collect.py RESULTS_A RESULTS_B           tables of whatever is there
 python benchmarks/gpu/collect.py RESULTS_B --curves FILE.svg   also draws validation mIoU against epochs
+python benchmarks/gpu/collect.py RESULTS_A RESULTS_B --store FOLDER    also keeps them, without scores of single classes
 python benchmarks/gpu/collect.py RESULTS_B --join FILE.pt      also joins camvid.pt.0, camvid.pt.1, ... to one file
 """
 
@@ -144,11 +145,20 @@ def curves(contents: dict[str, dict], path: Path) -> None:
             found = list(curve(content["history"][stage]))
             for part in dict.fromkeys(part for _, part, _ in found):
                 points = [(offset + epoch, 100 * (s["miou"] or 0)) for epoch, other, s in found if other == part]
-                axes.plot(*zip(*points, strict=True), marker=".", label=f"{name} {stage}, {part}")
+                axes.plot(*zip(*points, strict=True), label=f"{name} {stage}, {part}")
             offset += max((epoch for epoch, _, _ in found), default=0)
     axes.set(xlabel="epoch", ylabel="validation mIoU, %")
     axes.legend()
     figure.savefig(path)
+
+
+def stored(content: dict) -> dict:
+    """A result without what no table shows: scores of single classes, and all of a failure's report but its reason."""
+    if "failures" in content:
+        failures = [f | {"text": reason(f["text"])} for f in content["failures"]]
+        content = content | {"failures": failures}
+    text = json.dumps(content)
+    return json.loads(text, object_hook=lambda one: {k: v for k, v in one.items() if not k.startswith("per_class")})
 
 
 def main() -> None:
@@ -156,10 +166,13 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="+", help="folders that run.sh wrote")
     parser.add_argument("--curves", type=Path, metavar="FILE", help="draw the validation curves")
     parser.add_argument("--join", type=Path, metavar="FILE", help="join the checkpoint's parts")
+    parser.add_argument("--store", type=Path, metavar="FOLDER", help="write the results there, without details")
     args = parser.parse_args()
-    files = {path.stem: path for folder in args.results for path in sorted(folder.glob("*.json")) if path.stem != "run"}
-    contents = {name: json.loads(path.read_text()) for name, path in files.items()}
-    printed = [steps(json.loads(path.read_text())) for f in args.results for path in sorted(f.glob("run.json"))]
+    files = [path for folder in args.results for path in sorted(folder.glob("*.json"))]
+    everything = [(path.stem, json.loads(path.read_text())) for path in files]
+    contents = {name: content for name, content in everything if not name.startswith("run")}
+    runs = [content for name, content in everything if name.startswith("run")]
+    printed = [steps(content) for content in runs]
     for name, content in contents.items():
         if name == "crf":
             printed.append(crf(content))
@@ -172,6 +185,10 @@ def main() -> None:
     print("\n\n".join(printed))
     if args.curves:
         curves({name: contents[name] for name in ("camvid", "context") if name in contents}, args.curves)
+    if args.store:
+        args.store.mkdir(parents=True, exist_ok=True)
+        for name, content in (contents | {f"run-{content['run']}": content for content in runs}).items():
+            (args.store / f"{name}.json").write_text(json.dumps(stored(content), indent=1) + "\n")
     if args.join:
         parts = sorted(
             (p for folder in args.results for p in folder.glob("camvid.pt.*")), key=lambda p: int(p.suffix[1:])
