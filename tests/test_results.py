@@ -21,7 +21,7 @@ def test_results_are_the_benchmarks_files():
 
 
 def test_a_missing_file_is_named_with_those_there_are():
-    with pytest.raises(FileNotFoundError, match=r"'nothing.json' are stored; expected one of .*context/result.json"):
+    with pytest.raises(FileNotFoundError, match=r"'nothing.json' are stored; expected one of .*context/grid.json"):
         results.stored_results("nothing.json")
 
 

@@ -98,6 +98,7 @@ WRONG = {
         (lambda u, v, e: (-rho_of(u, e) * degrees(u, e) * u, rho_of(u, e) * v), "own log P_U is lost"),
         (lambda u, v, e: (u, len(u) / len(e) * v), "N - 1 edges"),
         (lambda u, v, e: (rho_of(u, e) * (1 - degrees(u, e)) * u, rho_of(u, e) * v), "own log P_U too"),
+        (lambda u, v, e: (rho_of(u, e) * u, rho_of(u, e) * v), "it stays whole"),
         (lambda u, v, e: rho_of(u, e) * v, "Return two tensors"),
     ],
     "06.3": [

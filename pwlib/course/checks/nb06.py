@@ -51,7 +51,7 @@ def piece_gradient(answer):
     return "Your gradient equals finite differences on every edge."
 
 
-@exercise("06.2", title="The same sum, regrouped", minutes=15, difficulty=3)
+@exercise("06.2", title="The same energy, regrouped", minutes=15, difficulty=3)
 def regrouped(answer):
     chain = torch.tensor([[1, 0], [2, 1], [3, 2]])
     grid = torch.tensor([[0, 1], [1, 2], [3, 4], [4, 5], [0, 3], [1, 4], [2, 5]])
@@ -98,7 +98,7 @@ def regrouped(answer):
             ((1 - rho * d.mean()) * log_u, "You use the mean degree; each node has its own number of edges."),
         ]  # fmt: skip
         expect_close(result[0], unary, "unary", hints=hints)
-    return "The same sum for every labelling, on a grid, a chain and a graph with edges in both directions."
+    return "The same energy for every labelling, on a grid, a chain and a graph with edges in both directions."
 
 
 @exercise("06.3", title="Who is in the box?", minutes=10, difficulty=2)
@@ -181,11 +181,11 @@ def hidden_of_pairs(answer):
             (before, "The ReLU is missing."),
             (by_loop(lambda f, g: (f, g, f - g), times=2).relu(), "The bias is in there twice: give it to one of the two products, not to both."),
             (by_loop(lambda f, g: (f, g, f - g), times=0).relu(), "The bias is missing."),
-            (by_loop(lambda f, g: (f, g, g - f)).relu(), "The difference is turned round: f_p - f_q, the first end less the second."),
-            (by_loop(lambda f, g: (g, f, g - f)).relu(), "The ends are exchanged: edges[:, 0] is p, and W_1 belongs to f_p."),
-            (by_loop(lambda f, g: (f, g, 0 * f)).relu(), "The difference is missing: the last C columns of W act on f_p - f_q."),
-            (by_loop(lambda f, g: (f, g, f)).relu(), "W_3 acts on f_p only; it acts on f_p - f_q, so f_q gets W_2 - W_3."),
-            (by_loop(lambda f, g: (f, g, -g)).relu(), "W_3 acts on f_q only; it acts on f_p - f_q, so f_p gets W_1 + W_3."),
+            (by_loop(lambda f, g: (f, g, g - f)).relu(), "The difference is turned round: f_i - f_j, the first end less the second."),
+            (by_loop(lambda f, g: (g, f, g - f)).relu(), "The ends are exchanged: edges[:, 0] is i, and W_1 belongs to f_i."),
+            (by_loop(lambda f, g: (f, g, 0 * f)).relu(), "The difference is missing: the last C columns of W act on f_i - f_j."),
+            (by_loop(lambda f, g: (f, g, f)).relu(), "W_3 acts on f_i only; it acts on f_i - f_j, so f_j gets W_2 - W_3."),
+            (by_loop(lambda f, g: (f, g, -g)).relu(), "W_3 acts on f_j only; it acts on f_i - f_j, so f_i gets W_1 + W_3."),
             ((of_first + bias).relu()[first] + of_second.relu()[second], "You take the ReLU of each node; it comes after the two are added, at the edge."),
         ]  # fmt: skip
         with _CountNumbers() as counter:
