@@ -46,7 +46,7 @@ def listed(values: Tensor) -> str:
 
 def labellings(best: Sequence[tuple[float, Sequence[int]]]) -> None:
     """Show the six most probable labellings: (probability, nine labels) each."""
-    fig, axes = plots.figure(1, 6, figsize=(11, 2.1))
+    fig, axes = plots.figure(1, 6, figsize=(9, 1.8))
     for rank, (cell, (probability, labels)) in enumerate(zip(axes[0], best, strict=True), 1):
         paint(cell, labels, f"{rank}. P = {probability:.3f}")
     names = ("top", "middle", "bottom")
@@ -139,12 +139,12 @@ def confidence(exact: Mapping[float, Tensor], found: Mapping[float, Tensor], cho
 
 def two(runs: Mapping[str, Sequence[Tensor]]) -> None:
     """Show q(boat) of two pixels in every iteration, for each kind of update: {name: T + 1 marginals [2, 2]}."""
-    fig, axes = plots.figure(1, 3, figsize=(10, 2.6), sharey=True)
+    fig, axes = plots.figure(1, 3, figsize=(9, 2.6), sharey=True)
     for cell, (name, history) in zip(axes[0], runs.items(), strict=True):
         boat = torch.stack(list(history))[:, :, 1]  # [T + 1, 2]
         cell.plot(boat[:, 0], "o-", color=COLOURS["blue"], label="first pixel")
         cell.plot(boat[:, 1], "s--", color=COLOURS["vermilion"], label="second pixel")
-        cell.set(xlabel="iteration", ylim=(-0.05, 1.05))
+        cell.set(xlabel="iteration", xticks=range(0, 13, 3), ylim=(-0.05, 1.05))
         cell.set_title(name, fontsize=9)
     axes[0, 0].set_ylabel("q(boat)")
     axes[0, 2].legend(fontsize=8, frameon=False)
@@ -158,7 +158,7 @@ def two(runs: Mapping[str, Sequence[Tensor]]) -> None:
 
 def kernels(image: Tensor, rows: Mapping[str, tuple[tuple[int, int], Tensor]]) -> None:
     """Show an image and, for some of its pixels, the bilateral kernel: {name: ((row, column), kernel [H, W])}."""
-    fig, axes = plots.figure(1, len(rows) + 1, figsize=(11, 2.2))
+    fig, axes = plots.figure(1, len(rows) + 1, figsize=(9, 1.7))
     plots.draw(axes[0, 0], plots.to_uint8(image), "image")
     for cell, (name, ((row, column), kernel)) in zip(axes[0, 1:], rows.items(), strict=True):
         drawn = cell.imshow(kernel, cmap="cividis", vmin=0, vmax=1)
@@ -192,7 +192,7 @@ def strips(
     traces: Mapping[str, Trace], steps: Sequence[int], truth: Tensor | None, dataset: SegmentationDataset, alt: str
 ) -> None:
     """Show for each trace its image, and its labels after some iterations with their accuracy."""
-    fig, axes = plots.figure(len(traces), len(steps) + 1, figsize=(1.9 * (len(steps) + 1), 1.5 * len(traces) + 0.5))
+    fig, axes = plots.figure(len(traces), len(steps) + 1, figsize=(1.6 * (len(steps) + 1), 1.3 * len(traces) + 0.5))
     for row, (name, trace) in zip(axes, traces.items(), strict=True):
         plots.draw(row[0], plots.to_uint8(trace.image), name)
         for cell, step in zip(row[1:], steps, strict=True):
@@ -229,6 +229,7 @@ def photograph(photo: Tensor, strokes: Tensor, trace: Trace) -> None:
     """Show the portrait, strokes on it, and its labels after 1, 3 and 8 iterations."""
     maps = {f"iteration {t}": trace.labels[t] for t in (1, 3, 8)}
     fig = plots.strokes(photo, strokes, maps, photos.PALETTE, list(photos.REGIONS["portrait"]))
+    fig.set_size_inches(9, 2.7)
     alt = (
         "The portrait, the same with pen strokes in four colours, and its labels after 1, 3 and 8 iterations. After "
         "one iteration background, flag, face and uniform already have their shapes, with many wrong pixels in the "
@@ -240,7 +241,7 @@ def photograph(photo: Tensor, strokes: Tensor, trace: Trace) -> None:
 
 def confidences(labels: Mapping[float, Tensor]) -> None:
     """Show the labels of the portrait for each confidence in strokes of which one is wrong: {confidence: [H, W]}."""
-    fig, axes = plots.figure(1, len(labels), figsize=(10, 2.6))
+    fig, axes = plots.figure(1, len(labels), figsize=(9, 2.5))
     for cell, (value, label) in zip(axes[0], labels.items(), strict=True):
         plots.draw(cell, colorize(label, photos.PALETTE), f"confidence {value}")
     plots.legend(fig, photos.PALETTE, list(photos.REGIONS["portrait"]))
@@ -305,9 +306,10 @@ def reach(influence: Mapping[str, Tensor]) -> None:
 def four_runs(runs: Mapping[str, Trace], dataset: SegmentationDataset) -> None:
     """Show the labels of the four runs of exercise 02.6."""
     alt = (
-        "Labels of four runs, A to D, after 0, 1, 2, 3 and 8 iterations, from the same labels at the start. A: sharp "
-        "outlines, but the wall of the house and most of the trees are lost at the end. B: nearly all objects vanish, "
-        "and sky and land meet in a round border. C: the outlines of the image from iteration 1 on. D: a patchwork of "
-        "all classes after 1 and 3 iterations, and nearly the labels of the start after 2 and 8."
+        "Labels of four runs, A to D, after 0, 1, 2, 3 and 8 iterations, from the same labels at the start. A: objects "
+        "with sharp outlines that shrink; at the end the lower edge of the wall is round, and only a part of one tree "
+        "is left. B: nearly all objects vanish, and sky and land meet in a round border. C: the outlines of the image, "
+        "to the end. D: a patchwork of all classes after 1 and 3 iterations, and nearly the labels of the start after "
+        "2 and 8."
     )
     strips(runs, (0, 1, 2, 3, 8), None, dataset, alt)
