@@ -39,8 +39,9 @@ def coarse_photograph(image: Tensor, labels: Mapping[str, Tensor], stride: int) 
     same = [f"{100 * (label == truth).float().mean():.0f} %" for label in coarse]
     alt = (
         f"A portrait under a grid of {stride} px cells, and three label maps: the one from strokes, one from class "
-        f"shares with {same[0]} of the labels right, and one from fitted logits with {same[1]} right. The shares "
-        "give rounded regions. The fitted logits follow the outlines of hat, face and uniform more closely."
+        f"shares with {same[0]} of the labels right, and one from fitted logits with {same[1]} right. Both coarse "
+        "maps lack the eyes and the mouth and extend the hat to the upper edge. The shares also lack the name badge. "
+        "The fitted logits keep a part of it and follow the outlines of face and uniform more closely."
     )
     plots.show(fig, alt=alt)
 
@@ -149,7 +150,7 @@ def displacement(errors: Mapping[str, Tensor]) -> None:
     axes[0, 0].legend(frameon=False, fontsize=8)
     _, stretched, corners = errors.values()
     alt = (
-        f"Displacement of the scores by image row. The right way is zero except in the first and last rows. Stretching "
+        f"Displacement of the scores by image row. The right way is zero except in the first four rows. Stretching "
         f"grows to {stretched.abs().max():.1f} px at the bottom. align_corners is off by up to "
         f"{corners.abs().max():.1f} px."
     )
@@ -196,7 +197,8 @@ def errors(
     alt = (
         "Three scenes: image, truth, the labels of the network, those of logits fitted at stride 8, and the network's "
         "wrong pixels. The network finds most objects as rounded regions. The wrong pixels form rims around objects "
-        "and along the shore, and poles and wires are missing. The fitted logits are close to the truth."
+        "and along the shore, and poles and wires are missing. The fitted logits are close to the truth, "
+        "but have only fragments of the poles."
     )
     plots.show(fig, alt=alt)
 
