@@ -164,7 +164,7 @@ def notebooks() -> Iterator[str]:
         if f"({following}.ipynb)" not in "\n".join(cell.source for cell in NOTEBOOKS[name].cells[-3:]):
             yield f"{name}: does not end with a link to {following}.ipynb"
     for path in sorted(LABS.glob("source/*/*.ipynb")):
-        yield from (f"{path.stem}: {fault}" for fault in notebook_rules.names(nbformat.read(path, 4), path.stem))
+        yield from notebook_rules.lab_faults(nbformat.read(path, 4), path.stem)
 
 
 def budgets() -> Iterator[str]:

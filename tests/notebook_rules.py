@@ -1,6 +1,7 @@
 """The rules for stored notebooks, which `tests/lint.py` applies: each takes a notebook and returns its faults."""
 
 import ast
+import copy
 import importlib
 import inspect
 import re
@@ -36,6 +37,7 @@ LINK = re.compile(r"(?<!!)\[(?:[^\[\]]|!\[[^\]]*\]\([^)]*\))*\]\((?P<target>[^)\
 INLINE_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 DOTTED = re.compile(r"(?<![\w./])pwlib(?:\.[A-Za-z_]\w*)+")
 FILE = re.compile(r"^(?:pwlib|tests|benchmarks|notebooks|data)/[\w./-]*$")
+HIDDEN = re.compile(r"^ *### BEGIN (HIDDEN TESTS|SOLUTION)\n.*?^ *### END \1\n?", re.M | re.S)
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|tmp|root|home|Users)/")
 
 
@@ -45,6 +47,26 @@ def faults(notebook, name: str) -> list[str]:
     if name[:2] in SECOND_EDITION:
         rules += [widths, plotting, wording, ending, reading_time]
     return [f"{name}: {fault}" for rule in rules for fault in rule(notebook, name)]
+
+
+def lab_faults(notebook, name: str) -> list[str]:
+    """Return all faults of the source of a lab. Style counts in what students see, and in the model answer."""
+    rules = [(execution, images, names, outputs), (widths, plotting, wording)]
+    views = (notebook, released(notebook))
+    return [f"{name}: {f}" for part, view in zip(rules, views, strict=True) for rule in part for f in rule(view, name)]
+
+
+def released(notebook):
+    """A copy of a lab without hidden tests and solutions."""
+    view = copy.deepcopy(notebook)
+    for cell in view.cells:
+        cell.source = HIDDEN.sub("", cell.source)
+    return view
+
+
+def is_graded_test(cell) -> bool:
+    marks = cell.metadata.get("nbgrader", {})
+    return bool(marks.get("grade")) and not marks.get("solution")
 
 
 def tags(cell) -> list[str]:
@@ -275,7 +297,8 @@ def widths(notebook, name: str) -> Iterator[str]:
             if len(line) > WIDTH and not (cell.cell_type == "markdown" and line.startswith("|")):
                 yield f"cell {cell.id} has a line of {len(line)} characters; expected at most {WIDTH}: {line[:40]}"
         lines = len(cell.source.splitlines())
-        if cell.cell_type == "code" and lines > LENGTH and "hide-input" not in tags(cell):
+        free = "hide-input" in tags(cell) or is_graded_test(cell)  # a graded test cannot be split
+        if cell.cell_type == "code" and lines > LENGTH and not free:
             yield f"cell {cell.id} has {lines} lines; expected at most {LENGTH}"
         for output in cell.get("outputs", []):
             for line in output.get("text", "").splitlines():

@@ -10,7 +10,18 @@ from xml.etree import ElementTree
 import budgets
 import nbformat
 import pytest
-from notebook_rules import ROOT, SECOND_EDITION, WIDGET, Printed, code_cells, exercises, faults, resolves, tags
+from notebook_rules import (
+    ROOT,
+    SECOND_EDITION,
+    WIDGET,
+    Printed,
+    code_cells,
+    exercises,
+    faults,
+    lab_faults,
+    resolves,
+    tags,
+)
 
 from pwlib.course.checks import Exercise
 
@@ -133,6 +144,20 @@ def test_a_planted_fault_is_found(first, plant, fault):
     before = faults(first, "00_why_structure")
     plant(first)
     assert any(fault in found for found in faults(first, "00_why_structure") if found not in before)
+
+
+@pytest.mark.parametrize(
+    ("cell", "found"),
+    [
+        ("{}", True),
+        ("### BEGIN HIDDEN TESTS\n{}\n### END HIDDEN TESTS", False),
+        ("def answer():\n    ### BEGIN SOLUTION\n    {}\n    ### END SOLUTION", False),
+    ],
+)
+def test_the_style_of_a_lab_is_that_of_what_students_see(cell, found):
+    wide = cell.format("number = 0  # " + "-" * 90)
+    lab = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(wide, execution_count=1)])
+    assert any("expected at most 90" in fault for fault in lab_faults(lab, "lab9")) == found
 
 
 @pytest.mark.parametrize("name", ["pwlib.VOID", "pwlib.crf.Trace.q", "pwlib.crf.DenseCRF.log_w", "pwlib.data.palettes"])
