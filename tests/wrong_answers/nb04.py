@@ -49,6 +49,12 @@ def form(mu, log_w, *, rows=False, scaled=True, everywhere=False, absolute=True,
     return mu / scale, log_w * scale if product else log_w + move * scale.log()
 
 
+def diagonal_overwritten(mu, log_w):
+    mu = mu - torch.diag(mu.diag())
+    scale = mu.abs().sum() / (mu.numel() - len(mu))
+    return mu / scale, log_w + scale.log()
+
+
 def planted(function, **options):
     return lambda *arguments: function(*arguments, **options)
 
@@ -91,5 +97,6 @@ WRONG = {
         (planted(form, move=-1), "wrong way"),
         (planted(form, product=True), "summand"),
         (lambda mu, log_w: (mu / mu.abs().mean(), log_w), "diagonal of mu is not zero"),
+        (diagonal_overwritten, "diagonal was set to zero"),
     ],
 }
