@@ -134,20 +134,22 @@ def predictions(rows: Sequence, palette: np.ndarray, names: Sequence[str]) -> No
     plots.show(plots.predictions(rows, palette, names), alt=alt)
 
 
-def study(found: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]], kinds: Mapping[str, str]) -> None:
-    """Show mIoU against the receptive field, one panel for each kind of dense CRF.
+def study(found: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], kinds: Mapping[str, str]) -> None:
+    """Show mIoU against the receptive field, one panel for each kind of dense CRF: the seeds and their mean.
 
     Args:
-        found: {field: {model: {kind: (mean, half of the 95 % interval)}}}.
+        found: {field: {model: {kind: the score of each seed}}}.
         kinds: {kind: title of its panel}.
     """
     fig, axes = plots.figure(1, len(kinds), figsize=(11, 3.8), sharey=True)
     texts = []
     for axis, (kind, title) in zip(axes[0], kinds.items(), strict=True):
         for shift, (model, (name, colour, marker)) in enumerate(MODELS.items()):
-            means, halves = zip(*(rows[model][kind] for rows in found.values()), strict=True)
-            x = np.arange(len(found)) + 0.13 * (shift - 1.5)
-            axis.errorbar(x, means, yerr=np.nan_to_num(halves), fmt=marker, color=colour, ms=6, capsize=3, label=name)
+            means = [float(np.mean(rows[model][kind])) for rows in found.values()]
+            x = np.arange(len(found)) + 0.16 * (shift - 1.5)
+            for at, rows in zip(x, found.values(), strict=True):
+                axis.plot([at] * len(rows[model][kind]), rows[model][kind], "_", color=colour, ms=9, mew=1.5)
+            axis.plot(x, means, marker, ls="none", color=colour, ms=6, label=name)
             values = ", ".join(f"{field_name(f)} {m:.1f}" for f, m in zip(found, means, strict=True))
             texts.append(f"{title}, {name}: {values}")
         axis.set_xticks(range(len(found)), [field_name(field) for field in found])
@@ -156,7 +158,7 @@ def study(found: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]], 
         axis.grid(axis="y", color="0.9")
     axes[0, 0].set_ylabel("mIoU on test scenes (%)")
     axes[0, 1].legend(frameon=False, fontsize=9, loc="lower right")
-    plots.show(fig, alt="mIoU by receptive field and model, mean and 95 % interval. " + "; ".join(texts) + ".")
+    plots.show(fig, alt="mIoU by receptive field and model, mean over seeds. " + "; ".join(texts) + ".")
 
 
 def sweep(weights: Sequence[float], found: Mapping[str, Mapping[str, Tensor]]) -> None:
