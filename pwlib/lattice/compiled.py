@@ -1,8 +1,8 @@
 """The lattice filter as loops compiled by numba: the fast backend, for float32 on a CPU.
 
 Names and arguments are those of `plain`, and so are the results, up to rounding. Each loop works on consecutive points,
-or on consecutive vertices, and releases Python's lock, so that `parallel` can run it in several threads. The loops are
-compiled on import; numba keeps the result in a cache folder.
+or on consecutive vertices, and releases the global interpreter lock, so that `parallel` can run it in several threads.
+The loops are compiled on import; numba keeps the result in a cache folder.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ def _embed(elevated, low, strides, start, stop, weight, first, order):
     """The loop over the points of `plain.embed`, with the same roundings.
 
     Returns, for the points start to stop - 1: the weights of the corners; the key of the corner of remainder 0, without
-    the image; and the coordinates of H by descending residual.
+    the image; and the coordinates of H by ascending residual.
     """
     axes = len(elevated)
-    size, share = np.float32(axes), np.float32(1 / axes)
+    size, inverse = np.float32(axes), np.float32(1 / axes)
     base, residual, rank = np.empty(axes, np.float32), np.empty(axes, np.float32), np.empty(axes, np.int64)
     for p in range(start, stop):
         rank[:] = 0
         for i in range(axes):
-            base[i] = np.rint(elevated[i, p] * share)
+            base[i] = np.rint(elevated[i, p] * inverse)
             residual[i] = elevated[i, p] - size * base[i]
         for i in range(axes):
             for j in range(i + 1, axes):
@@ -69,8 +69,8 @@ def _embed(elevated, low, strides, start, stop, weight, first, order):
             shift = np.int64(rank[i] < 0) - np.int64(rank[i] >= axes)
             base[i] += shift
             rank[i] += axes * shift
-            order[p, rank[i]] = i
-            residual[rank[i]] = (elevated[i, p] - size * base[i]) * share
+            order[p, axes - 1 - rank[i]] = i
+            residual[rank[i]] = (elevated[i, p] - size * base[i]) * inverse
             if i < axes - 1:
                 first[p] += (np.int64(base[i]) - low[i]) * strides[i]
         weight[p, 0] = np.float32(1) + residual[axes - 1] - residual[0]
@@ -87,7 +87,7 @@ def _number(first, order, lowered, corner, slots, keys, shift):
         key = first[p]
         for k in range(axes):
             if k > 0:
-                key += 1 - lowered[order[p, axes - k]]
+                key += 1 - lowered[order[p, k - 1]]
             if key == before[k]:
                 corner[p, k] = corner[p - 1, k]
                 continue
@@ -189,9 +189,9 @@ def _softmax(q):
         total = np.float32(0)
         for c in range(q.shape[1]):
             total += q[p, c]
-        share = np.float32(1) / total
+        inverse = np.float32(1) / total
         for c in range(q.shape[1]):
-            q[p, c] *= share
+            q[p, c] *= inverse
 
 
 @compiled(f"void({ROWS}, {ROWS}, {ROWS}, {ROWS}, {CORNER}, {ROWS}, {ROWS})")
@@ -217,21 +217,19 @@ def _marginals(energy, q):
     for start in range(0, len(energy), BLOCK):
         here = energy[start : start + BLOCK]
         _softmax(here)
-        for c in range(len(q)):
-            for p in range(len(here)):
-                q[c, start + p] = here[p, c]
+        q[:, start : start + BLOCK] = here[:, : len(q)].T
 
 
 @compiled(f"void({ROWS}, {ROWS}, {ROWS})")
-def _softmax_backward(q, slope, total):
-    """From the slope along q to that along the energies, in place, which is added to total."""
+def _softmax_backward(q, grad, total):
+    """Replace the gradient with respect to q by that with respect to the energies, and add it to total."""
     for p in range(len(q)):
         mean = np.float32(0)
         for c in range(q.shape[1]):
-            mean += q[p, c] * slope[p, c]
+            mean += q[p, c] * grad[p, c]
         for c in range(q.shape[1]):
-            slope[p, c] = q[p, c] * (mean - slope[p, c])
-            total[p, c] += slope[p, c]
+            grad[p, c] = q[p, c] * (mean - grad[p, c])
+            total[p, c] += grad[p, c]
 
 
 @functools.lru_cache(1)
@@ -252,43 +250,29 @@ def split(points: int, parts: int) -> list[slice]:
     return [slice(points * i // parts, points * (i + 1) // parts) for i in range(parts)]
 
 
-class _Embed(torch.autograd.Function):
-    """From elevated points [d+1, B, N] to the results of the loop `_embed`, each [B, N, ..]."""
-
-    @staticmethod
-    def forward(ctx, elevated, low, strides):
-        axes, batch, points = elevated.shape
-        shape, inputs = (batch, points, axes), (elevated.flatten(1).numpy(), low.numpy(), strides.numpy())
-        weight, first, order = np.empty(shape, np.float32), np.empty(shape[:2], np.int64), np.empty(shape, np.int8)
-        outputs = weight.reshape(-1, axes), first.reshape(-1), order.reshape(-1, axes)
-        chunks = split(batch * points, max(1, min(torch.get_num_threads(), batch * points // CHUNK)))
-        parallel(lambda p: _embed(*inputs, p.start, p.stop, *outputs), [(chunk,) for chunk in chunks])
-        weight, first, ctx.order = map(torch.from_numpy, (weight, first, order))
-        ctx.mark_non_differentiable(first, ctx.order)
-        return weight, first, ctx.order
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
-        # Weight d - m is the difference of the residuals m and m + 1, in descending order, divided by d + 1.
-        slope = grad.flip(-1)
-        slope = (slope - slope.roll(1, -1)) / slope.shape[-1]
-        return torch.empty_like(slope).scatter_(-1, ctx.order.long(), slope).movedim(-1, 0), None, None
-
-
 def embed(features: Tensor) -> tuple[Tensor, Lattice]:
     """See `plain.embed`, which serves float64, the precision of large features."""
     if features.dtype != torch.float32:
         return plain.embed(features)
     elevated, low, strides, steps = geometry.place(features)
-    weight, first, order = _Embed.apply(elevated, low, strides)
-    batch, points, axes = weight.shape
+    axes, batch, points = elevated.shape
+    weight, first = np.empty((batch, points, axes), np.float32), np.empty((batch, points), np.int64)
+    order = np.empty((batch, points, axes), np.int8)
+    inputs = elevated.detach().flatten(1).numpy(), low.numpy(), strides.numpy()
+    outputs = weight.reshape(-1, axes), first.reshape(-1), order.reshape(-1, axes)
+    chunks = split(batch * points, max(1, min(torch.get_num_threads(), batch * points // CHUNK)))
+    parallel(lambda p: _embed(*inputs, p.start, p.stop, *outputs), [(chunk,) for chunk in chunks])
+    weight = torch.from_numpy(weight)
+    if elevated.requires_grad:  # weight k is r_k - r_(k-1), plus a constant, of the residuals in ascending order
+        ascending = elevated.movedim(0, -1).gather(-1, torch.from_numpy(order).long()) / axes  # [B, N, d+1]
+        difference = ascending - ascending.roll(1, -1)
+        weight = (difference - difference.detach()).add_(weight)
     lowered, steps = np.append(strides[:-1].numpy(), 0), steps.numpy()  # the last coordinate has no digit
     corner, bits = np.empty(weight.shape, np.int32), (2 * points * axes).bit_length()
 
     def number(image: int) -> ndarray:
         hashed = np.zeros(1 << bits, np.int32), np.empty(points * axes + 1, np.int64), 64 - bits
-        count = _number(first[image].numpy(), order[image].numpy(), lowered, corner[image], *hashed)
+        count = _number(first[image], order[image], lowered, corner[image], *hashed)
         neighbours = np.zeros((axes, count + 1, 2), np.int32)
         _link(steps, neighbours, *hashed)
         return neighbours
@@ -360,16 +344,16 @@ class _Filter:
         parallel(one, self.chunks)
         return layers
 
-    def backward(self, slope: ndarray, values: ndarray, blurred: list, table: ndarray, gradients: list) -> ndarray:
-        """From the slope [P, C] of a message to that of its values; those of the weights are added to gradients."""
+    def backward(self, grad: ndarray, values: ndarray, blurred: list, table: ndarray, gradients: list) -> ndarray:
+        """Turn the gradient [P, C] of a message into that of its values; add those of the weights to gradients."""
         to_splat, to_slice, to_mixing = gradients
-        received, back = self.blur(self.splat(slope, self.slice_weight), backward=True)
+        received, back = self.blur(self.splat(grad, self.slice_weight), backward=True)
         if to_mixing is not None:
             for (_, _, kernel), sent, part in zip(self.parts, blurred, received, strict=True):
                 to_mixing[kernel] += sent.T @ part
 
         def dots(_: int, p: slice) -> None:
-            for out, rows, side in ((to_slice, slope, table), (to_splat, values, back)):
+            for out, rows, side in ((to_slice, grad, table), (to_splat, values, back)):
                 if out is not None:
                     _dots(rows[p], out[p], self.corner[p], side)
 
@@ -381,11 +365,11 @@ class _Lattice(torch.autograd.Function):
     """`message` of the values in `start`, if iterations is None, or energies of mean field from the unary ones."""
 
     @staticmethod
-    def forward(ctx, start, splat_weight, slice_weight, mixing, lattice, iterations, keep):
+    def forward(ctx, start, splat_weight, slice_weight, mixing, lattice, iterations):
         ctx.save_for_backward(start, splat_weight, slice_weight, mixing)  # autograd notices if they change in place
         f, shape = _Filter(splat_weight, slice_weight, mixing, lattice), start.shape
         start = start.detach().flatten(0, 1).contiguous().numpy()
-        steps, table = [], np.empty((0, start.shape[-1]), np.float32)
+        steps, table, keep = [], np.empty((0, start.shape[-1]), np.float32), any(ctx.needs_input_grad)
         ctx.extras = f, steps, iterations is not None
         if iterations is None:
             blurred, table = f.blur(f.splat(start, f.splat_weight))
@@ -405,32 +389,32 @@ class _Lattice(torch.autograd.Function):
         (f, steps, softmax), _ = ctx.extras, ctx.saved_tensors
         wanted = zip((f.splat_weight, f.slice_weight, f.mixing), ctx.needs_input_grad[1:], strict=False)
         gradients = [np.zeros_like(array) if needed else None for array, needed in wanted]
-        slope = grad.flatten(0, 1).contiguous().numpy()
-        total = slope.copy()
+        grad = grad.flatten(0, 1).contiguous().numpy()
+        total = grad.copy()
         for q, *rest in reversed(steps):
-            slope = f.backward(slope, q, *rest, gradients)
+            grad = f.backward(grad, q, *rest, gradients)
             if softmax:
-                parallel(lambda _, p, q=q, s=slope: _softmax_backward(q[p], s[p], total[p]), f.chunks)
+                parallel(lambda _, p, q=q, g=grad: _softmax_backward(q[p], g[p], total[p]), f.chunks)
         shapes = (t.shape for t in ctx.saved_tensors)
-        given = total if softmax else slope, *gradients
+        given = total if softmax else grad, *gradients
         back = [None if g is None else torch.from_numpy(g).view(s) for g, s in zip(given, shapes, strict=True)]
-        return *back, None, None, None
+        return *back, None, None
 
 
 def message(values: Tensor, weights: tuple[Tensor, Tensor], mixing: Tensor, lattice: Lattice) -> Tensor:
     """See `plain.message`."""
-    return _Lattice.apply(values, *weights, mixing, lattice, None, True)
+    return _Lattice.apply(values, *weights, mixing, lattice, None)
 
 
 def mean_field(
     unary: Tensor, weights: tuple[Tensor, Tensor], mixing: Tensor, lattice: Lattice, iterations: int, *, log: bool
 ) -> Tensor:
     """log q (or q) [B, N, K] after some iterations of q = softmax(-unary - message(q)) from q = softmax(-unary)."""
-    labels, learns = unary.shape[-1], torch.is_grad_enabled()
+    labels = unary.shape[-1]
     spare = -labels % 8  # labels of probability zero, which fill the vector registers
     unary, mixing = F.pad(unary, (0, spare), value=IMPOSSIBLE), F.pad(mixing, (0, spare, 0, spare))
-    energy = _Lattice.apply(unary, *weights, mixing, lattice, iterations, learns)
-    if log or learns:
+    energy = _Lattice.apply(unary, *weights, mixing, lattice, iterations)
+    if log or energy.requires_grad:
         return normalise(-energy[..., :labels], log=log)
     q = np.empty((len(energy), labels, energy.shape[1]), np.float32)
     chunks = split(energy.shape[1], torch.get_num_threads())
