@@ -51,7 +51,7 @@ import torch
 from torch import Tensor, nn
 
 from pwlib.graph import LIKELIHOODS, expected_energies, mean_field
-from pwlib.inputs import at_least, check_label
+from pwlib.inputs import at_least
 from pwlib.losses import cross_entropy, pairwise_nll
 from pwlib.trace import Trace, record
 
@@ -295,7 +295,6 @@ class ContextualCRF(nn.Module):
         correct the errors of edges. class_weights should be those of the unary's loss: see `pwlib.losses.pairwise_nll`.
         """
         self._check(logits, features)
-        check_label(label, self.num_classes)
         energy = torch.cat(list(self.pair_energies(logits.detach(), features).values()), dim=1)
         edges = torch.cat(list(self.edges(*label.shape[-2:]).values()))
         ends = (label.flatten(1)[:, index] for index in edges.unbind(1))

@@ -85,8 +85,6 @@ class PiecewiseTrainer:
         self.config = self.options.as_dict()  # stored in every checkpoint, and compared when a run is resumed
         self.device = torch.device(device)
         self.model = model.to(self.device)
-        if self.options.class_weights is not None:
-            self.options.class_weights = self.options.class_weights.to(self.device)
         self.amp = None
         if self.device.type == "cuda" if amp is None else amp:
             bfloat16 = self.device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
@@ -271,7 +269,7 @@ class PiecewiseTrainer:
                 peak = max(peak, optimizer.param_groups[0]["lr"])
                 loss, scores = module(image, label)  # [], [B, K, H, W]
                 known = label != VOID  # [B, H, W]
-                weight = known.sum().float() if weights is None else weights[label[known]].sum()
+                weight = known.sum().float() if weights is None else weights.to(self.device)[label[known]].sum()
                 all_weights = loaders.all_reduce_sum(weight.clone()).clamp(min=1e-12)
                 optimizer.zero_grad(set_to_none=True)
                 # DistributedDataParallel averages gradients over processes; one process would average over pixels.
