@@ -67,11 +67,7 @@ def vgg_blocks(*, width: float = 1.0, batch_norm: bool = False, output_stride: i
 
     Poolings are VGG's 2x2 with stride 2 until the output stride is reached. Later poolings are 3x3 with stride 1 (an
     even size would shift the map by half a cell), and each doubles the dilation of the convolutions behind it. Blocks 1
-    to 3 therefore compute exactly what VGG computes.
-
-    Args:
-        width: multiplies the number of channels of every layer.
-        output_stride: px per cell of the result: 8, 16 or 32.
+    to 3 therefore compute exactly what VGG computes. The options are those of `VGGNetwork`.
     """
     if output_stride not in (8, 16, 32):
         raise ValueError(f"output_stride is {output_stride}; expected 8, 16 or 32")
