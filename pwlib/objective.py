@@ -30,7 +30,7 @@ class TrainerOptions:
     weight_decay: float = 5e-4  # of the network's weights; never of biases, norms or the CRF
     loss: str | Callable = "cross_entropy"  # of the network; or a function (logits, label) -> scalar
     crf_loss: Literal["marginal", "piecewise"] = "marginal"  # of stage 2; see `Objective`
-    joint_pieces: bool = False  # train the context's pairwise networks with the network in stage 1, not in stage 2
+    joint_pairwise: bool = False  # train the context's pairwise networks with the network in stage 1, not in stage 2
     class_weights: Tensor | Sequence[float] | None = None  # [K], of cross-entropy and of the context's pair loss
     clip: float | None = 5.0  # largest norm of the gradient; None: any
     train_iterations: int = 5  # of mean field, in training
@@ -118,7 +118,7 @@ class Objective(nn.Module):
     of neighbouring pixels are correlated and the model treats them as independent. With a frozen network the likelihood
     could correct this only by weakening the kernels. T changes no label and is not part of the model.
 
-    With a contextual CRF its pair loss is added in stages 2 and 3, or with `joint_pieces` in stages 1 and 3. The
+    With a contextual CRF its pair loss is added in stages 2 and 3, or with `joint_pairwise` in stages 1 and 3. The
     gradient of -log q(label) does not reach its pairwise networks in stage 2, only its weights and its temperature.
     The piecewise likelihood of stage 2 needs no inference: its unary terms are the network's own logits, and the
     weights and the temperature of the context are not trained.
@@ -130,8 +130,8 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.stage, self.options, self.amp = model, stage, options, amp
         self.temperature = 1.0
-        self.has_pairs = model.context is not None and (stage > 1 or options.joint_pieces)
-        self.learns_pairs = self.has_pairs and not (stage == 2 and options.joint_pieces)
+        self.has_pairs = model.context is not None and (stage > 1 or options.joint_pairwise)
+        self.learns_pairs = self.has_pairs and not (stage == 2 and options.joint_pairwise)
         # Modules with fixed batch-norm statistics: the network in stage 2, and those that the user froze, which means
         # put into evaluation mode, unlike the model, and without a parameter that needs a gradient.
         needs = {m: [p.requires_grad for p in m.parameters()] for m in model.modules() if not m.training}

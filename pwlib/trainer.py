@@ -146,7 +146,7 @@ class PiecewiseTrainer:
     def _train(self, stage: int, loader: Batches, epochs: int, val_loader: Batches | None) -> History:
         """Check the arguments, and train; parameters that do not belong to the stage get no gradient.
 
-        The pairwise networks of a context belong to stage 1 with `joint_pieces`, and to stage 2 without.
+        The pairwise networks of a context belong to stage 1 with `joint_pairwise`, and to stage 2 without.
         """
         at_least(0, **{f"stage{stage}_epochs": epochs})
         if epochs == 0:
@@ -161,7 +161,7 @@ class PiecewiseTrainer:
             raise ValueError(f"stage {stage} has no batch to train on: the loader is empty")
         objective = Objective(self.model, stage, self.options, self.amp)
         prefixes = {1: ["unary."], 2: [*CRF_PARAMETERS], 3: [""]}
-        prefixes[1 if self.options.joint_pieces else 2].append("context.")
+        prefixes[1 if self.options.joint_pairwise else 2].append("context.")
         parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         trained = {name: p for name, p in parameters.items() if name.startswith(tuple(prefixes[stage]))}
         untrained = [p for name, p in parameters.items() if name not in trained]

@@ -85,9 +85,9 @@ def test_a_context_for_another_network_is_rejected():
 
 
 @pytest.mark.parametrize("joint", [False, True])
-def test_stage_1_trains_the_pairwise_networks_with_joint_pieces_only(joint):
+def test_stage_1_trains_the_pairwise_networks_with_joint_pairwise_only(joint):
     model = model_of()
-    found = changed(model, lambda: trainer_of(model, joint_pieces=joint).train_stage1(scenes(), 1))
+    found = changed(model, lambda: trainer_of(model, joint_pairwise=joint).train_stage1(scenes(), 1))
     assert found == names(model, "unary.", "context.networks" if joint else "unary.")
 
 
@@ -108,7 +108,7 @@ def test_stage_2_keeps_the_pairwise_networks_that_stage_1_trained(crf_loss):
     expected = names(model, "crf.") | (
         {"context.weight", "context.log_temperature"} if crf_loss == "marginal" else set()
     )
-    trainer = trainer_of(model, crf_loss=crf_loss, joint_pieces=True)
+    trainer = trainer_of(model, crf_loss=crf_loss, joint_pairwise=True)
     assert changed(model, lambda: trainer.train_stage2(scenes(), 1)) == expected
     assert all(parameter.requires_grad for parameter in model.parameters()), "as they were before"
 
@@ -137,7 +137,7 @@ def test_gradients_of_the_pair_loss():
         return F.cross_entropy(logits, label, ignore_index=255)
 
     def objective(stage, joint=False):
-        options = {"loss": network_loss, "train_iterations": 2, "class_weights": weights, "joint_pieces": joint}
+        options = {"loss": network_loss, "train_iterations": 2, "class_weights": weights, "joint_pairwise": joint}
         return Objective(model, stage, TrainerOptions(K, **options)).eval()
 
     alone = gradient(model, objective(1)(image, label)[0])
@@ -162,7 +162,7 @@ def test_gradients_of_the_pair_loss():
 def test_a_run_is_resumed_and_loaded(tmp_path):
     def run(out, stages, **options):
         model = model_of()
-        trainer = trainer_of(model, out=out, joint_pieces=True, **options)
+        trainer = trainer_of(model, out=out, joint_pairwise=True, **options)
         trainer.train_stage1(scenes(), 1)
         if stages > 1:
             trainer.train_stage2(scenes(), 1, scenes("val", 3))
@@ -177,7 +177,7 @@ def test_a_run_is_resumed_and_loaded(tmp_path):
     for one in (resumed, other):
         for name, value in whole.state_dict().items():
             assert torch.equal(value, one.state_dict()[name]), name
-    with pytest.raises(ValueError, match="joint_pieces = True, this run has False"):
+    with pytest.raises(ValueError, match="joint_pairwise = True, this run has False"):
         trainer_of(model_of(), out=tmp_path / "a", resume=True).train_stage1(scenes(), 1)
 
 

@@ -142,7 +142,7 @@ def train(name: str, data: str, root: str, profile: Profile, epochs: tuple[int, 
         whole.num_classes,
         profile.learning_rate,
         **{key: getattr(profile, key) for key in settings},
-        joint_pieces=model.context is not None,
+        joint_pairwise=model.context is not None,
         class_weights=balanced_weights(fit.pixel_counts()[:-1], power=profile.class_balance)
         if profile.class_balance
         else None,

@@ -186,7 +186,7 @@ def train(model: PiecewiseTrainedModel, seed: int, stage: int, counts: Tensor, d
         crf_learning_rate=SETTINGS["crf_learning_rate"],
         optimizer="adamw",
         schedule="onecycle",
-        joint_pieces=True,
+        joint_pairwise=True,
         class_weights=balanced_weights(counts),
         train_iterations=SETTINGS["iterations"],
         test_iterations=SETTINGS["iterations"],

@@ -68,7 +68,7 @@ def train(
         device,
         train_set.num_classes,
         **{key: settings[key] for key in TRAINER_SETTINGS},
-        joint_pieces=bool(settings.get("context")),
+        joint_pairwise=bool(settings.get("context")),
         class_weights=balanced_weights(fit_set.pixel_counts()[:-1], power=power) if power else None,
         out=out,
         resume=resume,
