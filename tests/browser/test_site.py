@@ -132,6 +132,16 @@ def test_the_front_page_is_light_and_shows_its_icons(served, open_page):
     assert page.evaluate("document.fonts.check('900 16px \"Font Awesome 7 Free\"')")
 
 
+@pytest.mark.parametrize("name", ["02_crf_from_scratch", "03_messages_fast"])
+def test_axe_finds_nothing_in_explorers_that_nobody_has_scrolled_to(served, open_page, name):
+    """An explorer computes when it comes into view; before that its panels are empty."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    page = open_page(f"{served[0]}/notebooks/{name}.html")
+    page.locator(".pwlib-explorer [role=toolbar]").first.wait_for(state="attached")
+    found = axe.run(page, context=".pwlib-explorer").response["violations"]
+    assert not found, [(v["id"], v["nodes"][0]["html"][:200]) for v in found]
+
+
 def test_search_finds_a_word_and_quotes_its_page(site, served, open_page):
     for address in (site.as_uri(), served[0]):
         page = open_page(f"{address}/search.html?q=independence")

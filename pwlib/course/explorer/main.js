@@ -116,7 +116,7 @@ async function render({ model, el }) {
     ...settings.flatMap((s, n) => (s ? [[`Settings${letters[n] && ` ${letters[n]}`}`, s.node]] : [])), ...(painter ? [["Paint", painter.node]] : []), ["Energy", chart], ["Help", help],
   ].map(([name, node], n) => {
     const id = `tab-${n}`, tab = make("button", { type: "button", role: "tab", id, "aria-controls": `${id}-panel`, onclick: () => open(n) }, name);
-    const panel = make("section", { role: "tabpanel", tabindex: name === "Help" ? 0 : false, id: `${id}-panel`, "aria-labelledby": id }, node);
+    const panel = make("div", { role: "tabpanel", tabindex: 0, id: `${id}-panel`, "aria-labelledby": id }, node);
     return { name, tab, panel };
   });
   const tablist = make("div", { class: "tabs", role: "tablist", "aria-label": "Settings, painting, energies and help", onkeydown: (event) => {
@@ -140,7 +140,7 @@ async function render({ model, el }) {
     schedule();
   }
   const table = numbersTable(app, panes);
-  const numbers = make("section", { class: "numbers", tabindex: 0, "aria-label": "Numbers of the marked pixel" }, table.node);
+  const numbers = make("div", { class: "numbers", role: "group", tabindex: 0, "aria-label": "Numbers of the marked pixel" }, table.node);
   const below = make("div", { class: "below" }, make("section", { class: "left" }, tablist, ...tabs.map(({ panel }) => panel)), numbers);
   const what = pair ? `two mean fields, ${panes.map((p) => p.meta.title).join(" and ")}` : `${names.length} labels`;
   const root = make("div", { class: "explorer", tabindex: -1, role: "group", "aria-label": `Mean-field explorer: ${height} by ${width} pixels, ${what}` },

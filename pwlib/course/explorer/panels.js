@@ -7,7 +7,7 @@ import { clamp, gradient, make, number, TABLES } from "./tools.js";
 export class Panel {
   constructor(app, { key, title, symbol = "", badge = "", size = [app.height, app.width], groups = ["maps"], spoken, describe }) {
     Object.assign(this, { app, key, groups, describe, size, spoken: spoken || title });
-    const canvas = make("canvas", { width: size[1], height: size[0], role: "img", tabindex: -1, "data-panel": key });
+    const canvas = make("canvas", { width: size[1], height: size[0], role: "img", tabindex: -1, "data-panel": key, "aria-label": this.spoken });
     this.canvas = canvas;
     this.context = canvas.getContext("2d");
     this.mark = make("span", { class: "mark", "aria-hidden": "true" });

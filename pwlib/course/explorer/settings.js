@@ -90,7 +90,7 @@ export function settingsPanel(pane, letter = "") {
   picks.push(select("preset", "The settings as they were given, or with one of the course's faults.", presets(meta).map((name) => [name, `preset: ${name}`]), current,
     (name) => pane.change({ ...Object.fromEntries(keys.map((key) => [key, meta.settings[key]])), ...PRESETS[name] }, true)));
   const edges = make("div", { class: "edges" });
-  const line = make("code", { class: "python", tabindex: 0, "aria-label": "The settings in Python" });
+  const line = make("code", { class: "python", role: "group", tabindex: 0, "aria-label": "The settings in Python" });
   const copy = make("button", { type: "button", class: "copy-line", title: "Copy this line", "aria-label": `Copy the line of Python${letter && ` of ${letter}`}`, onclick: async () => {
     try { await navigator.clipboard.writeText(line.textContent); copy.classList.add("copied"); setTimeout(() => copy.classList.remove("copied"), 1200); }
     catch { getSelection().selectAllChildren(line); }
