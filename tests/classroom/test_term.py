@@ -11,7 +11,8 @@ from students import call, put
 from test_release import clean, install, small_lab
 
 DUE = datetime(2030, 1, 10, 12, tzinfo=timezone.utc).timestamp()
-RIGHT, WRONG = "def double(number):\n    return number + number", "def double(number):\n    return number"
+RIGHT = "import pwlib\n\ndef double(number):\n    return number + number"
+WRONG = "def double(number):\n    return number"
 TASK = "## Task 1 · Doubling (4 points)\n\nAs in $x + x$."
 HOUR = 3600
 
@@ -43,12 +44,15 @@ def table(path):
 
 
 def test_a_term(lab9, tmp_path):
-    work = tmp_path / "handed_in"
+    work, other = tmp_path / "handed_in", tmp_path / "other" / "pwlib"
+    other.mkdir(parents=True)
+    (other / "__init__.py").touch()
     hand_in(work, "ada", RIGHT, -HOUR)
     hand_in(work, "bob", RIGHT, 25 * HOUR)
     hand_in(work, "cyd", WRONG, 100)
 
-    done = call(lab9, "grade", str(work), "--student", "bob", "--lab", "lab9")
+    # The kernel does not get the teacher's PYTHONPATH: it must be allowed to read the pwlib that it finds itself.
+    done = call(lab9, "grade", str(work), "--student", "bob", "--lab", "lab9", PYTHONPATH=str(other.parent))
     assert done.returncode == 0 and done.stdout.splitlines()[1:] == ["bob lab9 4/4, 0.8 off for lateness"], done.stderr
     done = call(lab9, "grade", str(work))
     assert done.stdout.splitlines()[1:] == [

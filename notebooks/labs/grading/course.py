@@ -165,8 +165,8 @@ def isolation(unsafe: bool) -> dict[str, str]:
     # The font manager makes the list of fonts that each kernel is handed a copy of: it takes seconds.
     look = "import matplotlib.font_manager, pwlib; print(matplotlib.get_cachedir())"
     try:
-        # From the root: a pwlib in the current folder would be found first, and kernels run elsewhere, without it.
-        found = subprocess.run([python, "-c", look], capture_output=True, text=True, cwd=os.sep)
+        # From the root and without PYTHONPATH, as kernels run: a pwlib in the current folder would be found first.
+        found = subprocess.run([python, "-E", "-c", look], capture_output=True, text=True, cwd=os.sep)
     except OSError:
         found = None
     if found is None or found.returncode:

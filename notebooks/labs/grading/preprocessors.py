@@ -134,7 +134,7 @@ class ConfinedKernelManager(AsyncKernelManager):
         look = "import sys; from importlib.util import find_spec; "
         look += "print(sys.prefix, sys.base_prefix, *find_spec('pwlib').submodule_search_locations, sep='\\n')"
         try:
-            found = subprocess.run([python, "-c", look], capture_output=True, text=True, check=True, cwd=os.sep)
+            found = subprocess.run([python, "-E", "-c", look], capture_output=True, text=True, check=True, cwd=os.sep)
         except (OSError, subprocess.CalledProcessError) as error:
             raise RuntimeError(f"{python} lacks pwlib; LAB_PYTHON names the Python that has it") from error
         read = [*SYSTEM, *found.stdout.splitlines()]
