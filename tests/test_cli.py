@@ -201,7 +201,7 @@ def test_evaluate_writes_the_format_of_the_readme(finished, pictures, tmp_path, 
     assert capsys.readouterr().out == ""
     scores = json.loads(file.read_text())
     assert {stage: set(parts) for stage, parts in scores.items()} == {
-        "stage1": {"unary", "untuned_crf"},
+        "stage1": {"unary", "default_crf"},
         "stage2": {"unary", "crf"},
         "stage3": {"unary", "crf"},
     }

@@ -190,7 +190,7 @@ def test_the_command_line_trains_scores_and_predicts_with_context(pictures, tmp_
     assert main(["evaluate", run]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert {stage: list(parts) for stage, parts in scores.items()} == {
-        "stage1": ["unary", "context", "untuned_crf"],
+        "stage1": ["unary", "context", "default_crf"],
         "stage2": ["unary", "context", "crf"],
     }
     picture = next((pictures / "val" / "images").iterdir())

@@ -16,7 +16,7 @@ RUNS = {
 }
 ROWS = [
     ("stage 1: network", "stage1", "unary"),
-    ("stage 1 + default CRF", "stage1", "untuned_crf"),
+    ("stage 1 + default CRF", "stage1", "default_crf"),
     ("stage 2: CRF learned", "stage2", "crf"),
     ("stage 3: both together", "stage3", "crf"),
 ]

@@ -53,6 +53,6 @@ def score_run(
         checkpoints.load_model(run / f"{stage}-best.pt", model)
         scores = evaluate(model, loader)
         if stage == "stage1":  # its CRF still has the parameters that the run started with
-            scores["untuned_crf"] = scores.pop("crf")
+            scores["default_crf"] = scores.pop("crf")
         result[stage] = {part: {key: values[key] for key in keys} for part, values in scores.items()}
     return result
