@@ -16,7 +16,7 @@ PARTS = ("What you will be able to do", "What you need", "Time", "What to rememb
 SHORTEST_ALT = 20  # characters; "a figure" is no description
 
 # Notebooks of the second edition, by number, to which the rules on style apply as well.
-SECOND_EDITION = {"00", "01", "02", "03", "04", "06", "07", "08"}
+SECOND_EDITION = {"00", "01", "02", "03", "04", "05", "06", "07", "08"}
 ENDING = ("What to remember", "Quick questions", "Weekend project", "Further reading")
 WIDTH, LENGTH = 90, 25  # characters of a line, lines of a code cell
 WORDS_PER_MINUTE = 180

@@ -151,7 +151,7 @@ def sign_flip_p(answer):
     return "Right in five cases. The smallest p that five seeds can give is 2 / 32 = 0.0625."
 
 
-@exercise("05.5", title="What a foreign CRF costs", minutes=5, difficulty=1)
+@exercise("05.5", title="The loss with the CRF of another run", minutes=5, difficulty=1)
 def swap_loss(answer):
     for size in (5, 3):
         table = 40 + 5 * torch.rand(size, size)
