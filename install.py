@@ -25,7 +25,8 @@ PYTHON = SCRIPTS / ("python.exe" if os.name == "nt" else "python")
 OPTIONAL = {"bench": "pydensecrf2 was not installed (it needs a C++ compiler); tests that compare with it are skipped."}
 DEFAULT_BUILD = """\
 The package index has no CPU build of torchvision that matches torch. PyTorch's default build for Linux is installed: a
-download of about 3 GB with CUDA's libraries, 5 GB when installed. TORCH_INDEX or uv avoids it: see install.py."""
+download of about 3 GB with CUDA's libraries, 5 GB when installed. The CPU build avoids it: install uv, or name an
+index, TORCH_INDEX=address python install.py --lab."""
 
 
 def uv() -> str | None:

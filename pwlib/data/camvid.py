@@ -54,7 +54,8 @@ def load(root, split: str, *, download: bool = False, **options) -> Segmentation
     if found is None:
         raise FileNotFoundError(
             f"camvid: neither {root / split} nor {root / 'camvid' / split} is a folder; "
-            "give root= the folder that contains train/ and trainannot/, or download=True to fetch it (about 200 MB)"
+            "give root= the folder that contains train/ and trainannot/, "
+            "or download=True (--download) to fetch it (about 200 MB)"
         )
     images, labels = pair_files(found / split, found / f"{split}annot", "camvid")
     names = [path.stem for path in images]

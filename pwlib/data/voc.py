@@ -66,7 +66,7 @@ def load(root, split: str, *, download: bool = False, sbd: bool = False, **optio
 
 def _voc(root: Path, split: str, download: bool) -> VOCSegmentation:
     there = root / "VOCdevkit" / "VOC2012"
-    with _missing(there, "give root= the folder that contains VOCdevkit/, or download=True to fetch it (2 GB)"):
+    with _missing(there, "give root= the folder that contains VOCdevkit/, or download=True (--download): 2 GB"):
         return VOCSegmentation(str(root), year="2012", image_set=split, download=download and not there.is_dir())
 
 

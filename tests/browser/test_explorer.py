@@ -142,17 +142,17 @@ def test_the_keyboard_does_it_all(page, trace):
     def at_focus():
         return page.evaluate(
             "() => { const a = document.querySelector('.pwlib-explorer').shadowRoot.activeElement;"
-            " return a && (a.dataset.panel || a.getAttribute('aria-label') || a.textContent); }"
+            " return a && (a.dataset.panel || a.ariaLabel || a.getAttribute('aria-labelledby') || a.textContent); }"
         )
 
     order = []
-    for _ in range(12):
+    for _ in range(13):
         page.keyboard.press("Tab")
         order.append(at_focus())
     assert order[:7] == [
         "First iteration", "Step back", "Play", "Step forward", "Last iteration", "Iteration", "Class shown"
     ]  # fmt: skip
-    assert order[7:12] == ["weight × q", "weight", "image", "Energy", "Numbers of the marked pixel"]
+    assert order[7:] == ["weight × q", "weight", "image", "Energy", "tab-0", "Numbers of the marked pixel"]
     page.locator("canvas[data-panel=image]").focus()
     for key, by in {"ArrowRight": (0, 1), "ArrowDown": (1, 0), "ArrowLeft": (0, -1), "ArrowUp": (-1, 0)}.items():
         row, column = where(page)

@@ -116,7 +116,7 @@ async function render({ model, el }) {
     ...settings.flatMap((s, n) => (s ? [[`Settings${letters[n] && ` ${letters[n]}`}`, s.node]] : [])), ...(painter ? [["Paint", painter.node]] : []), ["Energy", chart], ["Help", help],
   ].map(([name, node], n) => {
     const id = `tab-${n}`, tab = make("button", { type: "button", role: "tab", id, "aria-controls": `${id}-panel`, onclick: () => open(n) }, name);
-    const panel = make("div", { role: "tabpanel", tabindex: 0, id: `${id}-panel`, "aria-labelledby": id }, node);
+    const panel = make("div", { role: "tabpanel", tabindex: ["Energy", "Help"].includes(name) ? 0 : false, id: `${id}-panel`, "aria-labelledby": id }, node);
     return { name, tab, panel };
   });
   const tablist = make("div", { class: "tabs", role: "tablist", "aria-label": "Settings, painting, energies and help", onkeydown: (event) => {
