@@ -56,7 +56,7 @@ classroom: .venv-classroom/.ready ## Install nbgrader for the labs into .venv-cl
 	.venv-classroom/bin/python -m pip install --quiet $(shell sed -n 's/^classroom = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ,)
 	@touch $@
 
-release: classroom ## Write the labs without solutions to notebooks/labs/release (LAB=lab2, DUE='2030-11-28 18:00 CET')
+release: classroom ## Write the labs without solutions to notebooks/labs/release (LAB=lab2, DUE='2030-11-28 18:00 Europe/Berlin')
 	$(LABS) release $(LAB) $(if $(DUE),--due "$(DUE)")
 
 grade: classroom ## Grade submissions: make grade SUBMITTED=folder (LAB=lab2, STUDENT=ada, AGAIN=1, UNSAFE=1)

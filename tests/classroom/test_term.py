@@ -3,11 +3,12 @@
 import csv
 import os
 import re
+import subprocess
 from datetime import datetime, timezone
 
 import pytest
 from nbformat.v4 import new_markdown_cell
-from students import call, put
+from students import NBGRADER, call, put
 from test_release import clean, install, small_lab
 
 DUE = datetime(2030, 1, 10, 12, tzinfo=timezone.utc).timestamp()
@@ -92,6 +93,35 @@ def test_a_changed_lab_is_graded_again(lab9, tmp_path):
     assert "ada lab9 0/4\n" in call(lab9, "grade", str(tmp_path)).stdout
 
 
+def test_marks_given_by_hand_stay_when_an_unchanged_submission_is_graded_again(course, tmp_path):
+    """The penalty is computed from all points: the guide has the lab graded again after the written answers."""
+    install(course, small_lab())
+    assert call(course, "release", "lab9", "--due", "2030-01-10 13:00 +01:00").stdout.endswith(
+        "(due 2030-01-10 12:00 UTC)\n"
+    )
+    submission = clean()
+    submission.cells[1].source, submission.cells[3].source = RIGHT, "Adding is cheap."
+    put(submission, tmp_path, "ada", "lab9")
+    os.utime(tmp_path / "ada" / "lab9.ipynb", (DUE + HOUR,) * 2)
+    assert "ada lab9 4/5, 0.4 off for lateness (an answer" in call(course, "grade", str(tmp_path)).stdout
+    by_hand = f"""
+from nbgrader.api import Gradebook
+with Gradebook("sqlite:///{course / "gradebook.db"}") as gradebook:
+    grade = gradebook.find_grade("why", "lab9", "lab9", "ada")
+    grade.manual_score, grade.needs_manual_grade = 1, False
+    gradebook.db.commit()
+"""
+    subprocess.run([NBGRADER, "-c", by_hand], check=True)
+    assert "ada lab9 5/5, 0.5 off for lateness\n" in call(course, "grade", str(tmp_path), "--again").stdout
+    assert call(course, "export").returncode == 0
+    assert table(course / "grades-moodle.csv")[1] == ["ada", "4.5"]
+    submission.cells[3].source = "Another answer."
+    put(submission, tmp_path, "ada", "lab9")
+    os.utime(tmp_path / "ada" / "lab9.ipynb", (DUE + HOUR,) * 2)
+    assert "(an answer waits" in call(course, "grade", str(tmp_path)).stdout
+
+
 def test_a_time_that_is_none_is_refused(lab9):
-    done = call(lab9, "release", "--due", "next week")
-    assert done.returncode and "DUE is 'next week'; expected a time such as" in done.stderr
+    for due in ("next week", "05.11.2030 18:00", "2030-11-28", "2030-11-28 18:00", "2030-11-28 18:00 PST"):
+        done = call(lab9, "release", "--due", due)
+        assert done.returncode and f"DUE is {due!r}; expected a time and its zone" in done.stderr

@@ -33,8 +33,8 @@ from pathlib import Path
 from threading import Lock
 
 import nbformat
+from dateutil import tz
 from nbgrader.api import Gradebook, MissingEntry
-from nbgrader.utils import parse_utc
 
 COURSE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(COURSE / "grading"))
@@ -91,11 +91,24 @@ def nbgrader(*arguments: str, seconds: float | None = None, **environment: str) 
     return process.returncode, log
 
 
-def release(names: list[str], due: str | None) -> None:
+def time_of(due: str) -> datetime:
+    """A deadline such as '2030-11-28 18:00 Europe/Berlin' or '… +01:00' in UTC, without a zone, as nbgrader stores it.
+
+    Times in other notations are refused, because some can be read in two ways, and so are zones that are not known.
+    """
+    found = re.fullmatch(r"(\d{4}-\d\d-\d\d[ T]\d\d:\d\d) *(\S+)", due.strip())
     try:
-        deadline = due and parse_utc(due)
+        if found and found[2][0] in "+-":
+            return datetime.fromisoformat(found[1] + found[2]).astimezone(timezone.utc).replace(tzinfo=None)
+        if found and (zone := tz.gettz(found[2])):
+            return datetime.fromisoformat(found[1]).replace(tzinfo=zone).astimezone(timezone.utc).replace(tzinfo=None)
     except ValueError:
-        sys.exit(f"DUE is {due!r}; expected a time such as '2030-11-28 18:00 CET'.")
+        pass  # there is no such day, hour or offset
+    sys.exit(f"DUE is {due!r}; expected a time and its zone, such as '2030-11-28 18:00 Europe/Berlin' or '… +01:00'.")
+
+
+def release(names: list[str], due: str | None) -> None:
+    deadline = time_of(due) if due else None
     for lab in labs(names):
         target = COURSE / "release" / lab
         status, log = nbgrader("generate_assignment", lab, "--force")
@@ -109,7 +122,7 @@ def release(names: list[str], due: str | None) -> None:
         if deadline:
             with Gradebook(DATABASE) as gradebook:
                 gradebook.update_or_create_assignment(lab, duedate=deadline)
-        print(target / f"{lab}.ipynb")
+        print(target / f"{lab}.ipynb", *([f"(due {deadline:%Y-%m-%d %H:%M} UTC)"] if deadline else []))
 
 
 def handed_in(folder: Path) -> Iterator[tuple[str, str, bytes | str]]:
@@ -216,7 +229,8 @@ def grade(folder: str, lab: str | None, student: str | None, again: bool, unsafe
     if failed:
         sys.exit(f"{failed} of {graded + failed} could not be graded.")
     if not graded:
-        sys.exit(f"{folder} holds no student's lab; expected student/lab2.ipynb or student/lab2/lab2.ipynb.")
+        of = "".join([f" {lab}" * bool(lab), f" of the student {student!r}" * bool(student)])
+        sys.exit(f"{folder} holds no student's lab{of}; expected student/lab2.ipynb or student/lab2/lab2.ipynb.")
 
 
 def grade_one(
@@ -246,9 +260,21 @@ def grade_one(
     if status:
         (target / "nbgrader.log").write_text(log)
         return False, "nbgrader failed: " + (log.strip().splitlines() or ["it said nothing"])[-1]
+    if known.get("submission") == state["submission"]:
+        keep_manual_marks(student, lab)
     notes = "".join(f"; look by hand: {line.split(BY_HAND)[1]}" for line in log.splitlines() if BY_HAND in line)
     record.write_text(json.dumps(state | {"notes": notes}))
     return True, marks(student, lab) + notes
+
+
+def keep_manual_marks(student: str, lab: str) -> None:
+    """Marks given by hand stay valid for an unchanged submission: nbgrader would have them given again."""
+    with Gradebook(DATABASE) as gradebook:
+        for notebook in gradebook.find_submission(lab, student).notebooks:
+            for grade in notebook.grades:
+                if grade.manual_score is not None:
+                    grade.needs_manual_grade = False
+        gradebook.db.commit()
 
 
 def timestamp(folder: Path, student: str, lab: str) -> str:
@@ -351,7 +377,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("release", "feedback"):
         commands.add_parser(name).add_argument("labs", nargs="*", metavar="lab2")
-    commands.choices["release"].add_argument("--due", help="the deadline: '2030-11-28 18:00 CET'")
+    commands.choices["release"].add_argument("--due", help="the deadline: '2030-11-28 18:00 Europe/Berlin'")
     commands.add_parser("export")
     grading = commands.add_parser("grade")
     grading.add_argument("folder")

@@ -303,6 +303,7 @@ def keep_local(exporter: type) -> None:
         script = Path(mathjax.__file__).parent / "static" / "mathjax" / "es5" / "tex-svg.js"
         local = MATHJAX % script.read_text("utf-8").replace("</script", "<\\/script")
         page = REMOTE.sub(lambda _: local, page, count=1)
+        page = page.replace("</head>", "<style>td, th {padding: 0.15em 0.6em}</style></head>", 1)
         for grade_id, task in task_names(nb).items():
             page = page.replace(f'<a href="#{grade_id}">Test cell</a>', f'<a href="#{grade_id}">{task}</a>')
             for label in (f"Grade cell: <code>{grade_id}</code>", f"<code>{grade_id}</code>"):
