@@ -86,7 +86,6 @@ def evaluate(args: argparse.Namespace) -> None:
         print(json.dumps(result, indent=1))
     else:
         checkpoints.save_json(args.json, result)
-        print(f"{args.json} has the scores")
 
 
 def predict(args: argparse.Namespace) -> int:
