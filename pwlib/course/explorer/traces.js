@@ -73,7 +73,7 @@ class Trace {
     this.ranges.set(key, { upTo, low, high });
     return [low, high];
   }
-  senders(m, pixel) { // the row of the normalised kernel matrix, as Trace.senders in crf.py
+  senders(m, pixel) { // a row of the normalised kernel matrix
     const out = new Float32Array(this.N), sums = this.sums.subarray(m * this.N, (m + 1) * this.N);
     const { normalization, self_message } = this.kernels, f = this.features[m], D = f.length / this.N;
     for (let i = 0; i < this.N; i++) {
