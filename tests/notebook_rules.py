@@ -15,8 +15,6 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 PARTS = ("What you will be able to do", "What you need", "Time", "What to remember", "Where it is in the paper")
 SHORTEST_ALT = 20  # characters; "a figure" is no description
 
-# Notebooks of the second edition, by number, to which the rules on style apply as well.
-SECOND_EDITION = {"00", "01", "02", "03", "04", "05", "06", "07", "08"}
 ENDING = ("What to remember", "Quick questions", "Weekend project", "Further reading")
 WIDTH, LENGTH = 90, 25  # characters of a line, lines of a code cell
 WORDS_PER_MINUTE = 180
@@ -43,9 +41,7 @@ MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|tmp|root|home|Users)/")
 
 def faults(notebook, name: str) -> list[str]:
     """Return all faults of a notebook stored as notebooks/<name>.ipynb, one sentence each."""
-    rules = [execution, images, links, names, anatomy, outputs]
-    if name[:2] in SECOND_EDITION:
-        rules += [widths, plotting, wording, ending, reading_time]
+    rules = [execution, images, links, names, anatomy, outputs, widths, plotting, wording, ending, reading_time]
     return [f"{name}: {fault}" for rule in rules for fault in rule(notebook, name)]
 
 

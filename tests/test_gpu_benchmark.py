@@ -66,6 +66,7 @@ def test_run_a_goes_on_after_failures_and_records_every_step(tmp_path):
     rows = [row for row in result["crf"]["rows"] if row["contender"] != "pydensecrf2"]
     assert {row["task"] for row in rows} >= {"forward", "training"} and all(row["ms"] > 0 for row in rows)
     assert all(row["gradients_finite"] for row in rows if row["task"] == "training")
+    assert result["crf"]["profile"]["most_entries_of_a_vertex"] > 1
     notebook = result["notebooks"]["files"]["09_planted.ipynb"]
     assert (notebook["passed"], notebook["failed"]) == (1, 1) and notebook["minutes"] > 0
     assert [failure["test"].split("::")[-1] for failure in result["tests"]["failures"]] == ["test_bad"]

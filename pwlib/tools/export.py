@@ -45,8 +45,8 @@ def export_unary(run: Run, path: str | Path) -> Path:
         The file. torch.export.load(file, extra_files={"about.json": ""}) reads a .pt2 file and its metadata.
 
     Raises:
-        ValueError: another suffix, the packages for ONNX are missing, or this version of torch ties the program to the
-            traced size (2.11 does so for DeepLab-LargeFOV).
+        ValueError: another suffix, the packages for ONNX are missing, or this version of torch ties a .pt2 program to
+            the traced size (2.11 does so for DeepLab-LargeFOV).
     """
     path = Path(path)
     if path.suffix not in (".pt2", ".onnx"):
@@ -55,19 +55,23 @@ def export_unary(run: Run, path: str | Path) -> Path:
     shapes = ({0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO},)
     with torch.no_grad():
         program = torch.export.export(network, (torch.rand(EXAMPLE),), dynamic_shapes=shapes)
-        try:
-            program.module()(torch.rand(1, 3, 64, 98))
-        except (AssertionError, RuntimeError) as error:
-            raise ValueError(
-                f"torch {torch.__version__} exports this network for images of {EXAMPLE[2]}x{EXAMPLE[3]} px only; "
-                "expected a later version of torch"
-            ) from error
     about = {"classes": list(run.class_names), "palette": run.palette.tolist(), "short_side": run.short_side}
     if path.suffix == ".pt2":
+        _check_other_sizes(program)
         torch.export.save(program, path, extra_files={"about.json": json.dumps(about)})
     else:
         _save_onnx(program, path, about)
     return path
+
+
+def _check_other_sizes(program: torch.export.ExportedProgram) -> None:
+    try:
+        program.module()(torch.rand(1, 3, 64, 98))
+    except AssertionError as error:  # a guard on the sizes
+        raise ValueError(
+            f"torch {torch.__version__} exports this network for images of {EXAMPLE[2]}x{EXAMPLE[3]} px only; expected "
+            "the suffix .onnx, or a later version of torch"
+        ) from error
 
 
 def _save_onnx(program: torch.export.ExportedProgram, path: Path, about: dict) -> None:
