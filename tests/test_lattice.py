@@ -638,3 +638,14 @@ def test_values_changed_before_the_backward_pass_are_an_error():
     values.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.backward()
+
+
+@pytest.mark.parametrize("points", [1, 64, 65, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_points_at_one_place_add_up(points, dtype):
+    """A flat region puts many points around the same vertices: each receives the response to one, times their sum."""
+    place = torch.tensor([[[0.3, -0.7, 1.1]]], dtype=dtype)  # [1, 1, D]
+    values = torch.rand(1, points, 2, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    response = LatticeFilter(place, normalization="none")(torch.ones(1, 1, 1, dtype=dtype))
+    message = LatticeFilter(place.repeat(1, points, 1), normalization="none")(values)
+    torch.testing.assert_close(message, (response * values.sum(1)).expand_as(message), rtol=1e-5, atol=0)
