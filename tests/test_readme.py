@@ -24,20 +24,27 @@ def test_the_readme_example_trains_and_predicts():
     assert set(names["history"]) == {"stage1", "stage2", "stage3"}
 
 
-def test_the_readme_example_of_dense_crf(tmp_path, monkeypatch):
-    """As printed, with a small photograph and a network in the manner of torchvision."""
+def test_the_readme_examples_of_dense_crf(tmp_path, monkeypatch):
+    """As printed: strokes on a photograph of the course, and a network in the manner of torchvision."""
     import numpy as np
     import torch
     from PIL import Image
 
-    code = re.findall(r"^```python\n(.*?)^```$", README, re.S | re.M)[1]
+    strokes, network = (
+        block for block in re.findall(r"^```python\n(.*?)^```$", README, re.S | re.M) if "dense_crf(" in block
+    )
+    names = {}
+    exec(compile(strokes, "README.md", "exec"), names)
+    drawn = names["strokes"] < 4
+    assert (names["labels"] == names["strokes"])[drawn].double().mean() > 0.9, "pixels below a stroke keep its class"
+    assert names["labels"].unique().tolist() == [0, 1, 2, 3]
+
     monkeypatch.chdir(tmp_path)
     Image.fromarray(np.arange(24 * 32 * 3, dtype=np.uint8).reshape(24, 32, 3)).save("photo.jpg")
     names = {
         "pixels": torch.rand(1, 3, 48, 64),
         "network": lambda pixels: {"out": torch.zeros(len(pixels), 3, 6, 8)},
         "probabilities": np.full((3, 24, 32), 1 / 3, np.float32),
-        "scribbles": np.eye(24, 32, dtype=np.int64),
     }
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(network, "README.md", "exec"), names)
     assert names["labels"].shape == (24, 32)
