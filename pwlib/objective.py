@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pwlib.inputs import at_least
 from pwlib.loaders import all_reduce_sum
-from pwlib.losses import check_class_weights, cross_entropy, structured
+from pwlib.losses import check_class_weights, cross_entropy
 from pwlib.model import PiecewiseTrainedModel
 from pwlib.networks import cell_labels
 
@@ -29,7 +29,7 @@ class TrainerOptions:
     schedule: Literal["poly", "onecycle", "constant"] = "poly"  # over each stage; see `schedule_factor`
     weight_decay: float = 5e-4  # of the network's weights; never of biases, norms or the CRF
     loss: str | Callable = "cross_entropy"  # of the network; or a function (logits, label) -> scalar
-    crf_loss: Literal["marginal", "piecewise"] = "marginal"  # of stage 2; see `Objective`
+    crf_loss: str | Callable = "marginal"  # of stage 2; or a function (logits, label, image, crf) -> scalar
     joint_pairwise: bool = False  # train the context's pairwise networks with the network in stage 1, not in stage 2
     class_weights: Tensor | Sequence[float] | None = None  # [K], of cross-entropy and of the context's pair loss
     clip: float | None = 5.0  # largest norm of the gradient; None: any
@@ -55,17 +55,18 @@ class TrainerOptions:
         at_least(1, patience=1 if self.patience is None else self.patience)
         if self.class_weights is not None:
             self.class_weights = check_class_weights(self.class_weights, self.num_classes)
-        if not callable(self.loss) and self.loss != "cross_entropy":
-            expected = "'cross_entropy' or a function (logits, label) -> scalar"
-            hint = "the CRF's piecewise likelihood is crf_loss='piecewise'"
-            raise ValueError(f"loss is {self.loss!r}; expected {expected} ({hint})")
+        losses = {"loss": ("cross_entropy", "logits, label"), "crf_loss": ("marginal", "logits, label, image, crf")}
+        for name, (default, arguments) in losses.items():
+            if not callable(given := getattr(self, name)) and given != default:
+                raise ValueError(f"{name} is {given!r}; expected {default!r} or a function ({arguments}) -> scalar")
 
     def as_dict(self) -> dict[str, Any]:
         """The options as plain numbers, strings and lists; a loss function as its name."""
         options = vars(self).copy()
-        if callable(self.loss):
-            named = self.loss if hasattr(self.loss, "__qualname__") else type(self.loss)
-            options["loss"] = f"{named.__module__}.{named.__qualname__}"
+        for name, value in options.items():
+            if callable(value):
+                named = value if hasattr(value, "__qualname__") else type(value)
+                options[name] = f"{named.__module__}.{named.__qualname__}"
         if self.class_weights is not None:
             options["class_weights"] = self.class_weights.tolist()
         return options
@@ -111,7 +112,7 @@ class Objective(nn.Module):
     """The loss of a stage: (image, label) -> (loss, scores), a module that DistributedDataParallel can wrap.
 
         stage 1   loss(logits)
-        stage 2   -log softmax(log_q / T)(label), or the piecewise likelihood; the network gets no gradient
+        stage 2   -log softmax(log_q / T)(label), or `crf_loss`, a function; the network gets no gradient
         stage 3   -log q(label) + loss(logits), so that the network alone stays a good classifier
 
     T is the attribute `temperature`, see `fit_temperature`. Mean-field marginals are overconfident, because the errors
@@ -120,8 +121,7 @@ class Objective(nn.Module):
 
     With a contextual CRF its pair loss is added in stages 2 and 3, or with `joint_pairwise` in stages 1 and 3. The
     gradient of -log q(label) does not reach its pairwise networks in stage 2, only its weights and its temperature.
-    The piecewise likelihood of stage 2 needs no inference: its unary terms are the network's own logits, and the
-    weights and the temperature of the context are not trained.
+    A function `crf_loss` receives the network's own logits, so that it does not train those two.
     """
 
     def __init__(
@@ -159,8 +159,8 @@ class Objective(nn.Module):
         pair_loss = self._pair_loss(features, coarse, label) if self.learns_pairs else 0.0
         if self.stage == 1:
             return self._network_loss(logits, label) + pair_loss, logits
-        if self.stage == 2 and options.crf_loss == "piecewise":
-            return structured(logits, label, image, model.crf) + pair_loss + self._unused(), logits
+        if self.stage == 2 and callable(options.crf_loss):
+            return options.crf_loss(logits, label, image, model.crf) + pair_loss + self._unused(), logits
         scores = logits
         if self.has_pairs:
             marginals = model.contextual(coarse, features, frozen=self.stage == 2)  # [B, K, h, w]

@@ -6,8 +6,8 @@
 
 "Piecewise" has two meanings here. Training in stages is how DeepLab and CRF-as-RNN (Zheng et al., ICCV 2015) proceed.
 Piecewise training of the CRF (Sutton & McCallum 2005; Lin et al., CVPR 2016) maximises the likelihood of locally
-normalised potentials, without inference: stage 2 does so with `crf_loss="piecewise"`. The default, "marginal", is the
-likelihood of the labels under the mean-field marginals.
+normalised potentials, without inference; stage 2 does this with `crf_loss=pwlib.course.piecewise.structured`. The
+default, "marginal", is the likelihood of the labels under the mean-field marginals.
 
 Stage 2 has images of its own, because on the images it was fitted to the network makes few errors, and the CRF would
 learn that it is not needed. It has no class weights, whose prior the CRF would follow further than a network does.

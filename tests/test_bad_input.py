@@ -96,7 +96,7 @@ def test_invalid_images(image):
     [
         ({"optimizer": "adam"}, "optimizer is 'adam'; expected one of sgd, adamw"),
         ({"schedule": "step"}, "schedule is 'step'; expected one of poly, onecycle, constant"),
-        ({"crf_loss": "joint"}, "crf_loss is 'joint'; expected one of marginal, piecewise"),
+        ({"crf_loss": "joint"}, "crf_loss is 'joint'; expected 'marginal' or a function"),
         ({"loss": "hinge"}, "loss is 'hinge'; expected 'cross_entropy' or a function"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0; expected a positive number"),
         ({"patience": 0}, "patience is 0"),

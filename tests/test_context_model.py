@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from pwlib import checkpoints
 from pwlib.cli.parser import main
 from pwlib.context import ContextualCRF
+from pwlib.course.piecewise import structured
 from pwlib.crf import DenseCRF
 from pwlib.data import load
 from pwlib.model import PiecewiseTrainedModel
@@ -91,18 +92,18 @@ def test_stage_1_trains_the_pairwise_networks_with_joint_pairwise_only(joint):
     assert found == names(model, "unary.", "context.networks" if joint else "unary.")
 
 
-@pytest.mark.parametrize("crf_loss", ["marginal", "piecewise"])
+@pytest.mark.parametrize("crf_loss", ["marginal", structured])
 def test_stage_2_trains_both_crfs_and_not_the_network(crf_loss, monkeypatch):
     model = model_of()
     expected = names(model, "context.", "crf.")
-    if crf_loss == "piecewise":  # runs no inference, and does not train what only inference depends on
+    if crf_loss is structured:  # runs no inference, and does not train what only inference depends on
         expected -= {"context.weight", "context.log_temperature"}
         monkeypatch.setattr(ContextualCRF, "forward", lambda *_: pytest.fail("inference was run"))
         monkeypatch.setattr(DenseCRF, "forward", lambda *_: pytest.fail("inference was run"))
     assert changed(model, lambda: trainer_of(model, crf_loss=crf_loss).train_stage2(scenes(), 1)) == expected
 
 
-@pytest.mark.parametrize("crf_loss", ["marginal", "piecewise"])
+@pytest.mark.parametrize("crf_loss", ["marginal", structured])
 def test_stage_2_keeps_the_pairwise_networks_that_stage_1_trained(crf_loss):
     model = model_of()
     expected = names(model, "crf.") | (

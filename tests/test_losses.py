@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pwlib.course.piecewise import sample_pairs, structured
 from pwlib.crf import DenseCRF
-from pwlib.losses import balanced_weights, cross_entropy, pairwise_nll, sample_pairs, structured
+from pwlib.losses import balanced_weights, cross_entropy, pairwise_nll
 
 
 class Table(nn.Module):

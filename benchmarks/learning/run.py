@@ -29,9 +29,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from study import Study, cell, command, parser
 
+from pwlib.course.piecewise import structured
 from pwlib.crf import DenseCRF
 from pwlib.data import VOID, load
-from pwlib.losses import structured
 from pwlib.objective import fit_temperature
 
 HERE = Path(__file__).parent
