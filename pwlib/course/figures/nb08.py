@@ -10,10 +10,10 @@ from torch import Tensor
 
 from pwlib.course import photos, plots
 from pwlib.course.plots import COLOURS
-from pwlib.data import VOID, SegmentationDataset, colorize
+from pwlib.data import VOID, SegmentationDataset, colorize, voc_palette
 
 # background, object, no stroke
-TWO_LABELS = np.array([[86, 180, 233], [213, 94, 0], [255, 255, 255]], np.uint8)
+TWO_LABELS = np.array([[86, 180, 233], [240, 228, 66], [255, 255, 255]], np.uint8)
 # colour, marker
 NETWORKS = {
     "scratch": (COLOURS["blue"], "o"),
@@ -47,24 +47,28 @@ def file_types(stored: Mapping[str, np.ndarray], images: Mapping[str, Tensor]) -
 
 
 def cut_out(image: Tensor, strokes: Tensor, marginals: np.ndarray, names: Sequence[str]) -> None:
-    """Show strokes, labels, the labels over the photograph, and the last two classes cut out with their marginal.
+    """Show strokes, labels, the labels over the photograph, and the last classes cut out with their marginal.
+
+    Two classes are cut out, or one if there are only two.
 
     Args:
         image: [3, H, W] in [0, 1]. strokes: int64 [H, W], 255 where there is no stroke. marginals: [K, H, W].
     """
     pixels, marginals = plots.to_uint8(image), torch.as_tensor(marginals).cpu()
-    labels, alpha = marginals.argmax(0), marginals[-2:].sum(0)[..., None].numpy()  # [H, W], [H, W, 1]
-    kept = " or ".join(names[-2:])
+    palette = photos.PALETTE if len(names) < len(photos.PALETTE) else voc_palette(len(names))
+    last = min(2, len(names) - 1)
+    labels, alpha = marginals.argmax(0), marginals[-last:].sum(0)[..., None].numpy()  # [H, W], [H, W, 1]
+    kept = " or ".join(names[-last:])
     pictures = {
-        "strokes": plots.overlay(image, strokes, photos.PALETTE, alpha=1.0),
-        "labels of the dense CRF": colorize(labels, photos.PALETTE),
-        "over the photograph": plots.overlay(image, labels, photos.PALETTE),
+        "strokes": plots.overlay(image, strokes, palette, alpha=1.0),
+        "labels of the dense CRF": colorize(labels, palette),
+        "over the photograph": plots.overlay(image, labels, palette),
         f"P({kept}) as alpha": (alpha * pixels + (1 - alpha) * 255).astype(np.uint8),
     }
     fig, axes = plots.figure(1, len(pictures), figsize=(10, 3.5))
     for axis, (title, picture) in zip(axes[0], pictures.items(), strict=True):
         plots.draw(axis, picture, title)
-    plots.legend(fig, photos.PALETTE, names)
+    plots.legend(fig, palette, names)
     shares = ", ".join(f"{name} {(labels == k).float().mean():.0%}" for k, name in enumerate(names))
     alt = (
         f"Four panels: a photograph with strokes in {len(names)} colours; the labels of the dense CRF, which cover the "
