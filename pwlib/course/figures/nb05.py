@@ -62,7 +62,7 @@ def gap(strengths: Tensor, gaps: Tensor, constant: float) -> None:
     fig, axes = plots.figure(figsize=(6.4, 3.2))
     axes[0, 0].plot(strengths, gaps, ".", color=COLOURS["blue"])
     axes[0, 0].axhline(constant, color="0.5", lw=1, ls="--")
-    axes[0, 0].text(strengths[0], constant - 0.8, "7 log 9", va="top", fontsize=9, color="0.35")
+    axes[0, 0].text(strengths[0], constant - 1.5, "7 log 9", va="top", fontsize=9, color="0.35")
     axes[0, 0].set(xlabel="standard deviation of the pairwise energies", ylabel="piecewise - true loss (nats)")
     axes[0, 0].set_ylim(0, None)
     strong = gaps[len(gaps) // 2 :]
@@ -123,7 +123,7 @@ def compatibility_change(change: Tensor, names: Sequence[str]) -> None:
     alt = (
         "Matrix of how stage 2 changed the penalties, rows the receiver's label, columns the sender's. The diagonal is "
         f"zero by construction. Averaged over the other labels, the penalty of {names[most]} changes most, by "
-        f"{rows[most]:+.1f}, and that of {names[least]} by {rows[least]:+.1f}."
+        f"{rows[most]:+.2f}, and that of {names[least]} by {rows[least]:+.2f}."
     )
     plots.show(fig, alt=alt)
 
