@@ -101,16 +101,15 @@ def best_answer(answer):
             ]
             new = answer(i, q.clone(), unary, edges, w, mu)
             expect_close(new, torch.softmax(-unary[i] - cost, 0), f"q of pixel {i}", hints=hints)
-    return "This is the minimum of the free energy over one pixel's beliefs."
+    return "This is the minimum of the free energy over the marginals of one pixel."
 
 
 @exercise("02.3", title="A calmer update", minutes=10, difficulty=2)
 def calm_mean_field(answer):
     for nodes, labels, step, iterations in ((5, 3, 1.0, 3), (6, 2, 0.3, 1), (7, 3, 0.6, 4)):
         unary = 2 * torch.rand(nodes, labels)
-        mu = torch.rand(labels, labels) + 0.2
-        coupling = torch.rand(nodes, nodes)
-        coupling = coupling + coupling.T
+        mu, coupling = torch.rand(labels, labels) + 0.2, torch.rand(nodes, nodes)
+        mu, coupling = mu + mu.T, coupling + coupling.T
 
         def damped(
             eta,
@@ -122,12 +121,11 @@ def calm_mean_field(answer):
             mu=mu,
             coupling=coupling,
             iterations=iterations,
-            transposed=False,
             logarithms=False,
         ):
             q = torch.softmax(-unary, 1) if start is None else start
             for _ in range(iterations - early):
-                previous, cost = q, coupling @ q @ (mu if transposed else mu.T)
+                previous, cost = q, coupling @ q @ mu
                 new = torch.softmax((q.log() if anchor else -unary) + sign * cost, 1)
                 q = (1 - eta) * q + eta * new
                 if logarithms:
@@ -137,7 +135,7 @@ def calm_mean_field(answer):
         uniform = torch.full_like(unary, 1 / labels)
         hints = [
             (damped(1.0), "There is no damping: q is replaced outright, whatever the step."),
-            (damped(1 - step), "The parts are swapped: `step` is the share of the new beliefs, 1 - step of the old."),
+            (damped(1 - step), "The parts are swapped: `step` is the share of the new marginals, 1 - step of the old."),
             (damped(step, sign=1), "The sign of the pairwise cost is wrong."),
             (
                 damped(step, anchor=True),
@@ -149,7 +147,6 @@ def calm_mean_field(answer):
             ),
             (damped(step, start=uniform), "The start is uniform; expected softmax(-unary)."),
             (damped(step, early=1), "One iteration is missing."),
-            (damped(step, transposed=True), "mu is applied transposed: its row is the pixel's own label."),
             (lambda a, n=nodes, k=labels: a.ndim == 3, "Return the final q [N, K] only, not its history."),
             (
                 lambda a, n=nodes: (
