@@ -21,6 +21,7 @@ c = get_config()  # noqa: F821 (traitlets puts it here)
 c.CourseDirectory.course_id = "piecewise"
 c.CourseDirectory.root = str(COURSE)
 # Two submissions are graded at a time: each waits for the other to write its marks.
+c.CourseDirectory.ignore.extend(["graded.json", "nbgrader.log"])  # records of course.py, not copied to the feedback
 c.CourseDirectory.db_url = f"sqlite:///{COURSE / 'gradebook.db'}?timeout=60"
 
 c.ClearSolutions.code_stub = {"python": "# YOUR CODE HERE\nraise NotImplementedError"}
@@ -40,10 +41,11 @@ c.AssignLatePenalties.plugin_class = PenaltyPerDay
 c.PenaltyPerDay.percent = 10
 c.PenaltyPerDay.grace_seconds = 300
 
-# For `nbgrader zip_collect`: the names of files in the archives that Moodle and Canvas make of submissions.
+# For `nbgrader zip_collect`: the names of files in the archives that Moodle and Canvas make of submissions, such as
+# `Ada Lovelace_12_assignsubmission_file_lab2.ipynb` and `lovelaceada_LATE_12_345_lab2.ipynb`. Two students may have the
+# same name, so a student is called by the number.
 c.FileNameCollectorPlugin.named_regexp = (
-    r".*/(?:[^/]*_(?=\d+_assign))?(?P<student_id>[^\W_]+)_(?:assignsubmission_file_?/?|(?:LATE_)?\d+_\d+_)"
-    r"(?P<file_id>lab\d+)(?:-\d+)?(?:\.ipynb)?$"
+    r".*/[^/]*_(?P<student_id>\d+)_(?:assignsubmission_file_?/?|\d+_)(?P<file_id>lab\d+)(?:-\d+)?(?:\.ipynb)?$"
 )
 
 c.GenerateFeedback.preprocessors = [GetGrades, WithoutTests, CSSHTMLHeaderPreprocessor]

@@ -162,23 +162,26 @@ ALTERNATIVE = {
 WRONG = {
     "influence": [
         (INFLUENCE.format(label="0", iterations="iterations", reduced=".sum(0)"), "cancel"),
-        (INFLUENCE.format(label="0", iterations="iterations", reduced=".abs().amax(0)"), "largest change"),
+        (
+            INFLUENCE.format(label="0", iterations="iterations", reduced=".abs().amax(0)"),
+            "largest change over the labels",
+        ),
         (INFLUENCE.format(label="0", iterations="iterations", reduced=".square().sum(0)"), "squared"),
-        (INFLUENCE.format(label=":", iterations="iterations", reduced=".abs().sum(0)"), "pushed alike"),
-        (INFLUENCE.format(label="0", iterations="1", reduced=".abs().sum(0)"), "was asked for 3 iterations"),
+        (INFLUENCE.format(label=":", iterations="iterations", reduced=".abs().sum(0)"), "logits of all labels"),
+        (INFLUENCE.format(label="0", iterations="1", reduced=".abs().sum(0)"), "iterations; expected 3"),
         (
             """def influence(crf, logits, image, pixel, iterations=1):
     before = crf(logits, image, iterations=iterations)
     logits[0, pixel[0], pixel[1]] += 2
     return (crf(logits, image, iterations=iterations) - before).abs().sum(0)
 """,
-            "changes the logits it was given",
+            "changes its argument logits",
         ),
     ],
     "experiment_a": [
-        (constant("a", True), "fires on a healthy CRF"),
-        (constant("a", False), "does not detect the fault of patient A"),
-        (as_the_patient("a"), "in another CRF that has it"),
+        (constant("a", True), "for a healthy CRF"),
+        (constant("a", False), "returns False for patient A"),
+        (as_the_patient("a"), "for another program with the fault"),
         (experiment("a", "    pass\n"), "returns nothing"),
         (
             # Any movement at all.
@@ -189,7 +192,7 @@ WRONG = {
     return bool((q - logits.softmax(0)).abs().max() > 0.01)
 """,
             ),
-            "fires on a healthy CRF",
+            "for a healthy CRF",
         ),
     ],
     "mended_a": [
@@ -200,26 +203,26 @@ WRONG = {
                 "                     theta_alpha=theta_alpha, theta_beta=theta_beta)\n",
                 mu=True,
             ),
-            "as it was",
+            "without a correction",
         ),
-        (cure("a", with_mu(dense(SYMMETRIC, energy="- w * kernel @ q @ mu")), mu=True), "the wrong way round"),
-        (cure("a", dense(SYMMETRIC), mu=True), "mu is not used"),
+        (cure("a", with_mu(dense(SYMMETRIC, energy="- w * kernel @ q @ mu")), mu=True), "mu is transposed"),
+        (cure("a", dense(SYMMETRIC), mu=True), "mu has no effect"),
         (cure("a", with_mu(dense(ROW, energy="- w * kernel @ q @ mu.T")), mu=True), "normalisation has changed"),
-        (cure("a", with_mu(dense(DEAF, energy="- w * kernel @ q @ mu.T")), mu=True), "self-message is gone"),
+        (cure("a", with_mu(dense(DEAF, energy="- w * kernel @ q @ mu.T")), mu=True), "self-message is missing"),
         (
             cure(
                 "a",
                 "    return healthy(logits, image, iterations, w=w, theta_alpha=theta_alpha, theta_beta=theta_beta)\n",
                 mu=True,
             ),
-            "in the patient's place",
+            "calls the CRF of pwlib",
         ),
     ],
     "experiment_b": [
-        (constant("b", False), "does not detect the fault of patient B"),
-        (as_the_patient("b"), "in another CRF that has it"),
+        (constant("b", False), "returns False for patient B"),
+        (as_the_patient("b"), "for another program with the fault"),
         (
-            # Confidence is no disease: strong couplings make a healthy CRF sure, too.
+            # A healthy CRF with strong pairwise energies is confident as well.
             experiment(
                 "b",
                 """    logits = torch.zeros(2, 4, 4)
@@ -227,7 +230,7 @@ WRONG = {
     return bool(crf(logits, torch.full((3, 4, 4), 0.5), iterations=60)[1].min() > 0.97)
 """,
             ),
-            "fires on a healthy CRF",
+            "for a healthy CRF",
         ),
     ],
     "mended_b": [
@@ -236,7 +239,7 @@ WRONG = {
                 "b",
                 ASIS.format("b"),
             ),
-            "as it was",
+            "without a correction",
         ),
         (
             cure(
@@ -244,28 +247,28 @@ WRONG = {
                 "    return patient_b(logits, image, iterations, w=w / iterations, theta_alpha=theta_alpha,\n"
                 "                     theta_beta=theta_beta)\n",
             ),
-            "in smaller portions",
+            "with a smaller weight",
         ),
         (
             cure("b", "    return patient_b(logits, image, 1, w=w, theta_alpha=theta_alpha, theta_beta=theta_beta)\n"),
-            "one iteration, however many",
+            "the result of one iteration",
         ),
-        (cure("b", dense().replace("log_p +", "0 * log_p +")), "unary is missing"),
-        (cure("b", dense(SYMMETRIC)), "promises rows"),
+        (cure("b", dense().replace("log_p +", "0 * log_p +")), "unary score is missing"),
+        (cure("b", dense(SYMMETRIC)), "expected row normalisation"),
         (
             cure(
                 "b",
                 "    return healthy(logits, image, iterations, w=w, theta_alpha=theta_alpha, theta_beta=theta_beta,\n"
                 "                   normalization='row')\n",
             ),
-            "in the patient's place",
+            "calls the CRF of pwlib",
         ),
     ],
     "experiment_c": [
-        (constant("c", True), "fires on a healthy CRF"),
-        (as_the_patient("c"), "in another CRF that has it"),
+        (constant("c", True), "for a healthy CRF"),
+        (as_the_patient("c"), "for another program with the fault"),
         (
-            # The patient is short-sighted for colours, not blind: something does change.
+            # Patient C has weak colour features, so the result changes a little.
             experiment(
                 "c",
                 """    image = torch.zeros(3, 4, 8)
@@ -275,7 +278,7 @@ WRONG = {
     return bool((crf(logits, image, iterations=1) - plain).abs().max() < 1e-3)
 """,
             ),
-            "does not detect the fault of patient C",
+            "returns False for patient C",
         ),
     ],
     "mended_c": [
@@ -284,16 +287,16 @@ WRONG = {
                 "c",
                 ASIS.format("c"),
             ),
-            "all colours are alike",
+            "almost no effect on the kernel",
         ),
-        (cure("c", dense(DEAF, "rows(image)")), "theta_beta counts grey levels"),
+        (cure("c", dense(DEAF, "rows(image)")), "expected grey levels from 0 to 255"),
         (cure("c", dense(DEAF, "255 * rows((image - MEAN) / STD)")), "still standardised"),
-        (cure("c", dense(SYMMETRIC)), "There is a self-message now"),
-        (cure("c", dense(f"{ROW} - torch.diag(1 / n)")), "promises the symmetric one"),
+        (cure("c", dense(SYMMETRIC)), "There is a self-message"),
+        (cure("c", dense(f"{ROW} - torch.diag(1 / n)")), "expected symmetric normalisation"),
     ],
     "experiment_d": [
-        (constant("d", True), "fires on a healthy CRF"),
-        (as_the_patient("d"), "in another CRF that has it"),
+        (constant("d", True), "for a healthy CRF"),
+        (as_the_patient("d"), "for another program with the fault"),
         (
             # Square, as the author's crops.
             experiment(
@@ -304,10 +307,10 @@ WRONG = {
     return bool((turned - crf(logits, image, iterations=1)).abs().max() > 1e-3)
 """,
             ),
-            "does not detect the fault of patient D",
+            "returns False for patient D",
         ),
         (
-            # Upside down: the list of places is wrong, and as wrong the other way round.
+            # Rotated by 180 degrees: the list of positions is wrong in the same way.
             experiment(
                 "d",
                 """    logits = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))
@@ -316,7 +319,7 @@ WRONG = {
     return bool((turned - crf(logits, image, iterations=1)).abs().max() > 1e-3)
 """,
             ),
-            "does not detect the fault of patient D",
+            "returns False for patient D",
         ),
     ],
     "mended_d": [
@@ -327,7 +330,7 @@ WRONG = {
                 "                     theta_alpha=theta_alpha, theta_beta=theta_beta)\n",
                 mu=True,
             ),
-            "as it was",
+            "without a correction",
         ),
         (
             cure(
@@ -335,32 +338,32 @@ WRONG = {
                 dense().replace("positions(height, width) / theta_alpha", "torch.zeros(height * width, 2)"),
                 mu=True,
             ),
-            "Positions are gone",
+            "positions are missing",
         ),
-        (cure("d", dense(), mu=True), "mu is not used"),
-        (cure("d", with_mu(dense(energy="- w * kernel @ q @ mu")), mu=True), "the wrong way round"),
-        (cure("d", with_mu(dense(SYMMETRIC, energy="- w * kernel @ q @ mu.T")), mu=True), "promises rows"),
+        (cure("d", dense(), mu=True), "mu has no effect"),
+        (cure("d", with_mu(dense(energy="- w * kernel @ q @ mu")), mu=True), "mu is transposed"),
+        (cure("d", with_mu(dense(SYMMETRIC, energy="- w * kernel @ q @ mu.T")), mu=True), "expected row normalisation"),
         (
             cure(
                 "d",
                 with_mu(dense(colours="255 * rows(image.transpose(1, 2))", energy="- w * kernel @ q @ mu.T")),
                 mu=True,
             ),
-            "all must go in one order",
+            "expected the same order",
         ),
     ],
     "experiment_e": [
-        (constant("e", False), "does not detect the fault of patient E"),
-        (as_the_patient("e"), "in another CRF that has it"),
+        (constant("e", False), "returns False for patient E"),
+        (as_the_patient("e"), "for another program with the fault"),
         (
-            # Faint is not nothing.
+            # A healthy kernel is small at this distance, but not zero.
             experiment(
                 "e",
                 """    heard = influence(crf, torch.zeros(2, 1, 40), torch.full((3, 1, 40), 0.5), (0, 2))
     return bool(heard[0, 36] < 1e-5)
 """,
             ),
-            "fires on a healthy CRF",
+            "for a healthy CRF",
         ),
     ],
     "mended_e": [
@@ -369,20 +372,20 @@ WRONG = {
                 "e",
                 ASIS.format("e"),
             ),
-            "as it was",
+            "without a correction",
         ),
         (
             cure("e", dense().replace("positions(height, width) / theta_alpha", "torch.zeros(height * width, 2)")),
-            "Positions are gone",
+            "positions are missing",
         ),
-        (cure("e", dense(colours="0 * rows(image)")), "Colours are gone"),
-        (cure("e", dense(SYMMETRIC)), "promises rows"),
-        (cure("e", dense(f"{ROW} - torch.diag(1 / n)")), "self-message is gone"),
+        (cure("e", dense(colours="0 * rows(image)")), "colours are missing"),
+        (cure("e", dense(SYMMETRIC)), "expected row normalisation"),
+        (cure("e", dense(f"{ROW} - torch.diag(1 / n)")), "self-message is missing"),
         (cure("e", WINDOW.format(radius="3")), "expected"),
     ],
 }
 
-# A good ear for one's own patient, tested on squares; colours made large instead of grey levels; mu by its columns.
+# mu transposed; a test of confidence; standardised colours times 255; an experiment on a square.
 NAIVE = (
     {
         "mended_a": cure("a", with_mu(dense(SYMMETRIC, energy="- w * kernel @ q @ mu")), mu=True),

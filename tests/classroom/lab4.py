@@ -250,69 +250,69 @@ def knife(half: str = "t * ((n - 1) / n * (out - out.mean()).square().sum()).sqr
 
 WRONG = {
     "directional": [
-        (direction("(sides[0] - sides[1]) / eps"), "twice too large"),
+        (direction("(sides[0] - sides[1]) / eps"), "twice as large as expected"),
         (direction("sides[0] - sides[1]"), "not divided by 2 eps"),
         (direction("(sides[1] - sides[0]) / (2 * eps)"), "The sign is wrong"),
         (direction("(sides[0] - float(value)) / eps"), "forward difference"),
-        (direction(product="float(g.sum())"), "not multiplied by the direction"),
-        (direction(back=False), "not what they were"),
-        (direction(own=False), "A .grad was touched"),
+        (direction(product="float(g.sum())"), "products with the direction"),
+        (direction(back=False), "restore a copy of them"),
+        (direction(own=False), "A .grad was created or changed"),
         (
             direction(step="sign * eps * d * p.requires_grad"),
-            "has to move, too",
+            "expected that all parameters move",
         ),
     ],
     "bandwidth_gradient": [
-        (bandwidth("(upstream * share * slope).sum()"), "taken as a constant"),
-        (bandwidth("(upstream * kernel * slope).sum()"), "bare kernel; A is normalised"),
-        (bandwidth("(upstream * share * (slope - slope.mean(1, keepdim=True))).sum()"), "not uniformly"),
+        (bandwidth("(upstream * share * slope).sum()"), "treated as a constant"),
+        (bandwidth("(upstream * kernel * slope).sum()"), "the kernel without normalisation"),
+        (bandwidth("(upstream * share * (slope - slope.mean(1, keepdim=True))).sum()"), "expected the weights A"),
         (bandwidth(f"-{RIGHT}"), "The sign is wrong"),
-        (bandwidth(f"{RIGHT} / theta"), "gradient in theta"),
+        (bandwidth(f"{RIGHT} / theta"), "gradient with respect to theta"),
         (
             """def bandwidth_gradient(squared, theta, upstream):
     log_theta = torch.tensor(math.log(theta), dtype=torch.float64, requires_grad=True)
     share = (-squared / (2 * (2 * log_theta).exp())).softmax(1)
     return torch.autograd.grad((share * upstream).sum(), log_theta)[0]
 """,
-            "write the formula",
+            "expected the formula",
         ),
     ],
     "status": [
-        (verdict(cut="'cut'"), "nothing was cut off"),
-        (verdict(cut="'idle'"), "move it and look"),
-        (verdict(gradient="'learns'"), "compare it with the finite difference"),
-        (verdict(names="'.' not in name"), "submodules' parameters count"),
+        (verdict(cut="'cut'"), "is classified as cut, but"),
+        (verdict(cut="'idle'"), "is classified as idle, but"),
+        (verdict(gradient="'learns'"), "half of the slope"),
+        (verdict(names="'.' not in name"), "including the parameters of submodules"),
         (verdict(names="parameter.requires_grad"), "one entry for each of"),
         ("def status(module, loss):\n    return list(module.state_dict())\n", "Return a dictionary"),
     ],
     "MendedCRF": [
-        (mended(alpha=".item()"), "`log_theta_alpha` is still cut off"),
-        (mended(beta=".detach()"), "`log_theta_beta` is still cut off"),
-        (mended(penalty="kernel @ log_q.exp().detach() @ self.compatibility.T"), "has a gradient, but a wrong one"),
-        (mended(penalty="kernel @ log_q.exp() @ self.compatibility.data.T"), "`compatibility` is still cut off"),
-        (mended(kernel=".detach()"), "`log_theta_alpha` is still cut off"),
-        (mended(result="log_q.exp()"), "beside FrozenCRF's"),
+        (mended(alpha=".item()"), "`log_theta_alpha` receives no gradient"),
+        (mended(beta=".detach()"), "`log_theta_beta` receives no gradient"),
+        (mended(penalty="kernel @ log_q.exp().detach() @ self.compatibility.T"), "the slope of the loss"),
+        (mended(penalty="kernel @ log_q.exp() @ self.compatibility.data.T"), "`compatibility` receives no gradient"),
+        (mended(kernel=".detach()"), "`log_theta_alpha` receives no gradient"),
+        (mended(result="log_q.exp()"), "compared with FrozenCRF"),
     ],
     "train_stage2": [
-        (stage2("F.cross_entropy(crf(logits, images).exp(), labels, ignore_index=VOID)"), "A softmax is taken of"),
+        (stage2("F.cross_entropy(crf(logits, images).exp(), labels, ignore_index=VOID)"), "A softmax is applied to"),
         (stage2("F.nll_loss(crf(logits, images), labels.where(labels != VOID, 0))"), "Void pixels are counted"),
         (stage2("F.nll_loss(crf(logits, images), labels, ignore_index=VOID, reduction='sum')"), "summed over pixels"),
         (stage2(clear="pass"), "zero_grad is missing"),
-        (stage2(step="pass"), "no step reaches the parameters"),
+        (stage2(step="pass"), "expected one step of the optimiser"),
         (stage2(optimiser="torch.optim.SGD(crf.parameters(), lr=lr)"), "plain gradient descent"),
-        (stage2("-F.nll_loss(crf(logits, images), labels, ignore_index=VOID)"), "The loss is turned round"),
+        (stage2("-F.nll_loss(crf(logits, images), labels, ignore_index=VOID)"), "The sign of the loss is wrong"),
         (
             stage2(record="pass", step=f"optimiser.step(); losses.append({LOSS}.item())"),
-            "taken after their steps",
+            "computed after the steps",
         ),
     ],
     "without": [
-        (ablated(copied="crf"), "deep copy is wanted"),
-        (ablated(copied="copy.copy(crf)"), "deep copy is wanted"),
+        (ablated(copied="crf"), "expected a deep copy"),
+        (ablated(copied="copy.copy(crf)"), "expected a deep copy"),
         (ablated("twin.log_w[twin.kernel_names.index(part)] = 0.0"), "a weight of 1"),
-        (ablated("twin.log_w[1 - twin.kernel_names.index(part)] = -30.0"), "The other kernel is gone"),
-        (ablated(f"{OFF}\n            twin.log_w.requires_grad_(False)"), "other kernel's weight no longer learns"),
-        (ablated(end="pass"), "must not pass as an ablation"),
+        (ablated("twin.log_w[1 - twin.kernel_names.index(part)] = -30.0"), "The wrong kernel is switched off"),
+        (ablated(f"{OFF}\n            twin.log_w.requires_grad_(False)"), "weight of the other kernel does not change"),
+        (ablated(end="pass"), "for an unknown part"),
     ],
     "jackknife": [
         (knife("t * out.std()"), "standard deviation of the leave-one-out values"),
@@ -321,12 +321,12 @@ WRONG = {
         (knife("((n - 1) / n * (out - out.mean()).square().sum()).sqrt()"), "t is missing"),
         (knife("t * ((n - 1) / n * sum((s - s.mean()).square().sum() for s in (one, other))).sqrt()"), "unpaired"),
         (knife(d="each.mean()"), "pooled counts"),
-        (knife(d="-d"), "The sign is turned"),
+        (knife(d="-d"), "expected the mIoU of a minus that of b"),
     ],
 }
 
-# The kernel's normalisation taken as a constant; a gradient of whatever kind is learning; an ablation that changes the
-# model it is of; Student's formula for leave-one-out values.
+# The normalisation treated as a constant; every gradient classified as learning; a copy that shares its tensors with
+# the original; Student's formula for leave-one-out values.
 NAIVE = (
     {
         "bandwidth_gradient": WRONG["bandwidth_gradient"][0][0],

@@ -175,34 +175,37 @@ WRONG = {
             gradient(observed="table.flatten().softmax(0).view_as(table)", expected="share / known.sum()"),
             "The sign is wrong",
         ),
-        (gradient(observed="share"), "both must be means"),
+        (gradient(observed="share"), "expected their shares"),
         (gradient(observed="share / len(first)"), "number of known pairs"),
         (gradient(observed="(share / known.sum()).T"), "Row and column are exchanged"),
         (gradient(expected="table.softmax(1)"), "second label only"),
-        (gradient(observed="0"), "What was observed is missing"),
+        (gradient(observed="0"), "The observed pairs have no effect"),
     ],
     "learn_piece": [
-        (piece("counts / counts.sum()"), "its logarithm is asked for"),
+        (piece("counts / counts.sum()"), "expected its logarithm"),
         (piece("(counts / counts.sum(1, keepdim=True)).log()"), "Each row sums to 1"),
-        (piece(pseudo="0"), "never seen got minus infinity"),
+        (piece(pseudo="0"), "has the value minus infinity"),
         (piece(pseudo="1"), "is taken to be 1"),
-        (piece("(counts / (counts - pseudo).sum().clamp(min=1e-9)).log()"), "not in the total"),
-        (piece("(counts / (len(first) + pseudo * labels**2)).log()"), "void end count in the total"),
+        (piece("(counts / (counts - pseudo).sum().clamp(min=1e-9)).log()"), "does not contain the pseudo-counts"),
+        (piece("(counts / (len(first) + pseudo * labels**2)).log()"), "void end are counted in the total"),
         (piece("(counts / counts.sum()).log().T"), "Row and column are exchanged"),
     ],
     "log_likelihood": [
         (likelihood("score.logsumexp(0) - score[agrees].logsumexp(0)"), "minus the log-likelihood"),
-        (likelihood("score[agrees].exp().sum().log() - score.exp().sum().log()"), "not finite for large scores"),
+        (
+            likelihood("score[agrees].exp().sum().log() - score.exp().sum().log()"),
+            "not finite for scores of several hundreds",
+        ),
         (likelihood("score[agrees].max() - score.logsumexp(0)"), "set to their best labels"),
-        (likelihood("score[agrees].mean() - score.logsumexp(0)"), "the mean of scores"),
+        (likelihood("score[agrees].mean() - score.logsumexp(0)"), "the mean of the scores"),
         (likelihood("score[agrees].logsumexp(0)"), "log Z is missing"),
-        (likelihood("(-score[agrees]).logsumexp(0) - (-score).logsumexp(0)"), "sign of the scores is turned"),
+        (likelihood("(-score[agrees]).logsumexp(0) - (-score).logsumexp(0)"), "sign of the scores is wrong"),
         (
             """def log_likelihood(unary, edges, pair, y):
     from pwlib.graph import exact_nll
     return -exact_nll(-unary[None], edges, -pair[None], y[None]) * (y != VOID).sum()
 """,
-            "write the two sums out",
+            "expected your own two sums",
         ),
         (
             """def log_likelihood(unary, edges, pair, y):
@@ -217,19 +220,19 @@ WRONG = {
         ),
     ],
     "too_sure": [
-        (excess("(q.amax(1) - p.amax(1)).mean()"), "Both favourites are compared"),
-        (excess("(p[nodes, q.argmax(1)] - q.amax(1)).mean()"), "The sign is turned"),
-        (excess("(q.amax(1) - p[nodes, q.argmax(1)]).abs().mean()"), "no absolute values"),
+        (excess("(q.amax(1) - p.amax(1)).mean()"), "largest probabilities of model and truth are compared"),
+        (excess("(p[nodes, q.argmax(1)] - q.amax(1)).mean()"), "a positive value means overconfidence"),
+        (excess("(q.amax(1) - p[nodes, q.argmax(1)]).abs().mean()"), "taken as absolute values"),
         (excess("(q.amax(1) - p[nodes, q.argmax(1)]).sum()"), "the sum over nodes"),
-        (excess("(q.amax(1) - (q.argmax(1) == p.argmax(1)).float()).mean()"), "look up its probability"),
+        (excess("(q.amax(1) - (q.argmax(1) == p.argmax(1)).float()).mean()"), "The truth is treated as one label"),
     ],
     "echo_marginals": [
-        (echo("count(edges.flatten())"), "own piece is forgotten"),
-        (echo("1 + count(edges[:, 0])"), "only first ends are counted"),
-        (echo("1 + 0 * count(edges[:, 0])"), "That is P_U itself"),
-        (echo("1 + count(edges.flatten())", "times[:, None] * log_u"), "Those are scores"),
+        (echo("count(edges.flatten())"), "unary term of the node is missing"),
+        (echo("1 + count(edges[:, 0])"), "Only the first ends of edges"),
+        (echo("1 + 0 * count(edges[:, 0])"), "These are the marginals P_U"),
+        (echo("1 + count(edges.flatten())", "times[:, None] * log_u"), "These are scores"),
         (echo("1 + count(edges.flatten())", "(times[:, None] * log_u).exp()"), "do not sum to 1"),
-        (echo("1 + 0 * log_u[:, 0] + 2 * len(edges) / len(log_u)"), "that is their mean"),
+        (echo("1 + 0 * log_u[:, 0] + 2 * len(edges) / len(log_u)"), "the mean number of edges"),
         (
             """def echo_marginals(log_u, edges):
     tables = torch.stack([log_u[p][:, None] + log_u[q][None, :] for p, q in edges.tolist()])
@@ -239,15 +242,15 @@ WRONG = {
         ),
     ],
     "fit_temperature": [
-        (temperature(result="beta"), "That is beta"),
+        (temperature(result="beta"), "This is beta"),
         (temperature("expected < seen_score"), "an end of the range"),
-        ("def fit_temperature(score, chosen):\n    return 1.0\n", "nothing was fitted"),
+        ("def fit_temperature(score, chosen):\n    return 1.0\n", "expected a temperature that is fitted"),
         (
             """def fit_temperature(score, chosen):
     grid = torch.tensor([0.05, 0.1, 0.2, 0.5, 1.001, 2, 5, 10, 20, 50]).double()
     return grid[torch.stack([-(score / t).log_softmax(0)[chosen].mean() for t in grid]).argmin()]
 """,
-            "the held-out labellings are likeliest with",
+            "within 1 %",
         ),
         (
             """def fit_temperature(score, chosen):
@@ -260,30 +263,30 @@ WRONG = {
     "tree_chances": [
         (
             "def tree_chances(edges, nodes):\n    return torch.full((len(edges),), (nodes - 1) / len(edges))\n",
-            "That is the mean",
+            "This is the mean",
         ),
-        ("def tree_chances(edges, nodes):\n    return torch.ones(len(edges))\n", "right on a tree"),
+        ("def tree_chances(edges, nodes):\n    return torch.ones(len(edges))\n", "holds on a tree only"),
         (
             chances("len({p for e in chosen for p in edges[e].tolist()}) == nodes"),
-            "a loop and a separate edge is no tree",
+            "a cycle and a separate edge",
         ),
         (chances(result="counts"), "counts of trees"),
-        (chances(result="counts / counts.sum()"), "divided by their sum"),
-        (chances(result="1 - counts / trees"), "without* the edge"),
+        (chances(result="counts / counts.sum()"), "The shares sum to 1"),
+        (chances(result="1 - counts / trees"), "trees without the edge"),
     ],
     "counted": [
-        (together("r * log_v"), "still say what their ends said"),
-        (together("log_v"), "That is the plain sum"),
-        (together("log_v - first - second"), "rho is not used"),
-        (together("r * log_v - first - second"), "log P_U of the ends too"),
-        (together("r * (log_v - first)"), "Only the first end"),
-        (together("r * (log_v + first + second)"), "is to be taken off"),
-        (together("r.mean() * (log_v - first - second)"), "that is their mean"),
+        (together("r * log_v"), "of both ends is not subtracted"),
+        (together("log_v"), "This is the plain sum"),
+        (together("log_v - first - second"), "rho has no effect"),
+        (together("r * log_v - first - second"), "including log P_U of the ends"),
+        (together("r * (log_v - first)"), "of the first end only is subtracted"),
+        (together("r * (log_v + first + second)"), "expected that it is subtracted"),
+        (together("r.mean() * (log_v - first - second)"), "All edges have the mean of rho"),
     ],
 }
 
-# Pairs conditioned on the first end; the true favourite in place of the model's; an echo without the node's own piece;
-# the plain mean over all edges.
+# Probabilities conditional on the first end; the largest true probability in place of that of the predicted label;
+# repeated evidence without the unary term; the mean over all edges.
 NAIVE = (
     {
         "learn_piece": piece("(counts / counts.sum(1, keepdim=True)).log()"),

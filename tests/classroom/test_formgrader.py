@@ -29,7 +29,7 @@ def formgrader(course, tmp_path):
     assert call(course, "release").returncode == 0
     put(submission, tmp_path / "handed_in", "ada", "lab9")
     done = call(course, "grade", str(tmp_path / "handed_in"))
-    assert "ada lab9 4/5 (an answer waits to be graded by hand)" in done.stdout, done.stderr
+    assert "ada lab9: 4 of 5 points (the written answer is not graded yet)" in done.stdout, done.stderr
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

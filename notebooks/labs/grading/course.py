@@ -114,11 +114,11 @@ def release(names: list[str], due: str | None) -> None:
         status, log = nbgrader("generate_assignment", lab, "--force")
         if status:
             shutil.rmtree(target, ignore_errors=True)
-            sys.exit(f"{log}\n{lab} was not released: nbgrader says above why.")
+            sys.exit(f"{log}\n{lab} was not released: see the message of nbgrader above.")
         found = leaks(*(nbformat.read(COURSE / step / lab / f"{lab}.ipynb", 4) for step in ("source", "release")))
         if found:
             shutil.rmtree(target)
-            sys.exit("\n".join([f"{lab} was not released, for it would give its answers away:", *found]))
+            sys.exit("\n".join([f"{lab} was not released, because it would give its answers away:", *found]))
         if deadline:
             with Gradebook(DATABASE) as gradebook:
                 gradebook.update_or_create_assignment(lab, duedate=deadline)
@@ -135,7 +135,7 @@ def handed_in(folder: Path) -> Iterator[tuple[str, str, bytes | str]]:
         if student.startswith(".") or not (folder / student).is_dir():
             continue
         if not STUDENT.fullmatch(student):
-            yield student, "", "the folder's name is no student's: letters, digits and . _ + - @ are expected"
+            yield student, "", "the name of the folder is not that of a student; expected letters, digits and . _ + - @"
             continue
         for lab in known:
             for way in ([student, f"{lab}.ipynb"], [student, lab, f"{lab}.ipynb"]):
@@ -166,7 +166,7 @@ def read_without_links(folder: Path, way: list[str]) -> bytes | str:
             return file.read(LARGEST)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR) and (folder / "/".join(way)).exists():
-            return f"{'/'.join(way)} is a link, or behind one"
+            return f"{'/'.join(way)} is a symbolic link, or is in a linked folder"
         raise
     finally:
         os.close(place)
@@ -219,7 +219,8 @@ def grade(folder: str, lab: str | None, student: str | None, again: bool, unsafe
             for (name, which, _), result in zip(wanted, waiting, strict=True):
                 done, sentence = result.result()
                 graded, failed = graded + done, failed + (not done)
-                print(*filter(None, (name, which)), sentence if done else f"NOT GRADED: {sentence}", flush=True)
+                title = " ".join(filter(None, (name, which)))
+                print(f"{title}:", sentence if done else f"NOT GRADED: {sentence}", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             with STARTING:
@@ -229,8 +230,8 @@ def grade(folder: str, lab: str | None, student: str | None, again: bool, unsafe
     if failed:
         sys.exit(f"{failed} of {graded + failed} could not be graded.")
     if not graded:
-        of = "".join([f" {lab}" * bool(lab), f" of the student {student!r}" * bool(student)])
-        sys.exit(f"{folder} holds no student's lab{of}; expected student/lab2.ipynb or student/lab2/lab2.ipynb.")
+        of = "".join([f" of {lab}" * bool(lab), f" by the student {student!r}" * bool(student)])
+        sys.exit(f"{folder} contains no submission{of}; expected student/lab2.ipynb or student/lab2/lab2.ipynb.")
 
 
 def grade_one(
@@ -259,7 +260,7 @@ def grade_one(
     end_orphans()
     if status:
         (target / "nbgrader.log").write_text(log)
-        return False, "nbgrader failed: " + (log.strip().splitlines() or ["it said nothing"])[-1]
+        return False, "nbgrader failed: " + (log.strip().splitlines() or ["no message"])[-1]
     if known.get("submission") == state["submission"]:
         keep_manual_marks(student, lab)
     notes = "".join(f"; look by hand: {line.split(BY_HAND)[1]}" for line in log.splitlines() if BY_HAND in line)
@@ -310,9 +311,12 @@ def due(lab: str) -> str:
 def marks(student: str, lab: str) -> str:
     with Gradebook(DATABASE) as gradebook:
         submission = gradebook.find_submission(lab, student)
-        waiting = " (an answer waits to be graded by hand)" if submission.needs_manual_grade else ""
-        late = submission.late_submission_penalty
-        return f"{submission.score:g}/{submission.max_score:g}{f', {late:g} off for lateness' if late else ''}{waiting}"
+        score, late = submission.score, submission.late_submission_penalty
+        points = f"{max(0.0, score - late):g} of {submission.max_score:g} points"
+        notes = [f"{score:g} reached, minus {late:g} for lateness"] if late else []
+        if submission.needs_manual_grade:
+            notes.append("the written answer is not graded yet")
+        return points + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def adopt_orphans() -> None:
@@ -354,8 +358,12 @@ def feedback(names: list[str]) -> None:
     for lab in wanted:
         status, log = nbgrader("generate_feedback", lab, "--force")
         if status:
-            sys.exit(f"{log}\nThe feedback of {lab} is not complete: nbgrader says above why.")
+            sys.exit(f"{log}\nThe feedback of {lab} is not complete: see the message of nbgrader above.")
         for page in sorted((COURSE / "feedback").glob(f"*/{lab}/{lab}.html")):
+            # nbgrader copies this file beside the page; `nbgrader release_feedback` needs it, for submissions that came
+            # by nbgrader's exchange, with their secret.
+            if not (page.parent / "submission_secret.txt").exists():
+                (page.parent / "timestamp.txt").unlink(missing_ok=True)
             print(page)
 
 
@@ -368,7 +376,7 @@ def export() -> None:
         target = COURSE / ("grades.csv" if exporter.startswith("nbgrader") else f"grades-{system}.csv")
         status, log = nbgrader("export", f"--exporter={exporter}", f"--to={target}", PYTHONPATH=str(COURSE / "grading"))
         if status:
-            sys.exit(f"{log}\n{target.name} was not written: nbgrader says above why.")
+            sys.exit(f"{log}\n{target.name} was not written: see the message of nbgrader above.")
         print(target)
 
 

@@ -208,7 +208,7 @@ class RunConfined(Execute):
 
     def run(self, cell, index):
         if not self.ended and monotonic() > self.deadline:
-            self.ended = f"the notebook has had its {self.notebook_seconds} seconds"
+            self.ended = f"the notebook has used its {self.notebook_seconds} seconds"
         if self.ended:
             cell.outputs = [failure("NotRun", f"This cell was not run: {self.ended}.")]
             return
@@ -216,7 +216,9 @@ class RunConfined(Execute):
         try:
             self.execute_cell(cell, index, store_history=True)
         except DeadKernelError:
-            self.ended = f"the kernel had ended in cell {cell_number} (os._exit, quit, or too much memory?)"
+            self.ended = (
+                f"the kernel ended in cell {cell_number}, for example because of os._exit, quit or too much memory"
+            )
         except CellTimeoutError:
             self.ended = f"cell {cell_number} took too long and could not be interrupted"
         if self.ended:
@@ -269,7 +271,7 @@ class WithoutTests(ClearHiddenTests):
         before = cell.source
         cell, resources = super().preprocess_cell(cell, resources, index)
         if cell.source != before:
-            cell.source = f"{cell.source.rstrip()}\n# Hidden tests ran here, too."
+            cell.source = f"{cell.source.rstrip()}\n# Hidden tests ran here."
             for output in cell.outputs:
                 if output.output_type == "error":
                     # A traceback quotes the lines around the one that failed.
@@ -305,7 +307,10 @@ def keep_local(exporter: type) -> None:
         page = REMOTE.sub(lambda _: local, page, count=1)
         page = page.replace("</head>", "<style>td, th {padding: 0.15em 0.6em}</style></head>", 1)
         for grade_id, task in task_names(nb).items():
-            page = page.replace(f'<a href="#{grade_id}">Test cell</a>', f'<a href="#{grade_id}">{task}</a>')
+            comment = f'<a href="#comment-{grade_id}">Comment'
+            page = page.replace(f"{comment}</a>", f"{comment} on {task}</a>")
+            for label in ("Test cell", "Written response"):
+                page = page.replace(f'<a href="#{grade_id}">{label}</a>', f'<a href="#{grade_id}">{task}</a>')
             for label in (f"Grade cell: <code>{grade_id}</code>", f"<code>{grade_id}</code>"):
                 page = page.replace(label, f"Tests of {task}")
         return page, resources
@@ -314,17 +319,19 @@ def keep_local(exporter: type) -> None:
 
 
 def task_names(nb) -> dict[str, str]:
-    """By grade_id of a test: the heading above it, and what the test is about where one heading has several."""
-    found, heading = {}, ""
+    """By grade_id of a test or an answer: the heading above it, and what it is about where a heading has several."""
+    found, heading = {"test": {}, "answer": {}}, ""
     for cell in nb.cells:
-        if cell.cell_type == "markdown" and (headings := HEADING.findall(cell.source)):
-            heading = headings[-1]
         marks = cell.metadata.get("nbgrader", {})
-        if marks.get("grade") and not marks.get("solution"):
-            found[marks["grade_id"]] = heading
-    shared = {task for task in found.values() if list(found.values()).count(task) > 1}
-    names = {
-        grade_id: f"{task}: {grade_id.removeprefix('test_').replace('_', ' ')}" if task in shared else task
-        for grade_id, task in found.items()
-    }
-    return {grade_id: html.escape(name) for grade_id, name in names.items()}
+        answer = marks.get("solution", False)
+        if cell.cell_type == "markdown" and not answer and (headings := HEADING.findall(cell.source)):
+            heading = headings[-1]
+        if answer or marks.get("grade"):
+            found["answer" if answer else "test"][marks["grade_id"]] = heading
+    names = {}
+    for headings in found.values():
+        several = [task for task in headings.values() if list(headings.values()).count(task) > 1]
+        for grade_id, task in headings.items():
+            about = f": {grade_id.removeprefix('test_').replace('_', ' ')}" if task in several else ""
+            names[grade_id] = html.escape(task + about)
+    return names
