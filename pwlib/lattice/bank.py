@@ -70,7 +70,7 @@ class LatticeFilter(GaussianFilter):
         self.backend = backend(features)
         weight, self.lattice = self.backend.embed(features.double() if largest > LARGE else features)
         self.weight = weight.to(features.dtype)  # [B, N, D + 1]
-        self.gain = geometry.gain(features.shape[-1])
+        self.gain = 1 / (1 + 2.0 ** -features.shape[-1])  # see `geometry`
         ones, mixing = torch.ones_like(self.weight[..., :1]), self.weight.new_full((1, 1, 1), self.gain)
         self.n = EPS + self.backend.message(ones, (self.weight, self.weight), mixing, self.lattice)  # [B, N, 1]
         if not self_message:  # the factor of a pixel's own value in its normalised message, [B, N, 1]

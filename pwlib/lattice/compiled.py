@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy import ndarray
 from torch import Tensor
 
-from pwlib.lattice import geometry, plain
+from pwlib.lattice import geometry
 from pwlib.lattice.geometry import Lattice
 from pwlib.mean_field import normalise
 
@@ -43,51 +43,19 @@ def _find(key, slots, keys, shift):
     return at
 
 
-@compiled(f"void({ROWS}, int64[::1], int64[::1], int64, int64, {ROWS}, int64[::1], int8[:, ::1])", fastmath=False)
-def _embed(elevated, low, strides, start, stop, weight, first, order):
-    """The loop over the points of `plain.embed`, with the same roundings.
-
-    Returns, for the points start to stop - 1: the weights of the corners; the key of the corner of remainder 0, without
-    the image; and the coordinates of H by ascending residual.
-    """
-    axes = len(elevated)
-    size, inverse = np.float32(axes), np.float32(1 / axes)
-    base, residual, rank = np.empty(axes, np.float32), np.empty(axes, np.float32), np.empty(axes, np.int64)
-    for p in range(start, stop):
-        rank[:] = 0
-        for i in range(axes):
-            base[i] = np.rint(elevated[i, p] * inverse)
-            residual[i] = elevated[i, p] - size * base[i]
-        for i in range(axes):
-            for j in range(i + 1, axes):
-                below = residual[i] < residual[j]
-                rank[i] += below
-                rank[j] += not below
-        rank += np.int64(base.sum())
-        first[p] = 0
-        for i in range(axes):
-            shift = np.int64(rank[i] < 0) - np.int64(rank[i] >= axes)
-            base[i] += shift
-            rank[i] += axes * shift
-            order[p, axes - 1 - rank[i]] = i
-            residual[rank[i]] = (elevated[i, p] - size * base[i]) * inverse
-            if i < axes - 1:
-                first[p] += (np.int64(base[i]) - low[i]) * strides[i]
-        weight[p, 0] = np.float32(1) + residual[axes - 1] - residual[0]
-        for k in range(1, axes):
-            weight[p, k] = residual[axes - 1 - k] - residual[axes - k]
-
-
-@compiled(f"int64(int64[::1], int8[:, ::1], int64[::1], {CORNER}, {HASH})")
-def _number(first, order, lowered, corner, slots, keys, shift):
+@compiled(f"int64(int64[::1], int8[:, :], int64[::1], {CORNER}, {HASH})")
+def _number(first, rank, strides, corner, slots, keys, shift):
     """Number the vertices 1, 2, .. in the order in which the points touch them; returns their number."""
-    count, axes = 0, order.shape[1]
+    count, axes = 0, len(rank)
+    order = np.empty(axes, np.int64)  # the coordinate of each rank
     before = np.full(axes, -1)  # the keys of the previous point; neighbouring pixels often share a simplex
     for p in range(len(first)):
         key = first[p]
+        for i in range(axes):
+            order[rank[i, p]] = i
         for k in range(axes):
             if k > 0:
-                key += 1 - lowered[order[p, k - 1]]
+                key += 1 - strides[order[axes - k]]
             if key == before[k]:
                 corner[p, k] = corner[p - 1, k]
                 continue
@@ -251,33 +219,20 @@ def split(points: int, parts: int) -> list[slice]:
 
 
 def embed(features: Tensor) -> tuple[Tensor, Lattice]:
-    """See `plain.embed`, which serves float64, the precision of large features."""
-    if features.dtype != torch.float32:
-        return plain.embed(features)
-    elevated, low, strides, steps = geometry.place(features)
-    axes, batch, points = elevated.shape
-    weight, first = np.empty((batch, points, axes), np.float32), np.empty((batch, points), np.int64)
-    order = np.empty((batch, points, axes), np.int8)
-    inputs = elevated.detach().flatten(1).numpy(), low.numpy(), strides.numpy()
-    outputs = weight.reshape(-1, axes), first.reshape(-1), order.reshape(-1, axes)
-    chunks = split(batch * points, max(1, min(torch.get_num_threads(), batch * points // CHUNK)))
-    parallel(lambda p: _embed(*inputs, p.start, p.stop, *outputs), [(chunk,) for chunk in chunks])
-    weight = torch.from_numpy(weight)
-    if elevated.requires_grad:  # weight k is r_k - r_(k-1), plus a constant, of the residuals in ascending order
-        ascending = elevated.movedim(0, -1).gather(-1, torch.from_numpy(order).long()) / axes  # [B, N, d+1]
-        difference = ascending - ascending.roll(1, -1)
-        weight = (difference - difference.detach()).add_(weight)
-    lowered, steps = np.append(strides[:-1].numpy(), 0), steps.numpy()  # the last coordinate has no digit
+    """See `plain.embed`; here each image has a part of the vertices of its own."""
+    weight, *arrays = geometry.place(features)
+    first, rank, strides, steps = (array.numpy() for array in arrays)
+    batch, points, axes = weight.shape
     corner, bits = np.empty(weight.shape, np.int32), (2 * points * axes).bit_length()
 
     def number(image: int) -> ndarray:
         hashed = np.zeros(1 << bits, np.int32), np.empty(points * axes + 1, np.int64), 64 - bits
-        count = _number(first[image], order[image], lowered, corner[image], *hashed)
+        count = _number(first[image], rank[:, image], strides, corner[image], *hashed)
         neighbours = np.zeros((axes, count + 1, 2), np.int32)
         _link(steps, neighbours, *hashed)
         return neighbours
 
-    neighbours = parallel(number, [(image,) for image in range(batch)])  # a part of the vertices for each image
+    neighbours = parallel(number, [(image,) for image in range(batch)])
     for image, start in enumerate(np.cumsum([part.shape[1] for part in neighbours[:-1]]), 1):
         corner[image] += start
     return weight, Lattice(torch.from_numpy(corner), tuple(map(torch.from_numpy, neighbours)), (0,) * batch)

@@ -5,25 +5,19 @@ whose coordinates all leave the same remainder k = 0 .. d when divided by d+1. T
 shape, each with d+1 corners, one of every remainder. Two steps find the simplex around a point x without a search:
 
 Rounding (p. 4). Round each coordinate to the nearest multiple of d+1. If the result y sums to zero, it is the nearest
-vertex of remainder 0. Otherwise its sum is s (d+1) for a small integer s, and the coordinates that were rounded
-furthest are corrected: the s with the smallest residual x - y are lowered by d+1 (or the -s with the largest are
-raised).
+vertex of remainder 0. Otherwise its sum is s (d+1), and the s coordinates with the smallest residuals x - y are lowered
+by d+1 (or the -s with the largest are raised).
 
-Ranking (p. 5). Around y there is one simplex for every order of the residuals. Let rank_i = 0 for the largest residual
-and d for the smallest. The corner of remainder k is y + k at the d+1-k coordinates with the largest residuals, and y +
-k - (d+1) at the other k, so that it lies in H. With the residuals in descending order, r_0 >= .. >= r_d, the
-barycentric coordinates of x, which are the weights of the corners in a linear interpolation, are
+Ranking (p. 5). Let rank_i = 0 for the largest residual and d for the smallest. The corner of remainder k is y + k at
+the d+1-k coordinates with the largest residuals, and y + k - (d+1) at the other k. With the residuals in descending
+order, r_0 >= .. >= r_d, the barycentric coordinates of x, which are the weights of the corners in an interpolation, are
 
     b_0 = 1 - (r_0 - r_d) / (d+1),    b_k = (r_(d-k) - r_(d-k+1)) / (d+1)  for k = 1 .. d
 
-Scale. The filter splats (an interpolation), convolves with [1/4, 1/2, 1/4] along the d+1 axes u_j = (d+1) e_j - 1, and
-slices (an interpolation). A convolution has a variance of 1/2 step along its axis; an interpolation, whose hat function
-is a convolution of d+1 boxes of one step, has 1/12. On H, sum_j u_j u_j^T is (d+1)^2 times the identity. The variance
-of the whole is therefore (1/12 + 1/2 + 1/12) (d+1)^2 = 2/3 (d+1)^2 in every direction, and features multiplied by
-sqrt(2/3) (d+1) give the kernel exp(-|f_i - f_j|^2 / 2), approximately.
-
-Gain. The taps used are [1/2, 1, 1/2], as in the reference code. The axes sum to zero, so a value returns to its vertex
-after one step along each of them, forwards or backwards: 1 + 2 (1/2)^(d+1) = 1 + 2^-d, by which the filter divides.
+The filter splats (an interpolation), convolves along the d+1 axes u_j = (d+1) e_j - 1, and slices (an interpolation).
+Its variance, 2/3 (d+1)^2 in every direction of H, is that of the kernel exp(-|f_i - f_j|^2 / 2) for features multiplied
+by sqrt(2/3) (d+1). The taps are [1/2, 1, 1/2], as in the reference code. The axes sum to zero, so a value returns to
+its vertex after one step along each of them: the filter divides by 1 + 2 (1/2)^(d+1). Notebook 03 derives all this.
 """
 
 from __future__ import annotations
@@ -49,11 +43,6 @@ def elevate(features: Tensor) -> Tensor:
     return torch.stack([total, *reversed(rows)])
 
 
-def gain(d: int) -> float:
-    """The factor 1 / (1 + 2^-d) that the filter's taps require in d dimensions, see above."""
-    return 1 / (1 + 2.0**-d)
-
-
 def self_weight(weight: Tensor) -> Tensor:
     """K_ii before the gain, [..., 1], from barycentric weights [..., d+1], if all vertices around a point are touched.
 
@@ -66,34 +55,65 @@ def self_weight(weight: Tensor) -> Tensor:
     return ((weight @ response) * weight).sum(-1, keepdim=True)
 
 
-def place(features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Embed points with features [B, N, D] in H, and choose keys for the vertices around them.
+@torch.no_grad()
+def enclosing_simplex(elevated: Tensor) -> tuple[Tensor, Tensor]:
+    """The simplex around each point [d+1, ...]: y / (d+1), whole numbers in the points' dtype, and int8 ranks."""
+    axes = len(elevated)
+    base = torch.round(elevated * (1 / axes))
+    residual = torch.sub(elevated, base, alpha=axes)
+    # Adding s to every rank makes those that leave 0 .. d the coordinates to correct. A corrected residual is then the
+    # largest or the smallest, hence its rank continues at the other end.
+    rank = base.sum(0).to(torch.int8).repeat(axes, *[1] * (base.ndim - 1))
+    for i in range(axes - 1):
+        below = residual[i] < residual[i + 1 :]  # of two equal residuals, the first has the smaller rank
+        rank[i] += below.sum(0, dtype=torch.int8)
+        rank[i + 1 :] += ~below
+    shift = (rank < 0).to(torch.int8) - (rank >= axes).to(torch.int8)
+    return base + shift, rank + axes * shift
+
+
+def barycentric(elevated: Tensor, base: Tensor, rank: Tensor) -> Tensor:
+    """Barycentric coordinates [..., d+1] of points in their simplices; differentiable in `elevated` [d+1, ...]."""
+    axes = len(elevated)
+    residual = torch.sub(elevated, base, alpha=axes) * (1 / axes)
+    residual = torch.zeros_like(residual).scatter(0, rank.long(), residual)  # in descending order
+    steps = (residual[:-1] - residual[1:]).flip(0)  # b_1 .. b_d
+    return torch.cat([1 + residual[-1:] - residual[:1], steps]).movedim(0, -1).contiguous()
+
+
+def place(features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Find the simplex around each point with features [B, N, D], and choose keys for the vertices.
 
     Coordinate i of a vertex of remainder k is (d+1) c_i + k. The digits of its key are the image, c_(d-1), .., c_0 and
-    k, with the place values strides[d], .., strides[0] and 1.
+    k; the last coordinate follows from the others.
 
     Returns:
-        elevated: [D+1, B, N], contiguous; differentiable in the features.
-        low: int64 [D], less than the c_i of any vertex around a point.
-        strides: int64 [D+1].
+        weight: [B, N, D+1], the barycentric coordinates; differentiable in the features.
+        key: int64 [B, N], of the corner of remainder 0. The next corner, of remainder k + 1, is lowered in the
+            coordinate i of rank d - k: its key is larger by 1 - strides[i].
+        rank: int8 [D+1, B, N].
+        strides: int64 [D+1], the place values of c_0, .., c_(d-1), and 0 for the last coordinate.
         steps: int64 [D+2]. One step along axis j leads from a vertex to key + steps[j], and if the vertex has remainder
             0, which becomes D, to key + steps[j] + steps[D+1].
     """
     batch, _, d = features.shape
     elevated = elevate(features.movedim(-1, 0))
-    ends = torch.stack(elevated.detach()[:d].flatten(1).aminmax(dim=1))
-    # Rounding is corrected by at most 1, and c_i of a corner is at most 1 lower than that of the corner 0. One value of
-    # each digit is spare: a step out of the box of all vertices, on either side, leads to it and finds no vertex.
-    low, high = torch.round(ends * (1 / (d + 1))).long() + torch.tensor([[-2], [2]], device=ends.device)
+    base, rank = enclosing_simplex(elevated.detach())
+    # The c_i of a corner is at most 1 lower than that of the corner 0. One value of each digit is spare: a step out of
+    # the box of all vertices, on either side, leads to it and finds no vertex.
+    low, high = torch.stack(base[:d].flatten(1).aminmax(dim=1)).long() + torch.tensor([[-1], [1]], device=base.device)
     spans = (high - low + 1).tolist()
-    strides = [(d + 1) * math.prod(spans[:i]) for i in range(d + 1)]
-    if strides[d] * batch >= 2**62:
+    *strides, image = [(d + 1) * math.prod(spans[:i]) for i in range(d + 1)]
+    if image * batch >= 2**62:
         raise ValueError(
             f"features spread over {' x '.join(map(str, spans))} lattice cells, too many to number in 64 bits; "
             "expected bandwidths that are not so small beside the features' range"
         )
-    steps = [*(stride - 1 for stride in strides[:d]), -1, d + 1 - sum(strides[:d])]
-    return elevated, low, low.new_tensor(strides), low.new_tensor(steps)
+    steps = low.new_tensor([*(stride - 1 for stride in strides), -1, d + 1 - sum(strides)])
+    strides = low.new_tensor([*strides, 0])
+    key = (strides[:d, None, None] * (base[:d].long() - low[:, None, None])).sum(0)  # [B, N]
+    key = key + image * torch.arange(batch, device=key.device)[:, None]
+    return barycentric(elevated, base, rank), key, rank, strides, steps
 
 
 @dataclass(frozen=True)

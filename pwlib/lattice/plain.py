@@ -18,47 +18,18 @@ from pwlib.lattice import geometry
 from pwlib.lattice.geometry import Lattice
 
 
-@torch.no_grad()
-def enclosing_simplex(elevated: Tensor) -> tuple[Tensor, Tensor]:
-    """The simplex around each point [d+1, ...]: y / (d+1), whole numbers in the points' dtype, and int8 ranks."""
-    axes = len(elevated)
-    base = torch.round(elevated * (1 / axes))
-    residual = torch.sub(elevated, base, alpha=axes)
-    before = torch.ones(axes, axes, dtype=torch.bool, device=residual.device).triu(1)  # i < j, which decides ties
-    before = before.view(axes, axes, *[1] * (residual.ndim - 1))
-    rank = torch.where(before, residual <= residual[:, None], residual < residual[:, None]).sum(0, dtype=torch.int8)
-    # Adding s to every rank makes those that leave 0 .. d the coordinates to correct. A corrected residual is then the
-    # largest or the smallest, hence its rank continues at the other end.
-    rank += base.sum(0).to(torch.int8)
-    shift = (rank < 0).to(torch.int8) - (rank >= axes).to(torch.int8)
-    return base + shift, rank + axes * shift
-
-
-def barycentric(elevated: Tensor, base: Tensor, rank: Tensor) -> Tensor:
-    """Barycentric coordinates [..., d+1] of points in their simplices; differentiable in `elevated` [d+1, ...]."""
-    axes = len(elevated)
-    residual = torch.sub(elevated, base, alpha=axes) * (1 / axes)
-    residual = torch.zeros_like(residual).scatter(0, rank.long(), residual)  # in descending order
-    steps = (residual[:-1] - residual[1:]).flip(0)  # b_1 .. b_d
-    return torch.cat([1 + residual[-1:] - residual[:1], steps]).movedim(0, -1).contiguous()
-
-
 def embed(features: Tensor) -> tuple[Tensor, Lattice]:
     """Place points with features [B, N, D] on the lattice.
 
     Returns:
         The weights [B, N, D+1] of the corners around each point, differentiable in the features, and the lattice.
     """
-    elevated, low, strides, steps = geometry.place(features)
-    base, rank = enclosing_simplex(elevated.detach())
-    weight = barycentric(elevated, base, rank)
-    axes, batch, _ = base.shape
-    # A corner of remainder k is lowered in the coordinates of the k last ranks. The last coordinate is not in a key.
-    lowering = F.pad(strides[:-1], (0, 1))[:, None, None].expand(base.shape)
-    lowered = torch.zeros_like(lowering).scatter(0, rank.long(), lowering).flip(0).cumsum(0)  # [d+1, B, N]
-    keys = (strides[:-1, None, None] * (base[:-1].long() - low[:, None, None])).sum(0)  # of the corner 0, [B, N]
-    keys = keys + strides[-1] * torch.arange(batch, device=base.device)[:, None]
-    keys = torch.stack([keys, *(keys + k - lowered[k - 1] for k in range(1, axes))], -1)  # [B, N, d+1]
+    weight, key, rank, strides, steps = geometry.place(features)
+    axes = len(rank)
+    # A corner of remainder k is lowered in the coordinates of the k last ranks.
+    lowering = torch.zeros(rank.shape, dtype=torch.int64, device=rank.device)
+    lowering = lowering.scatter(0, rank.long(), strides[:, None, None].expand(rank.shape)).flip(0).cumsum(0)
+    keys = torch.stack([key, *(key + k - lowering[k - 1] for k in range(1, axes))], -1)  # [B, N, d+1]
     vertex, corner = keys.unique(return_inverse=True)  # [M], ascending, and [B, N, d+1]
     wanted = vertex + steps[:axes, None] + steps[axes] * (vertex % axes == 0)  # [d+1, M]
     at = torch.searchsorted(vertex, wanted).clamp_(max=len(vertex) - 1)
