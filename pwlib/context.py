@@ -7,11 +7,9 @@ Every cell p of the map is a node. Every relation r connects p to the cells q in
     surrounding   q in a box centred on p                      which labels occur near each other
     above_below   q in a box whose lower edge is centred at p  which labels occur above others
 
-The side of a box is 0.4 a, where a is the short side of the map. The paper writes scores z = -psi. The unary network
-gives z_p; a pairwise network gives K*K numbers z_pq from the features [f_p, f_q] of both cells. A Gaussian kernel
-depends only on how similar two pixels are, while this network sees what they are, and since edges are ordered it can
-prefer "sky above sea" to "sea above sky". Its first layer is linear in [f_p, f_q], W_1 f_p + W_2 f_q + b: both products
-are computed once per node and added per edge, without concatenating pairs.
+The paper writes scores z = -psi. The unary network gives z_p; a pairwise network gives K*K numbers z_pq from the
+features [f_p, f_q] of both cells. A Gaussian kernel depends only on how similar two pixels are, while this network sees
+what they are, and since edges are ordered it can prefer "sky above sea" to "sea above sky".
 
 Training is piecewise: each potential is normalised by itself, P_U = softmax over K of z_p and P_V = softmax over K*K of
 z_pq, and learned as a classifier of nodes or of pairs, without inference. For inference the terms are combined. Each
@@ -22,20 +20,13 @@ dozens of edges. `counting` chooses the energy:
     tree              E = -sum_p log P_U(x_p) - rho sum_e [log P_V(x_p, x_q) - log P_U(x_p) - log P_U(x_q)]
     reparametrised    E = -sum_p log P_U(x_p) - rho sum_e [log P_V(x_p, x_q) - log P_e(x_p) - log P_e(x_q)]
 
-P_e(x_p) = sum_b P_V(x_p, b) and P_e(x_q) = sum_a P_V(a, x_q) are the marginals of the edge's own term. Both "tree" and
-"reparametrised" come from the factorisation of a distribution mu on a tree (its reparametrisation by marginals,
-Wainwright, Jaakkola & Willsky 2003), to which the evidence f_p of each node is added, independent given its label:
-
-    mu(x) = prod_p mu_p(x_p) prod_e mu_e(x_p, x_q) / (mu_p(x_p) mu_q(x_q)),    P(x | f) ~ mu(x) prod_p P(f_p | x_p)
-
-and P_U(x_p) ~ mu_p(x_p) P(f_p | x_p) in both (~: proportional to). They differ in what P_V knows. If the terms have
-seen the evidence of their two nodes, P_V ~ mu_e P(f_p | x_p) P(f_q | x_q), it cancels in P_V / (P_U P_U), and "tree" is
-exact. If they have not, P_V = mu_e, and "reparametrised" is exact, whatever P_U is. The two agree where the marginals
-of P_V equal P_U. Features of a large receptive field are not independent given the labels; then P_e differs from P_U by
-errors of estimation and by evidence that the edges of a node share, and "tree" counts the difference once per edge. In
-"reparametrised" an edge adds the pointwise mutual information of its term: nothing, if the term is a product. On graphs
-with cycles rho = (N - 1) / E is the mean probability that an edge belongs to a random spanning tree (tree-reweighted
-counting numbers, Wainwright, Jaakkola & Willsky 2005, with one number for all edges).
+P_e(x_p) = sum_b P_V(x_p, b) and P_e(x_q) = sum_a P_V(a, x_q) are the marginals of the edge's own term. If edges form a
+tree and rho = 1, "tree" is exact for terms that have seen the evidence of their two nodes, and "reparametrised" for
+terms that have not, given features that are independent given the labels (Wainwright, Jaakkola & Willsky 2003). The
+two agree where P_e equals P_U. Elsewhere "tree" counts the difference once per edge, whether it is evidence or an error
+of estimation, and "reparametrised" discards it: notebook 06 derives both. On graphs with cycles rho = (N - 1) / E is
+the mean probability that an edge belongs to a random spanning tree (tree-reweighted counting numbers, Wainwright et al.
+2005, with one number for all edges).
 
 With `residual`, P_V starts as the product of its nodes' P_U: z_pq(a, b) = log P_U(a) + log P_U(b) + the network's
 score, and at the start of training the edges contribute almost nothing, except in "sum".
@@ -57,8 +48,6 @@ from pwlib.trace import Trace, record
 
 RELATIONS = ("surrounding", "above_below")
 COUNTING = ("tree", "reparametrised", "sum")
-
-# ------------------------------------------------------------------------------------------------------------- graph
 
 
 def box_offsets(relation: str, short_side: int, *, reach: float = 0.4, neighbours: int | None = None) -> np.ndarray:
@@ -115,11 +104,11 @@ def box_edges(relation: str, height: int, width: int, *, reach: float = 0.4, nei
     return torch.stack([node.expand_as(row)[inside], (row * width + column)[inside]], 1)
 
 
-# ---------------------------------------------------------------------------------------------------------- networks
-
-
 class PairwiseNet(nn.Module):
-    """K x K scores of ordered pairs from their features: relu(W_1 f_p + W_2 f_q + b), then a linear layer."""
+    """K x K scores of ordered pairs from their features: relu(W_1 f_p + W_2 f_q + b), then a linear layer.
+
+    Both products are computed once per node and added per edge, without concatenating pairs.
+    """
 
     def __init__(self, channels: int, num_classes: int, hidden: int):
         super().__init__()
@@ -137,9 +126,6 @@ class PairwiseNet(nn.Module):
         first, second = edges.unbind(1)
         hidden = torch.relu(self.of_first(features)[:, first] + self.of_second(features)[:, second])  # [B, E, hidden]
         return self.scores(hidden).unflatten(-1, (self.num_classes, self.num_classes))
-
-
-# --------------------------------------------------------------------------------------------------------------- CRF
 
 
 class _NonNegative(torch.autograd.Function):

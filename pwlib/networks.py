@@ -142,10 +142,7 @@ class VGGNetwork(nn.Module):
 class DeepLabLargeFOV(VGGNetwork):
     """DeepLab-LargeFOV (Chen et al. 2015): image [B, 3, H, W] in [0, 1] -> logits [B, K, H, W].
 
-    Args:
-        num_classes: K, at least 2.
-        dropout: probability of dropout behind fc6 and fc7, in training.
-        options: width, batch_norm and weights, see `VGGNetwork`.
+    dropout: probability of dropout behind fc6 and fc7, in training; the other arguments are those of `VGGNetwork`.
     """
 
     cell_size = 8
@@ -173,11 +170,7 @@ class DeepLabLargeFOV(VGGNetwork):
         return self.fc7(self.fc6(self.blocks(self.normalize(image))))
 
     def load_vgg(self, state: Mapping[str, Tensor]) -> None:
-        """Load the state dict of torchvision's vgg16 (or vgg16_bn); the classifier keeps its random weights.
-
-        VGG's fc6 reads 7x7 cells, 32 px apart. Every third is kept: 3x3 taps, 96 px apart (dilation 12 at 8 px a cell).
-        fc6 and fc7 keep their random weights if the state dict has the convolutions only.
-        """
+        """Load the state dict of torchvision's vgg16 (or vgg16_bn), or of its convolutions; see `load_vgg_fc`."""
         load_vgg_blocks(self.blocks, state)
         load_vgg_fc(state, fc6=self.fc6[0], fc7=self.fc7[0])
 
@@ -190,14 +183,13 @@ class FeatMapNet(VGGNetwork):
     covers the image exactly, and cell i covers its i-th n-th part.
 
     Args:
-        num_classes: K, at least 2.
         scales: factors by which the image is resized; (1.0,) switches multi-scale features off.
         pyramid: sides of the sliding pooling windows, in cells, odd; () switches them off.
         output_stride: px of the resized image per cell: 16 in the paper, 8 for small images.
         dilation: of the first layer of block 6. None: 96 / output_stride, so that its taps are 96 px apart, as is every
             third of the 7x7 cells that VGG's first fully connected layer reads. 1 or 2 for small images.
         dropout: probability of dropout in the head, in training.
-        options: width, batch_norm and weights, see `VGGNetwork`.
+        num_classes and options: see `VGGNetwork`.
     """
 
     cell_size = None
@@ -261,7 +253,7 @@ class FeatMapNet(VGGNetwork):
         return torch.cat([joined, *(pool(joined) for pool in self.pools)], dim=1)
 
     def load_vgg(self, state: Mapping[str, Tensor]) -> None:
-        """Load torchvision's vgg16 (or vgg16_bn) state dict: blocks 1 to 5, and block 6's first layer if it has fc6."""
+        """Load blocks 1 to 5, and the first layer of block 6 if the state dict has fc6."""
         load_vgg_blocks(self.blocks, state)
         for block6 in self.block6:
             load_vgg_fc(state, fc6=block6[0])

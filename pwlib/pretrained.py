@@ -33,8 +33,9 @@ def load_vgg_blocks(blocks: nn.Sequential, state: Mapping[str, Tensor]) -> None:
 def load_vgg_fc(state: Mapping[str, Tensor], *, fc6: nn.Conv2d, fc7: nn.Conv2d | None = None) -> None:
     """Copy the fully connected layers into convolutions, decimated as in DeepLab, if the state dict has any.
 
-    fc6, [4096, 512 * 7 * 7], becomes a 3x3 convolution [1024, 512, 3, 3]: every third tap and every fourth output. fc7,
-    [4096, 4096], becomes a 1x1 convolution [1024, 1024, 1, 1]. Nothing is rescaled.
+    fc6, [4096, 512 * 7 * 7], becomes a 3x3 convolution [1024, 512, 3, 3]: every third tap and every fourth output. The
+    taps of VGG are 32 px apart, so these are 96 px apart (dilation 12 at 8 px a cell). fc7, [4096, 4096], becomes a 1x1
+    convolution [1024, 1024, 1, 1]. Nothing is rescaled.
     """
     if not any(name.startswith("classifier.") for name in state):
         return
