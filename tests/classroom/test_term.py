@@ -137,7 +137,7 @@ def test_the_feedbacks_table_of_contents_names_the_tasks(course, tmp_path):
     lab, submission = small_lab(), clean()
     submission.cells[1].source, submission.cells[3].source = RIGHT, "## Task 8 · My own heading\n\nAdding is cheap."
     for notebook in (lab, submission):
-        notebook.cells.insert(3, new_markdown_cell("## Task 2 · In writing (1 point)\n\nWhy?"))
+        notebook.cells.insert(3, new_markdown_cell("## Task 2 · In writing (1 point)\n\nIs `double` fast?"))
         notebook.cells.insert(1, new_markdown_cell(TASK))
     install(course, lab)
     assert call(course, "release", "lab9").returncode == 0
@@ -151,8 +151,9 @@ with Gradebook("sqlite:///{course / "gradebook.db"}") as gradebook:
     gradebook.db.commit()
 """
     subprocess.run([NBGRADER, "-c", comments], check=True)
-    assert call(course, "feedback", "lab9").returncode == 0
+    assert call(course, "feedback", "lab9").stdout.endswith("lab9.html (the written answer is not graded yet)\n")
     page = (course / "feedback" / "ada" / "lab9" / "lab9.html").read_text("utf-8")
+    assert "Is <code>double</code> fast?" in page
     contents = re.search(r'<div id="toc">(.*?)</div>', page, re.S)[1]
     assert re.findall(r'<a href="#([^"]*)">([^<]*)</a>', contents) == [
         ("comment-double", "Comment on Task 1 · Doubling"),

@@ -364,7 +364,9 @@ def feedback(names: list[str]) -> None:
             # by nbgrader's exchange, with their secret.
             if not (page.parent / "submission_secret.txt").exists():
                 (page.parent / "timestamp.txt").unlink(missing_ok=True)
-            print(page)
+            with Gradebook(DATABASE) as gradebook:
+                waiting = gradebook.find_submission(lab, page.parents[1].name).needs_manual_grade
+            print(page, *["(the written answer is not graded yet)"] * waiting)
 
 
 def export() -> None:

@@ -290,6 +290,7 @@ MathJax.Hub = {Startup: {signal: {Interest: (tell) => MathJax.startup.promise.th
 REMOTE = re.compile(
     r'<script src="https?://[^"]*mathjax[^"]*">\s*</script>.*?<!-- End of mathjax configuration -->', re.S | re.I
 )
+STYLE = "td, th {padding: 0.15em 0.6em} .output_error pre {white-space: pre-wrap}"
 HEADING = re.compile(r"^#+ +(.*?)(?: *\([^()]*points?\))?$", re.M)
 
 
@@ -305,21 +306,22 @@ def keep_local(exporter: type) -> None:
         script = Path(mathjax.__file__).parent / "static" / "mathjax" / "es5" / "tex-svg.js"
         local = MATHJAX % script.read_text("utf-8").replace("</script", "<\\/script")
         page = REMOTE.sub(lambda _: local, page, count=1)
-        page = page.replace("</head>", "<style>td, th {padding: 0.15em 0.6em}</style></head>", 1)
+        page = page.replace("</head>", f"<style>{STYLE}</style></head>", 1)
         for grade_id, task in task_names(nb).items():
             comment = f'<a href="#comment-{grade_id}">Comment'
             page = page.replace(f"{comment}</a>", f"{comment} on {task}</a>")
             for label in ("Test cell", "Written response"):
                 page = page.replace(f'<a href="#{grade_id}">{label}</a>', f'<a href="#{grade_id}">{task}</a>')
-            for label in (f"Grade cell: <code>{grade_id}</code>", f"<code>{grade_id}</code>"):
-                page = page.replace(label, f"Tests of {task}")
+            if grade_id.startswith("test_"):  # a text may contain the name of an answer
+                for label in (f"Grade cell: <code>{grade_id}</code>", f"<code>{grade_id}</code>"):
+                    page = page.replace(label, f"Tests of {task}")
         return page, resources
 
     exporter.from_notebook_node = from_notebook_node
 
 
 def task_names(nb) -> dict[str, str]:
-    """By grade_id of a test or an answer: the heading above it, and what it is about where a heading has several."""
+    """By grade_id of a test or an answer: the heading above it, and the part if the heading has several."""
     found, heading = {"test": {}, "answer": {}}, ""
     for cell in nb.cells:
         marks = cell.metadata.get("nbgrader", {})
@@ -330,8 +332,8 @@ def task_names(nb) -> dict[str, str]:
             found["answer" if answer else "test"][marks["grade_id"]] = heading
     names = {}
     for headings in found.values():
-        several = [task for task in headings.values() if list(headings.values()).count(task) > 1]
         for grade_id, task in headings.items():
-            about = f": {grade_id.removeprefix('test_').replace('_', ' ')}" if task in several else ""
-            names[grade_id] = html.escape(task + about)
+            parts = [other for other in headings if headings[other] == task]
+            part = f", part {parts.index(grade_id) + 1}" if len(parts) > 1 else ""
+            names[grade_id] = html.escape(task + part)
     return names
