@@ -49,6 +49,6 @@ c.FileNameCollectorPlugin.named_regexp = (
 )
 
 c.GenerateFeedback.preprocessors = [GetGrades, WithoutTests, CSSHTMLHeaderPreprocessor]
-# What a student's cell shows is a page of the instructor's, too: it may hold no script. (Their text: see Restore.)
+# The instructor looks at outputs of students' cells, so these must not contain scripts. (For their text see Restore.)
 c.HTMLExporter.sanitize_html = True
 keep_local(HTMLExporter)

@@ -61,7 +61,7 @@ def labs(names: list[str]) -> list[str]:
 
 
 def nbgrader(*arguments: str, seconds: float | None = None, **environment: str) -> tuple[int, str]:
-    """Exit status and log of an nbgrader command, killed after so many seconds."""
+    """Run an nbgrader command, kill it after `seconds`, and return its exit status and log."""
     # nbgrader calls alembic by its name.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     with STARTING:
@@ -128,7 +128,7 @@ def release(names: list[str], due: str | None) -> None:
 def handed_in(folder: Path) -> Iterator[tuple[str, str, bytes | str]]:
     """(student, lab, the notebook's bytes, or a sentence why there are none) of FOLDER/student/[lab/]lab.ipynb.
 
-    Students may write in there, even now: nothing is opened through a link, and only a file that ends is read.
+    Students may write to the folder at any time, so no link is followed, and only plain files of limited size are read.
     """
     known = labs([])
     for student in sorted(entry.name for entry in folder.iterdir()):
@@ -173,7 +173,7 @@ def read_without_links(folder: Path, way: list[str]) -> bytes | str:
 
 
 def isolation(unsafe: bool) -> dict[str, str]:
-    """What nbgrader's environment must say so that its kernels are confined; ends where they cannot be."""
+    """Environment variables with which nbgrader isolates its kernels; exits where that is not possible."""
     python = os.environ.get("LAB_PYTHON", str(REPOSITORY / ".venv" / "bin" / "python"))
     # The font manager makes the list of fonts that each kernel is handed a copy of: it takes seconds.
     look = "import matplotlib.font_manager, pwlib; print(matplotlib.get_cachedir())"
@@ -269,7 +269,7 @@ def grade_one(
 
 
 def keep_manual_marks(student: str, lab: str) -> None:
-    """Marks given by hand stay valid for an unchanged submission: nbgrader would have them given again."""
+    """Keep marks given by hand for an unchanged submission; nbgrader would ask for them again."""
     with Gradebook(DATABASE) as gradebook:
         for notebook in gradebook.find_submission(lab, student).notebooks:
             for grade in notebook.grades:
@@ -320,7 +320,7 @@ def marks(student: str, lab: str) -> str:
 
 
 def adopt_orphans() -> None:
-    """What a student's code leaves running becomes our child when its parent ends, so that it can be found."""
+    """Make processes that a student's code leaves running our children when their parent ends, to find them."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
@@ -337,7 +337,7 @@ def end_orphans(seconds: float = 10) -> None:
 
 
 def our_children() -> list[int]:
-    """This process's children, but for the nbgrader commands that it runs."""
+    """The children of this process, except the nbgrader commands that it runs."""
     found = []
     with STARTING:
         for status in Path("/proc").glob("[0-9]*/stat"):

@@ -1,4 +1,4 @@
-"""What a released lab gives away of its source: answers, hidden tests, mark schemes, outputs, metadata. Sentences."""
+"""Find answers, hidden tests, mark schemes, outputs and metadata of the source of a lab in its release."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 
 REGIONS = ("SOLUTION", "HIDDEN TESTS", "MARK SCHEME")
-SHORTEST = 12  # characters; `return q` gives nothing away
+SHORTEST = 12  # characters; `return q` reveals nothing
 METADATA = {"nbgrader", "editable", "deletable"}
 
 
@@ -33,9 +33,9 @@ def split(source: str, whole: bool = False) -> tuple[list[str], list[list[str]]]
 
 
 def secrets(source) -> list[tuple[str, list[str]]]:
-    """(what it is, its pieces of text): the lines of a region that are seen nowhere else, and the region as a whole.
+    """(name, texts) of each region: its lines that students see nowhere else, and the region as a whole.
 
-    A lab that hands out faulty code to mend shows most of its answer's lines; what it must not show is the mended ones.
+    A lab with faulty code shows most lines of its answers; only the corrected lines must not be shown.
     """
     seen, hidden = set(), []
     for cell in source.cells:

@@ -1,9 +1,9 @@
-"""What nbgrader does to a lab's notebook here, beyond its own steps. nbgrader_config.py says when.
+"""Steps of nbgrader for this course, in addition to its own; nbgrader_config.py lists where they run.
 
 ForStudents     release: nothing but cells, with the metadata that nbgrader needs
 Restore         grading: the cells that students may not change are as they were released
 RunConfined     grading: the notebook runs in a kernel that confine.py confines, and ends in time
-WithoutTests    feedback: the hidden tests stay hidden
+WithoutTests    feedback: without the code of hidden tests
 keep_local      feedback and Formgrader: MathJax from its package, tasks by their names
 """
 
@@ -66,11 +66,11 @@ class ForStudents(NbGraderPreprocessor):
 
 
 class Restore(NbGraderPreprocessor):
-    """Put a submission's cells in order: what is locked as released, what was deleted back, no metadata of its own.
+    """Restore the locked and deleted cells of a submission, and remove metadata that the student added.
 
-    nbgrader restores the source of changed cells itself; this comes before it, for what it does not expect: a changed
-    cell that says it carries no points, one tagged to be skipped, a solution and its test deleted together. HTML in
-    the students' own text becomes text: nbgrader's pages would show it as it is, scripts and all.
+    nbgrader restores the source of changed cells itself. This step comes before it and handles what nbgrader does not
+    expect: a test cell that is marked as worth no points, a cell tagged to be skipped, a solution deleted together with
+    its test. HTML in the students' own text becomes plain text, because nbgrader's pages would run its scripts.
     """
 
     release = Unicode(help="the folder of the released labs").tag(config=True)
@@ -177,9 +177,9 @@ def last_words(log: Path, most: int = 2000) -> str:
 class RunConfined(Execute):
     """Run a submission with limits on a cell's seconds and output and on the notebook's seconds; always come to an end.
 
-    A cell that was not run, or not to its end, carries an error, for nbgrader gives a test cell without one its points.
-    After the last cell one more is run that must fail: where it does not, the student's code has meddled with how
-    errors are reported, and the log says so.
+    A cell that was not run, or not to its end, gets an error, because nbgrader gives full points to a test cell without
+    one. After the last cell one more cell is run that must fail. Where it does not, the student's code has changed how
+    errors are reported, and a line is added to the log.
     """
 
     notebook_seconds = Integer(600, help="for all cells together").tag(config=True)
@@ -265,7 +265,7 @@ def failure(name: str, sentence: str):
 
 
 class WithoutTests(ClearHiddenTests):
-    """The feedback shows what a hidden test said, not the test: next year's students know this year's."""
+    """Show the message of a hidden test without its code, because students pass feedback on."""
 
     def preprocess_cell(self, cell, resources, index):
         before = cell.source
