@@ -42,7 +42,7 @@ import torch
 from torch import Tensor, nn
 
 from pwlib.graph import LIKELIHOODS, expected_energies, mean_field
-from pwlib.inputs import at_least
+from pwlib.inputs import at_least, one_of
 from pwlib.losses import cross_entropy, pairwise_nll
 from pwlib.trace import Trace, record
 
@@ -63,8 +63,7 @@ def box_offsets(relation: str, short_side: int, *, reach: float = 0.4, neighbour
         neighbours: None for all cells in the box, or an odd square less 1 (24): if the box holds more cells, a regular
             5x5 grid over it without the centre, or fewer where the box has fewer than 5 rows or columns.
     """
-    if relation not in RELATIONS:
-        raise ValueError(f"relation is {relation!r}; expected one of {', '.join(RELATIONS)}")
+    one_of(RELATIONS, relation=relation)
     if not reach > 0:
         raise ValueError(f"reach is {reach}; expected a positive share of the map's short side")
     side = reach * short_side
@@ -178,8 +177,7 @@ class ContextualCRF(nn.Module):
         super().__init__()
         at_least(2, num_classes=num_classes)
         at_least(0, iterations=iterations)
-        if counting not in COUNTING:
-            raise ValueError(f"counting is {counting!r}; expected one of {', '.join(COUNTING)}")
+        one_of(COUNTING, counting=counting)
         if not relations or len(set(relations)) != len(relations):
             raise ValueError(f"relations are {relations}; expected one or more of {', '.join(RELATIONS)}, each once")
         for relation in relations:
@@ -291,8 +289,7 @@ class ContextualCRF(nn.Module):
 
         "piecewise" normalises every potential by itself; all others use the combined `potentials`.
         """
-        if likelihood not in LIKELIHOODS:
-            raise ValueError(f"likelihood is {likelihood!r}; expected one of {', '.join(LIKELIHOODS)}")
+        one_of(LIKELIHOODS, likelihood=likelihood)
         self._check(logits, features)
         if likelihood == "piecewise":
             return cross_entropy(logits, label, **options) + self.pair_loss(logits, features, label, **options)

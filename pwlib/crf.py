@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from pwlib.filters import ExactFilter, FilterBank, GridPositions, SeparableFilter, check_normalization
-from pwlib.inputs import at_least, check_image, check_label
+from pwlib.filters import NORMALIZATIONS, ExactFilter, FilterBank, GridPositions, SeparableFilter
+from pwlib.inputs import at_least, check_image, check_label, one_of
 from pwlib.lattice import LatticeBank
 from pwlib.trace import Trace, record
 
@@ -62,8 +62,7 @@ class Kernel(nn.Module):
 
 def choose_method(method: str, pixels: int, device: torch.device) -> str:
     """Return "exact" or "lattice"; "auto" depends on the number of pixels per image and on the device."""
-    if method not in METHODS:
-        raise ValueError(f"filtering is {method!r}; expected one of {', '.join(METHODS)}")
+    one_of(METHODS, filtering=method)
     if method != "auto":
         return method
     return "exact" if pixels <= AFFORDABLE.get(device.type, AFFORDABLE["cpu"]) else "lattice"
@@ -126,8 +125,8 @@ class DenseCRF(nn.Module):
         super().__init__()
         at_least(2, num_classes=num_classes)
         at_least(0, iterations=iterations)
-        choose_method(filtering, 0, torch.device("cpu"))  # raises for a name that is not allowed, as does the next line
-        check_normalization(normalization)
+        one_of(METHODS, filtering=filtering)
+        one_of(NORMALIZATIONS, normalization=normalization)
         self.num_classes, self.iterations, self.filtering = num_classes, iterations, filtering
         self.normalization, self.self_message = normalization, self_message
         self.extra_kernels = nn.ModuleList(extra_kernels)

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pwlib.inputs import one_of
 from pwlib.mean_field import mean_field
 
 NORMALIZATIONS = ("symmetric", "row", "none")
@@ -62,11 +63,6 @@ class GridPositions:
         return self.planes().flatten(1).T[None]
 
 
-def check_normalization(normalization: str) -> None:
-    if normalization not in NORMALIZATIONS:
-        raise ValueError(f"normalization is {normalization!r}; expected one of {', '.join(NORMALIZATIONS)}")
-
-
 class GaussianFilter:
     """What all filters share: the normalisation and the self-message around K @ values.
 
@@ -77,7 +73,7 @@ class GaussianFilter:
     n: Tensor
 
     def __init__(self, normalization: str = "symmetric", self_message: bool = True):
-        check_normalization(normalization)
+        one_of(NORMALIZATIONS, normalization=normalization)
         self.normalization = normalization
         self.self_message = self_message
 
@@ -119,8 +115,7 @@ class ExactFilter(GaussianFilter):
 
     Args:
         features: [B, N, D], already divided by the bandwidths; may require a gradient.
-        normalization: "symmetric", "row" or "none", see the module's head.
-        self_message: whether a pixel's own value is part of its message.
+        normalization, self_message: see the head of the module.
         half: see above; features get no gradient. None: for more than `MANY` float32 features on a GPU that require no
             gradient.
     """

@@ -119,8 +119,7 @@ def infer(unary: Tensor, edges: Tensor, pair: Tensor) -> Exact:
 def expected_energies(edges: Tensor, pair: Tensor, q: Tensor) -> Tensor:
     """Expected pairwise energies [B, N, K] that each node receives along its edges, given the marginals q [B, N, K].
 
-    An edge sends a message to both of its nodes: the first, i, receives sum_b pair[a, b] q_j(b), the second, j,
-    receives sum_a pair[a, b] q_i(a).
+    The first node i of an edge receives sum_b pair[a, b] q_j(b), the second node j receives sum_a pair[a, b] q_i(a).
     """
     first, second = edges.unbind(1)
     # einsum takes twice as long on a CPU for batches of such small matrices, above all in the backward pass.
@@ -173,10 +172,9 @@ def mean_field_nll(
 def piecewise_nll(
     unary: Tensor, edges: Tensor, pair: Tensor, label: Tensor, *, class_weights: Tensor | None = None
 ) -> Tensor:
-    """-mean_i log P_U(y_i) - mean_e log P_V(y_i, y_j): every potential is normalised by itself.
+    """-mean_i log P_U(y_i) - mean_e log P_V(y_i, y_j); edges with a void node are left out.
 
-    The gradient of each term with respect to its own energies is one-hot minus softmax. Edges with a void node are left
-    out. Lin et al. (CVPR 2016) sum over nodes and edges, so that the second mean is multiplied by the edges per node.
+    Lin et al. (CVPR 2016) sum over nodes and edges, so that the second mean is multiplied by the edges per node.
     class_weights: see `pwlib.losses.pairwise_nll`.
     """
     check_graph(unary, edges, pair, label)

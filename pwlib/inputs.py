@@ -1,6 +1,7 @@
 """Checks of images, labels and numbers that several modules share. All raise ValueError."""
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -15,6 +16,13 @@ def at_least(lowest: int, **values: float) -> None:
     for name, value in values.items():
         if not value >= lowest:
             raise ValueError(f"{name} is {value}; expected at least {lowest}")
+
+
+def one_of(allowed: Collection[str], **values: str) -> None:
+    """Raise ValueError for a value that is not allowed; the keyword is its name in the message."""
+    for name, value in values.items():
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
 
 
 def check_image(image: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from pwlib.inputs import at_least
+from pwlib.inputs import at_least, one_of
 from pwlib.loaders import all_reduce_sum
 from pwlib.losses import check_class_weights, cross_entropy
 from pwlib.model import PiecewiseTrainedModel
@@ -42,8 +42,8 @@ class TrainerOptions:
 
     def __post_init__(self):
         for name, hint in get_type_hints(type(self)).items():
-            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(hint))}")
+            if get_origin(hint) is Literal:
+                one_of(get_args(hint), **{name: getattr(self, name)})
         if self.crf_learning_rate is None:
             self.crf_learning_rate = {"sgd": 0.1, "adamw": 0.02}[self.optimizer]
         for name in ("learning_rate", "crf_learning_rate", "stage3_factor", "clip"):

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pwlib.cli.profiles import summary
+from pwlib.cli.profiles import PROFILES, summary
 
 OWN_PARSERS = {  # commands whose module defines their arguments
     "convert": "Convert LabelMe, COCO or mask annotations to a folder of images and labels.",
@@ -21,7 +21,7 @@ OWN_PARSERS = {  # commands whose module defines their arguments
     "bench": "Time the CRF's message passing.",
 }
 COMMANDS = ("train", "evaluate", "predict", "labels", *OWN_PARSERS)
-DATA = ("scenes", "camvid", "voc2012", "folder")
+DATA = tuple(dict.fromkeys(data for data, _ in PROFILES))
 WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 EXIT_CODES = "exit codes: 0 done, 1 failed while running, 2 wrong usage or input, 130 interrupted"
 
