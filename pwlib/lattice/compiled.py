@@ -48,23 +48,17 @@ def _number(first, rank, strides, corner, slots, keys, shift):
     """Number the vertices 1, 2, .. in the order in which the points touch them; returns their number."""
     count, axes = 0, len(rank)
     order = np.empty(axes, np.int64)  # the coordinate of each rank
-    before = np.full(axes, -1)  # the keys of the previous point; neighbouring pixels often share a simplex
     for p in range(len(first)):
         key = first[p]
         for i in range(axes):
             order[rank[i, p]] = i
         for k in range(axes):
-            if k > 0:
-                key += 1 - strides[order[axes - k]]
-            if key == before[k]:
-                corner[p, k] = corner[p - 1, k]
-                continue
-            before[k] = key
             at = _find(key, slots, keys, shift)
             if slots[at] == 0:
                 count += 1
                 slots[at], keys[count] = count, key
             corner[p, k] = slots[at]
+            key += 1 - strides[order[axes - 1 - k]]  # of the next corner
     return count
 
 
