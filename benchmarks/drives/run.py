@@ -1,4 +1,4 @@
-"""Measure what each stage of CamVid's quick profile is worth on a drive that took no part in training.
+"""Measure what each stage is worth on a CamVid drive that took no part in training.
 
 CamVid's training split holds three drives. One is left out and scored; the other two are the training set. Two ways to
 hold out frames for stage 2 are compared:
@@ -9,25 +9,31 @@ hold out frames for stage 2 are compared:
 and on each stage 1 these CRFs, all on the same network:
 
     default   the profile's parameters
-    searched  the best of 24 settings by mIoU on the held-out frames
+    searched  the best of 24 settings by mIoU on every second held-out frame
     learned   stage 2 of the profile
     kernels   the same, with the Potts compatibility kept: weights and bandwidths are learned
     stage 3   network and CRF after the profile's stage 3, which starts from "learned"
+
+--network quick is the command line's quick profile, at 90x120 px. --network pretrained is VGG-16 at full width from the
+file of --weights (see benchmarks/backbone), at 180x240 px: blocks 1 to 3 frozen, 10 epochs, the convolutions in
+bfloat16. Its scores are for 180x240 and, with marginals averaged over 2x2 px, for 90x120.
 
 With --drives none nothing is left out, as in `python -m pwlib train --data camvid`, and val is scored alone. Everything
 is also scored on val, whose frames lie in a gap of drive 0016E5. Every stage keeps its last epoch: nothing is selected
 on a scored frame. A seed decides initial weights, order and augmentation.
 
-    python benchmarks/drives/run.py --root data/camvid     about 10 CPU minutes a drive and seed on one core
-    python benchmarks/drives/run.py --table                prints the tables from result.json
+    python benchmarks/drives/run.py --root data/camvid --network quick
+    python benchmarks/drives/run.py --root data/camvid --network pretrained --hold end --weights build/backbone/vgg16.pt
+    python benchmarks/drives/run.py --table
 
-result.json is written after every run; a command that was stopped continues where it was. The networks of stage 1 are
-kept in runs/drives.
+A run of a drive and seed takes about 10 minutes (quick) and 30 minutes (pretrained) of one core. result.json is written
+after every run; a command that was stopped continues where it was. Checkpoints are kept in runs/drives.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
 import sys
 import time
@@ -35,16 +41,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from study import Study, cell, command, parser, settings_searched
 
-from pwlib.cli.profiles import PROFILES
+from pwlib.cli.profiles import PROFILES, pretrained
 from pwlib.crf import DenseCRF
 from pwlib.data import Augment, SegmentationDataset, hold_out, load
-from pwlib.evaluation import evaluate
 from pwlib.losses import balanced_weights
+from pwlib.metrics import SegmentationScores
 from pwlib.model import PiecewiseTrainedModel
 from pwlib.tools.runs import build_model
 from pwlib.tools.training import TRAINER_SETTINGS
@@ -55,10 +62,19 @@ WORK = Path("runs/drives")
 DRIVES = ("0001TP", "0006R0", "0016E5")
 HOLDS = ("drive", "end")
 CRFS = ("default", "searched", "learned", "kernels")
-PROFILE = asdict(PROFILES["camvid", "quick"]) | {"context": None}
+QUICK = asdict(PROFILES["camvid", "quick"]) | {"context": None}
+LARGER = {
+    "size": (180, 240),
+    "epochs": (10, 3, 1),
+    "batch": 4,
+    "scale": (0.6, 1.6),
+    "learning_rate": 2e-4,
+    "crf": QUICK["crf"] | {"theta_alpha": 40.0, "theta_gamma": 3.0},
+}
+NETWORKS = {"quick": QUICK, "pretrained": QUICK | pretrained(QUICK, "", batch_norm=False) | LARGER}
 SETTINGS = {
-    "profile": PROFILE,
-    "searched": {
+    "networks": NETWORKS,
+    "searched": {  # px at 90x120, grey levels, weights
         "theta_alpha": [5, 60],
         "theta_beta": [4, 30],
         "theta_gamma": [0.7, 4],
@@ -69,9 +85,8 @@ SETTINGS = {
 }
 
 
-def split(data: SegmentationDataset, hold: str) -> tuple[SegmentationDataset, SegmentationDataset]:
+def split(data: SegmentationDataset, hold: str, share: float = QUICK["held_out"]):
     """(fit, held) for stages 1 and 2; whole drives, or the last frames of each."""
-    share = PROFILE["held_out"]
     if hold == "drive":
         return hold_out(data, share)
     held = []
@@ -81,70 +96,99 @@ def split(data: SegmentationDataset, hold: str) -> tuple[SegmentationDataset, Se
     return data.subset(sorted({*range(len(data))} - {*held})), data.subset(sorted(held))
 
 
-def loader(data: SegmentationDataset, augment: bool, shuffle: bool = True) -> DataLoader:
-    transform = Augment(PROFILE["size"], scale=PROFILE["scale"], colour=PROFILE["colour"]) if augment else None
-    return DataLoader(data.with_transform(transform), batch_size=PROFILE["batch"], shuffle=shuffle)
+@torch.no_grad()
+def score(network: nn.Module, crfs: dict[str, DenseCRF], data: SegmentationDataset, *smaller: SegmentationDataset):
+    """{output: scores} of a network and of CRFs on its logits, for `data` and for each smaller copy of it."""
+    names = ("network", *crfs)
+    found = [{n: SegmentationScores(data.num_classes, data.class_names) for n in names} for _ in (data, *smaller)]
+    network.eval()
+    for (image, label), *others in zip(*(DataLoader(some, batch_size=8) for some in (data, *smaller)), strict=True):
+        logits = network(image)  # [B, K, H, W]
+        for name in names:
+            q = logits.softmax(1) if name == "network" else crfs[name](logits, image).exp()  # [B, K, H, W]
+            for scores, target in zip(found, (label, *(other[1] for other in others)), strict=True):
+                mean = nn.functional.interpolate(q, size=target.shape[-2:], mode="area")  # [B, K, h, w]
+                scores[name].update(mean.argmax(1), target)
+    return [{name: scores.result() for name, scores in some.items()} for some in found]
 
 
-def numbers(model: PiecewiseTrainedModel, scored: dict[str, SegmentationDataset]) -> dict:
-    """{split: {part: scores in per cent}} of the network and the dense CRF."""
-    keys = ("miou", "pixel_accuracy", "boundary_iou")
+def numbers(found: dict[str, dict]) -> dict:
+    """The stored scores, in per cent."""
     result = {}
-    for name, data in scored.items():
-        found = evaluate(model, loader(data, augment=False, shuffle=False))
-        result[name] = {part: {key: round(100 * scores[key], 2) for key in keys} for part, scores in found.items()}
-        for part, scores in found.items():
-            values = scores["per_class_iou"].items()
-            result[name][part]["iou"] = {c: None if v is None else round(100 * v, 1) for c, v in values}
+    for name, scores in found.items():
+        result[name] = {k: round(100 * scores[k], 2) for k in ("miou", "pixel_accuracy", "boundary_iou")}
+        values = scores["per_class_iou"].items()
+        result[name]["iou"] = {c: None if v is None else round(100 * v, 1) for c, v in values}
     return result
 
 
-def search(model: PiecewiseTrainedModel, held: SegmentationDataset) -> dict[str, float]:
-    """The CRF with the highest mIoU on every second held-out frame."""
-    found, some = [], held.subset(range(0, len(held), 2))
-    for options in settings_searched(PROFILE["crf"], SETTINGS["searched"], SETTINGS["settings_searched"]):
-        one = PiecewiseTrainedModel(model.num_classes, unary=model.unary, crf=DenseCRF(model.num_classes, **options))
-        found.append((evaluate(one, loader(some, augment=False, shuffle=False))["crf"]["miou"], options))
-    return max(found, key=lambda entry: entry[0])[1]
-
-
-def build_trainer(model: PiecewiseTrainedModel, fit: SegmentationDataset, seed: int, **options) -> PiecewiseTrainer:
-    weights = balanced_weights(fit.pixel_counts()[:-1], power=PROFILE["class_balance"])
-    settings = {key: PROFILE[key] for key in TRAINER_SETTINGS}
+def build_trainer(model: PiecewiseTrainedModel, kind: str, fit: SegmentationDataset, seed: int, **options):
+    profile = NETWORKS[kind]
     return PiecewiseTrainer(
         model,
         num_classes=model.num_classes,
-        class_weights=weights,
+        class_weights=balanced_weights(fit.pixel_counts()[:-1], power=profile["class_balance"]),
         seed=seed,
+        amp=kind == "pretrained",
         progress=False,
-        **settings,
+        **{key: profile[key] for key in TRAINER_SETTINGS},
         **options,
     )
 
 
-def run(root: str, drive: str, hold: str, seed: int) -> dict:
-    whole, val = (load("camvid", name, root, size=PROFILE["size"], cache=True) for name in ("train", "val"))
-    train = whole.subset([i for i in range(len(whole)) if whole.groups[i] != drive])
-    scored = {"val": val}
-    if drive != "none":
-        scored["left out"] = whole.subset([i for i in range(len(whole)) if whole.groups[i] == drive])
+def run(root: str, kind: str, weights: str, drive: str, hold: str, seed: int) -> dict:
+    profile, start = NETWORKS[kind], time.process_time()
+
+    def load_at(size):
+        whole, val = (load("camvid", name, root, size=size, cache=True) for name in ("train", "val"))
+        scored = {"val": val, "left out": whole.subset([i for i, group in enumerate(whole.groups) if group == drive])}
+        train = whole.subset([i for i, group in enumerate(whole.groups) if group != drive])
+        return train, {name: data for name, data in scored.items() if len(data)}
+
+    def batches(data, augmented):
+        transform = Augment(profile["size"], scale=profile["scale"], colour=profile["colour"]) if augmented else None
+        return DataLoader(data.with_transform(transform), batch_size=profile["batch"], shuffle=True)
+
+    train, scored = load_at(profile["size"])
+    smaller = load_at(QUICK["size"])[1] if kind != "quick" else {}
     fit, held = split(train, hold)
-    start, epochs = time.process_time(), PROFILE["epochs"]
     torch.manual_seed(seed)
-    network = build_model(PROFILE, train.num_classes)
-    folder = WORK / f"{drive}-{hold}-{seed}"
-    record = build_trainer(network, fit, seed, out=folder, resume=True).train_stage1(loader(fit, True), epochs[0])
-    models = {"default": copy.deepcopy(network), "searched": copy.deepcopy(network)}
-    chosen = search(network, held)
-    models["searched"].crf = DenseCRF(network.num_classes, **chosen)
+    network = build_model(profile, train.num_classes, weights=weights if kind == "pretrained" else None)
+    if kind == "pretrained":
+        network.unary.blocks[:3].requires_grad_(False).eval()
+    folder = WORK / f"{kind}-{drive}-{hold}-{seed}"
+    trainer = build_trainer(network, kind, fit, seed, out=folder, resume=True)
+    record = trainer.train_stage1(batches(fit, True), profile["epochs"][0])
+
+    scale = profile["size"][0] / QUICK["size"][0]
+    options = settings_searched(QUICK["crf"], SETTINGS["searched"], SETTINGS["settings_searched"])
+    options = [
+        {k: v * scale if k in ("theta_alpha", "theta_gamma") else v for k, v in some.items()} for some in options
+    ]
+    every_second = held.subset(range(0, len(held), 2))
+    crfs = {str(i): DenseCRF(train.num_classes, **some) for i, some in enumerate(options)}
+    found = score(network.unary, crfs, every_second)[0]
+    chosen = options[int(max(crfs, key=lambda name: found[name]["miou"]))]
+
+    models = {}
     for name in ("learned", "kernels"):
         models[name] = copy.deepcopy(network)
         models[name].crf.compatibility.requires_grad_(name == "learned")
-        build_trainer(models[name], fit, seed).train_stage2(loader(held, False), epochs[1])
-    models["stage 3"] = copy.deepcopy(models["learned"])
-    build_trainer(models["stage 3"], fit, seed).train_stage3(loader(train, True), epochs[2])
-    scores = {name: numbers(model, scored) for name, model in models.items()}
+        build_trainer(models[name], kind, fit, seed).train_stage2(batches(held, False), profile["epochs"][1])
+    crfs = {"default": network.crf, "searched": DenseCRF(train.num_classes, **chosen)}
+    crfs |= {name: model.crf for name, model in models.items()}
+    last = copy.deepcopy(models["learned"])
+    build_trainer(last, kind, fit, seed).train_stage3(batches(train, True), profile["epochs"][2])
+
+    scores = {}
+    for name, data in scored.items():
+        others = [smaller[name]] if smaller else []
+        before = score(network.unary, crfs, data, *others)
+        after = score(last.unary, {"stage 3": last.crf}, data, *others)
+        for title, one, two in zip((name, f"{name}, 90x120"), before, after, strict=False):
+            scores[title] = numbers(one | {"stage 3, network": two["network"], "stage 3": two["stage 3"]})
     return {
+        "network": kind,
         "drive": drive,
         "hold": hold,
         "seed": seed,
@@ -156,61 +200,59 @@ def run(root: str, drive: str, hold: str, seed: int) -> dict:
     }
 
 
-def gains(rows: list[dict], split_name: str, key: str) -> dict[str, list[float]]:
-    """Points over the network of stage 1, one value a seed; of stage 3 also its network and over "learned"."""
-    of = {name: [row["scores"][name][split_name] for row in rows] for name in (*CRFS, "stage 3")}
-    network = [scores["unary"][key] for scores in of["default"]]
-    result = {name: [s["crf"][key] - n for s, n in zip(of[name], network, strict=True)] for name in of}
-    result["stage 3 less learned"] = [
-        a["crf"][key] - b["crf"][key] for a, b in zip(of["stage 3"], of["learned"], strict=True)
-    ]
-    return {"network": network} | result
+def gains(rows: list[dict], name: str, key: str) -> dict[str, list[float]]:
+    """The scores of stage 1's network, and the points that each CRF adds to it; one value a seed."""
+    of = {output: [row["scores"][name][output][key] for row in rows] for output in ("network", *CRFS, "stage 3")}
+
+    def less(one: str, other: str) -> list[float]:
+        return [a - b for a, b in zip(of[one], of[other], strict=True)]
+
+    result = {"network": of["network"]} | {crf: less(crf, "network") for crf in (*CRFS, "stage 3")}
+    return result | {"stage 3 less learned": less("stage 3", "learned")}
 
 
 def table(runs: dict[str, dict]) -> str:
     """Markdown: scores of the network and the points that each CRF adds, by left-out drive and way of holding out."""
     lines = []
+    heads = ("network", *CRFS, "stage 3", "stage 3 less learned")
+    groups: dict[tuple, list[dict]] = {}
+    for row in runs.values():
+        groups.setdefault((row["network"], row["hold"], row["drive"]), []).append(row)
     for key, title in (("miou", "mIoU"), ("pixel_accuracy", "pixel accuracy")):
-        heads = ("network", *CRFS, "stage 3", "stage 3 less learned")
-        lines += [f"| scored on | held out | seeds | {title}: " + " | ".join(heads) + " |"]
-        lines.append("|---|---|--:|" + "--:|" * len(heads))
-        for split_name in ("left out", "val"):
-            for drive in (*DRIVES, "none"):
-                for hold in HOLDS:
-                    rows = [r for r in runs.values() if (r["drive"], r["hold"]) == (drive, hold)]
-                    if not rows or split_name not in rows[0]["scores"]["default"]:
-                        continue
-                    found = gains(rows, split_name, key)
-                    name = f"drive {drive}" if split_name == "left out" else f"val, without {drive}"
-                    cells = [cell(found[head], sign=head != "network") for head in heads]
-                    name = "val, all drives" if drive == "none" else name
-                    lines.append(f"| {name} | {hold} | {len(rows)} | " + " | ".join(cells) + " |")
+        lines += [f"| profile | held out | scored | seeds | {title}: " + " | ".join(heads) + " |"]
+        lines.append("|---|---|---|--:|" + "--:|" * len(heads))
+        for (kind, hold, drive), rows in sorted(groups.items(), key=lambda item: [item[0][0] != "quick", item[0]]):
+            for name in rows[0]["scores"]:
+                place = name.replace("left out", f"drive {drive}")
+                place = place.replace("val", "val, nothing left out" if drive == "none" else f"val, without {drive}")
+                found = gains(rows, name, key)
+                cells = [cell(found[head], sign=head != "network") for head in heads]
+                lines.append(f"| {kind} | {hold} | {place} | {len(rows)} | " + " | ".join(cells) + " |")
         lines.append("")
-    for hold in HOLDS:
-        rows = [r for r in runs.values() if (r["drive"], r["hold"]) == ("none", hold)]
-        values = [r["scores"]["stage 3"]["val"]["crf"]["miou"] for r in rows]
-        if len(values) > 1:
+    for (kind, hold, drive), rows in groups.items():
+        values = [row["scores"]["val"]["stage 3"]["miou"] for row in rows]
+        if drive == "none" and len(values) > 1:
             spread = f"{min(values):.1f} to {max(values):.1f}, standard deviation {statistics.stdev(values):.1f}"
-            lines.append(f"val after stage 3, held out by {hold}, {len(values)} seeds: {spread}")
+            lines.append(f"val after stage 3, {kind}, held out by {hold}, {len(values)} seeds: {spread}")
     return "\n".join(lines)
 
 
 def main() -> None:
     arguments = parser(__doc__, HERE / "result.json", seeds=range(5))
     arguments.add_argument("--root", default="data/camvid")
+    arguments.add_argument("--network", choices=tuple(NETWORKS), default="quick")
+    arguments.add_argument("--weights", default="build/backbone/vgg16.pt", help="the file of benchmarks/backbone")
     arguments.add_argument("--drives", nargs="+", default=[*DRIVES, "none"], choices=(*DRIVES, "none"))
     arguments.add_argument("--hold", nargs="+", default=list(HOLDS), choices=HOLDS)
     given = arguments.parse_args()
     study = Study(given.out, SETTINGS)
     if not given.table:
-        for seed in given.seeds:
-            for drive in given.drives:
-                for hold in given.hold:
-                    key = f"{drive}, {hold}, seed {seed}"
-                    if key not in study.runs:
-                        row = run(given.root, drive, hold, seed)
-                        study.add(key, row, command=command())
-                        print(key, row["minutes"], "minutes", flush=True)
+        for seed, drive, hold in itertools.product(given.seeds, given.drives, given.hold):
+            key = f"{given.network}, {drive}, {hold}, seed {seed}"
+            if key not in study.runs:
+                row = run(given.root, given.network, given.weights, drive, hold, seed)
+                study.add(key, row, command=command())
+                print(key, row["minutes"], "minutes", flush=True)
     print(table(study.runs))
 
 
