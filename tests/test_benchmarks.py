@@ -8,6 +8,8 @@ import torch
 from notebook_rules import ROOT
 from scipy import stats
 
+from pwlib.data import SegmentationDataset, voc_palette
+
 BENCHMARKS = ROOT / "benchmarks"
 
 
@@ -87,3 +89,58 @@ def test_the_table_of_the_number_of_images():
     assert cells[1:4] == ["20", "2", "1.5"]
     assert cells[4:] == ["10.0 (10.0 to 10.0)", "12.0 (12.0 to 12.0)", "25.5 (20.0 to 31.0)", "26.5 (21.0 to 32.0) |"]
     assert images["table"](runs[:1]).splitlines()[-1].endswith("| 10.0 | 12.0 | 20.0 | 21.0 |")
+
+
+@pytest.fixture(scope="module")
+def drives():
+    return runpy.run_path(str(BENCHMARKS / "drives" / "run.py"))
+
+
+def test_the_drives_hold_out_whole_drives_or_the_last_frames_of_each(drives):
+    groups = [*"a" * 8, *"b" * 12]
+    names = [f"{group}{9 - i % 10 if group == 'a' else 50 - i}" for i, group in enumerate(groups)]
+    data = SegmentationDataset(
+        None, name="made", split="train", names=names, groups=groups, class_names=("x", "y"), palette=voc_palette(2)
+    )
+    fit, held = drives["split"](data, "end")
+    assert sorted(held.names) == sorted(sorted(n for n in names if n[0] == "a")[-2:] + sorted(names)[-3:])
+    assert sorted(fit.names + held.names) == sorted(names)
+    fit, held = drives["split"](data, "drive")
+    assert set(held.groups) == {"a"} and set(fit.groups) == {"b"}
+
+
+def test_the_drives_are_scored_at_two_sizes(drives):
+    class Pairs(list):
+        num_classes, class_names = 2, ("x", "y")
+
+    logits = torch.tensor([[3.0, 3, -1, 3], [-1, -1, -1, -1]])  # of class x; y has 0
+    label = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1]])
+    network = torch.nn.Module()
+    network.forward = lambda image: torch.stack([logits, torch.zeros(2, 4)])[None]
+
+    def opposite(logits, image):
+        return (-logits).log_softmax(1)
+
+    image = torch.zeros(3, 2, 4)
+    own, smaller = drives["score"](
+        network, {"opposite": opposite}, Pairs([(image, label)]), Pairs([(image, torch.tensor([[0, 1]]))])
+    )
+    assert own["network"]["pixel_accuracy"] == 7 / 8 and own["opposite"]["pixel_accuracy"] == 1 / 8
+    # Means of the probability of x over 2x2 px: 0.61 and 0.44, by sigmoid(3) = 0.95 and sigmoid(-1) = 0.27.
+    assert smaller["network"]["pixel_accuracy"] == 1 and smaller["opposite"]["pixel_accuracy"] == 0
+
+
+def test_the_table_of_the_drives(drives):
+    def outputs(*values):
+        names = ("network", "default", "searched", "learned", "kernels", "stage 3")
+        return {n: {"miou": v, "pixel_accuracy": v} for n, v in zip(names, values, strict=True)}
+
+    about = {"network": "quick", "hold": "end", "drive": "0006R0"}
+    runs = {
+        str(seed): about | {"scores": {"left out": outputs(30, 31, 32, 33 + seed, 34, 36)}, "seed": seed}
+        for seed in (0, 2)
+    }
+    row = drives["table"](runs).splitlines()[2]
+    half = stats.t.ppf(0.975, 1) * np.std([3, 5], ddof=1) / np.sqrt(2)
+    cells = ["quick", "end", "drive 0006R0", "2", "30.0 ± 0.0", "+1.0 ± 0.0", "+2.0 ± 0.0", f"+4.0 ± {half:.1f}"]
+    assert row[2:].split(" | ")[:8] == cells and row.endswith("+6.0 ± 0.0 | " + f"+2.0 ± {half:.1f} |")

@@ -230,8 +230,8 @@ def table(runs: dict[str, dict]) -> str:
                 lines.append(f"| {kind} | {hold} | {place} | {len(rows)} | " + " | ".join(cells) + " |")
         lines.append("")
     for (kind, hold, drive), rows in groups.items():
-        values = [row["scores"]["val"]["stage 3"]["miou"] for row in rows]
-        if drive == "none" and len(values) > 1:
+        if drive == "none" and len(rows) > 1:
+            values = [row["scores"]["val"]["stage 3"]["miou"] for row in rows]
             spread = f"{min(values):.1f} to {max(values):.1f}, standard deviation {statistics.stdev(values):.1f}"
             lines.append(f"val after stage 3, {kind}, held out by {hold}, {len(values)} seeds: {spread}")
     return "\n".join(lines)
