@@ -12,7 +12,8 @@ and on each stage 1 these CRFs, all on the same network:
     searched  the best of 24 settings by mIoU on every second held-out frame
     learned   stage 2 of the profile
     kernels   the same, with the Potts compatibility kept: weights and bandwidths are learned
-    stage 3   network and CRF after the profile's stage 3, which starts from "learned"
+    fit       network and CRF after the profile's stage 3, which starts from "learned", on the images of stage 1
+    all       the same on all images of the training set, those of stage 2 included
 
 --network quick is the command line's quick profile, at 90x120 px. --network pretrained is VGG-16 at full width from the
 file of --weights (see benchmarks/backbone), at 180x240 px: blocks 1 to 3 frozen, 10 epochs, the convolutions in
@@ -61,7 +62,8 @@ HERE = Path(__file__).parent
 WORK = Path("runs/drives")
 DRIVES = ("0001TP", "0006R0", "0016E5")
 HOLDS = ("drive", "end")
-CRFS = ("default", "searched", "learned", "kernels")
+CRFS = ("default", "searched", "learned", "kernels")  # behind the network of stage 1
+STAGE3 = ("fit", "all")
 QUICK = asdict(PROFILES["camvid", "quick"]) | {"context": None}
 LARGER = {
     "size": (180, 240),
@@ -177,16 +179,19 @@ def run(root: str, kind: str, weights: str, drive: str, hold: str, seed: int) ->
         build_trainer(models[name], kind, fit, seed).train_stage2(batches(held, False), profile["epochs"][1])
     crfs = {"default": network.crf, "searched": DenseCRF(train.num_classes, **chosen)}
     crfs |= {name: model.crf for name, model in models.items()}
-    last = copy.deepcopy(models["learned"])
-    build_trainer(last, kind, fit, seed).train_stage3(batches(train, True), profile["epochs"][2])
+    last = {name: copy.deepcopy(models["learned"]) for name in STAGE3}
+    for model, data in zip(last.values(), (fit, train), strict=True):
+        build_trainer(model, kind, fit, seed).train_stage3(batches(data, True), profile["epochs"][2])
 
     scores = {}
     for name, data in scored.items():
         others = [smaller[name]] if smaller else []
-        before = score(network.unary, crfs, data, *others)
-        after = score(last.unary, {"stage 3": last.crf}, data, *others)
-        for title, one, two in zip((name, f"{name}, 90x120"), before, after, strict=False):
-            scores[title] = numbers(one | {"stage 3, network": two["network"], "stage 3": two["stage 3"]})
+        found = score(network.unary, crfs, data, *others)
+        for stage, model in last.items():
+            for one, two in zip(found, score(model.unary, {stage: model.crf}, data, *others), strict=True):
+                one |= {f"{stage}, network": two["network"], stage: two[stage]}
+        for title, one in zip((name, f"{name}, 90x120"), found, strict=False):
+            scores[title] = numbers(one)
     return {
         "network": kind,
         "drive": drive,
@@ -201,39 +206,40 @@ def run(root: str, kind: str, weights: str, drive: str, hold: str, seed: int) ->
 
 
 def gains(rows: list[dict], name: str, key: str) -> dict[str, list[float]]:
-    """The scores of stage 1's network, and the points that each CRF adds to it; one value a seed."""
-    of = {output: [row["scores"][name][output][key] for row in rows] for output in ("network", *CRFS, "stage 3")}
+    """The scores of stage 1's network, what each CRF adds, and what stage 3 adds to "learned"; one value a seed."""
+    of = {output: [row["scores"][name][output][key] for row in rows] for output in ("network", *CRFS, *STAGE3)}
 
     def less(one: str, other: str) -> list[float]:
         return [a - b for a, b in zip(of[one], of[other], strict=True)]
 
-    result = {"network": of["network"]} | {crf: less(crf, "network") for crf in (*CRFS, "stage 3")}
-    return result | {"stage 3 less learned": less("stage 3", "learned")}
+    result = {"network": of["network"]} | {crf: less(crf, "network") for crf in CRFS}
+    return result | {stage: less(stage, "learned") for stage in STAGE3}
 
 
 def table(runs: dict[str, dict]) -> str:
-    """Markdown: scores of the network and the points that each CRF adds, by left-out drive and way of holding out."""
+    """Markdown: one table per score, by left-out drive and way of holding out."""
     lines = []
-    heads = ("network", *CRFS, "stage 3", "stage 3 less learned")
     groups: dict[tuple, list[dict]] = {}
     for row in runs.values():
         groups.setdefault((row["network"], row["hold"], row["drive"]), []).append(row)
     for key, title in (("miou", "mIoU"), ("pixel_accuracy", "pixel accuracy")):
-        lines += [f"| profile | held out | scored | seeds | {title}: " + " | ".join(heads) + " |"]
+        heads = [f"{title}: network", *CRFS, *(f"stage 3 on {name}, minus learned" for name in STAGE3)]
+        lines += ["| profile | held out | scored | seeds | " + " | ".join(heads) + " |"]
         lines.append("|---|---|---|--:|" + "--:|" * len(heads))
         for (kind, hold, drive), rows in sorted(groups.items(), key=lambda item: [item[0][0] != "quick", item[0]]):
             for name in rows[0]["scores"]:
                 place = name.replace("left out", f"drive {drive}")
                 place = place.replace("val", "val, nothing left out" if drive == "none" else f"val, without {drive}")
-                found = gains(rows, name, key)
-                cells = [cell(found[head], sign=head != "network") for head in heads]
+                cells = [cell(v, sign=head != "network") for head, v in gains(rows, name, key).items()]
                 lines.append(f"| {kind} | {hold} | {place} | {len(rows)} | " + " | ".join(cells) + " |")
         lines.append("")
     for (kind, hold, drive), rows in groups.items():
         if drive == "none" and len(rows) > 1:
-            values = [row["scores"]["val"]["stage 3"]["miou"] for row in rows]
-            spread = f"{min(values):.1f} to {max(values):.1f}, standard deviation {statistics.stdev(values):.1f}"
-            lines.append(f"val after stage 3, {kind}, held out by {hold}, {len(values)} seeds: {spread}")
+            for stage in STAGE3:
+                values = [row["scores"]["val"][stage]["miou"] for row in rows]
+                spread = f"{min(values):.1f} to {max(values):.1f}, standard deviation {statistics.stdev(values):.1f}"
+                about = f"{kind}, held out by {hold}, {len(values)} seeds"
+                lines.append(f"val after stage 3 on {stage}, {about}: {spread}")
     return "\n".join(lines)
 
 
