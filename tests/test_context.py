@@ -297,7 +297,7 @@ def mutual(exact, edges):
 
 
 def test_reparametrised_terms_that_are_products_add_nothing():
-    """Whatever their marginals are. "tree" adds the difference between them and P_U, once per edge."""
+    """Whatever their marginals are. "tree" adds rho times the difference between them and P_U for every edge."""
     logits, features, _ = problem()
     g = torch.Generator().manual_seed(5)
     off = {}

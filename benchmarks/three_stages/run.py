@@ -19,7 +19,7 @@ its logits ("undone" in the results).
     python benchmarks/three_stages/run.py --seeds 2 --budgets 60 --rates 1 --long 0 --out small.json
 
 The network is DeepLab-LargeFOV at an eighth of its width. On images of this size its stride of 8 gives a map of 6x8,
-and these budgets are too small to train it. "stride2" is a small network for which they nearly suffice.
+and these budgets are too small to train it. "stride2" is a small network that learns much more with them.
 
 The result is written after every run. Notebook 05 plots it.
 """
