@@ -23,10 +23,10 @@ dozens of edges. `counting` chooses the energy:
 P_e(x_p) = sum_b P_V(x_p, b) and P_e(x_q) = sum_a P_V(a, x_q) are the marginals of the edge's own term. If edges form a
 tree and rho = 1, "tree" is exact for terms that have seen the evidence of their two nodes, and "reparametrised" for
 terms that have not, given features that are independent given the labels (Wainwright, Jaakkola & Willsky 2003). The
-two agree where P_e equals P_U. Elsewhere "tree" counts the difference once per edge, whether it is evidence or an error
-of estimation, and "reparametrised" discards it: notebook 06 derives both. On graphs with cycles rho = (N - 1) / E is
-the mean probability that an edge belongs to a random spanning tree (tree-reweighted counting numbers, Wainwright et al.
-2005, with one number for all edges).
+two agree where P_e equals P_U. Elsewhere "tree" adds rho times the difference for every edge, whether it is evidence or
+an error of estimation, and "reparametrised" discards it: notebook 06 derives both. On graphs with cycles
+rho = (N - 1) / E is the mean probability that an edge belongs to a random spanning tree (the edge appearance
+probability of Wainwright et al. 2005, the same for all edges).
 
 With `residual`, P_V starts as the product of its nodes' P_U: z_pq(a, b) = log P_U(a) + log P_U(b) + the network's
 score, and at the start of training the edges contribute almost nothing, except in "sum".
