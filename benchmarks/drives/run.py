@@ -15,9 +15,10 @@ and on each stage 1 these CRFs, all on the same network:
     fit       network and CRF after the profile's stage 3, which starts from "learned", on the images of stage 1
     all       the same on all images of the training set, those of stage 2 included
 
---network quick is the command line's quick profile, at 90x120 px. --network pretrained is VGG-16 at full width from the
-file of --weights (see benchmarks/backbone), at 180x240 px: blocks 1 to 3 frozen, 10 epochs, the convolutions in
-bfloat16. Its scores are for 180x240 and, with marginals averaged over 2x2 px, for 90x120.
+--network quick is the command line's quick profile, at 90x120 px. --network colour is the same with "colour": 0.5 in
+place of 0.2, for stronger changes of colour in training. --network pretrained is VGG-16 at full width from the file of
+--weights (see benchmarks/backbone), at 180x240 px: blocks 1 to 3 frozen, 10 epochs, the convolutions in bfloat16. Its
+scores are for 180x240 and, with marginals averaged over 2x2 px, for 90x120.
 
 With --drives none nothing is left out, as in `python -m pwlib train --data camvid`, and val is scored alone. Everything
 is also scored on val, whose frames lie in a gap of drive 0016E5. Every stage keeps its last epoch: nothing is selected
@@ -73,7 +74,11 @@ LARGER = {
     "learning_rate": 2e-4,
     "crf": QUICK["crf"] | {"theta_alpha": 40.0, "theta_gamma": 3.0},
 }
-NETWORKS = {"quick": QUICK, "pretrained": QUICK | pretrained(QUICK, "", batch_norm=False) | LARGER}
+NETWORKS = {
+    "quick": QUICK,
+    "colour": QUICK | {"colour": 0.5},
+    "pretrained": QUICK | pretrained(QUICK, "", batch_norm=False) | LARGER,
+}
 SETTINGS = {
     "networks": NETWORKS,
     "searched": {  # px at 90x120, grey levels, weights
@@ -152,7 +157,7 @@ def run(root: str, kind: str, weights: str, drive: str, hold: str, seed: int) ->
         return DataLoader(data.with_transform(transform), batch_size=profile["batch"], shuffle=True)
 
     train, scored = load_at(profile["size"])
-    smaller = load_at(QUICK["size"])[1] if kind != "quick" else {}
+    smaller = load_at(QUICK["size"])[1] if kind == "pretrained" else {}
     fit, held = split(train, hold)
     torch.manual_seed(seed)
     network = build_model(profile, train.num_classes, weights=weights if kind == "pretrained" else None)
