@@ -1,7 +1,8 @@
 """CNN + CRF segmentation you can read: the library under a course on piecewise training of deep structured models.
 
-Read the modules in this order: inputs, data, networks (and pretrained), mean_field and trace, filters, lattice, crf,
-losses, graph, context, metrics, model, objective, loaders, checkpoints, evaluation, trainer.
+Read the modules in this order: data, inputs, networks (and pretrained), mean_field, filters, trace, lattice, crf,
+losses, graph, context, metrics, model, objective, loaders, checkpoints, evaluation, trainer. Then `tools`,
+`annotations` and `cli`, which use them.
 """
 
 __version__ = "0.2.0"

@@ -5,7 +5,7 @@ Every cell p of the map is a node. Every relation r connects p to the cells q in
     P(x) = exp(-E(x)) / Z,    E(x) = sum_p psi_p(x_p) + sum_r sum_{(p,q) in r} psi_pq^r(x_p, x_q)
 
     surrounding   q in a box centred on p                      which labels occur near each other
-    above_below   q in a box whose lower edge is centred at p  which labels occur above others
+    above_below   q in a box whose lower edge is centred at p  which labels q has above p
 
 The paper writes scores z = -psi. The unary network gives z_p; a pairwise network gives K*K numbers z_pq from the
 features [f_p, f_q] of both cells. A Gaussian kernel depends only on how similar two pixels are, while this network sees

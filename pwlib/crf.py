@@ -153,7 +153,10 @@ class DenseCRF(nn.Module):
         return f"{self.num_classes} labels, {thetas}, w: {weights}, {self.normalization}, {self.iterations} iterations"
 
     def features(self, image: Tensor) -> list[Tensor | GridPositions]:
-        """Features [B, N, D] of the kernels, divided by their bandwidths, from the image [B, 3, H, W] in [0, 1]."""
+        """Features [B, N, D] of the kernels, divided by their bandwidths, from the image [B, 3, H, W] in [0, 1].
+
+        `pwlib.tools.dense.dense_crf`, for images of any kind, makes its features itself.
+        """
         batch, _, height, width = image.shape
         spatial = GridPositions(height, width, self.log_theta_gamma.exp())
         positions = GridPositions(height, width, self.log_theta_alpha.exp()).planes().expand(batch, -1, -1, -1)

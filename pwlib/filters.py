@@ -84,7 +84,7 @@ class GaussianFilter:
     def scales(self) -> tuple[Tensor, Tensor]:
         """What values are multiplied by before K is applied, and messages after it; both [B, N, 1]."""
         if self.normalization == "symmetric":
-            return (self.n.rsqrt(),) * 2
+            return (self.n.rsqrt(),) * 2  # the same tensor: a bank then joins its weights once
         one = torch.ones_like(self.n)
         return one, 1 / self.n if self.normalization == "row" else one
 
@@ -116,8 +116,8 @@ class ExactFilter(GaussianFilter):
     Args:
         features: [B, N, D], already divided by the bandwidths; may require a gradient.
         normalization, self_message: see the head of the module.
-        half: see above; features get no gradient. None: for more than `MANY` float32 features on a GPU that require no
-            gradient.
+        half: see above; features get no gradient. None: for more than `MANY` pixels on a GPU, in float32 and without
+            gradients.
     """
 
     def __init__(
@@ -142,6 +142,7 @@ class ExactFilter(GaussianFilter):
             half = fast and not features.requires_grad
         energy = features.square().sum(-1, keepdim=True) / 2  # [B, N, 1]
         one, zero = torch.ones_like(energy), torch.zeros_like(energy)
+        # query_i . key_j = f_i.f_j - |f_j|^2 / 2, and query_i . sink = |f_i|^2 / 2
         query = torch.cat([features, one, energy], dim=-1)  # [B, N, D + 2]
         key = torch.cat([features, -energy, zero], dim=-1)
         sink = torch.zeros_like(key[:, :1])

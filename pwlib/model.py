@@ -102,7 +102,10 @@ class PiecewiseTrainedModel(nn.Module):
         return outputs["unary"], outputs["crf"]
 
     def outputs(self, image: Tensor, *, apply_crf: bool = True, iterations: int | None = None) -> dict[str, Tensor]:
-        """The outputs of all parts, [B, K, H, W] each, in order: "unary", "context" (if there is one), "crf"."""
+        """The outputs of all parts, [B, K, H, W] each, in order: "unary", "context" (if there is one), "crf".
+
+        apply_crf: whether to run the dense CRF; the context, if there is one, always runs.
+        """
         if self.context is None:
             outputs = {"unary": self.unary_logits(image)}
         else:

@@ -31,7 +31,9 @@ class TrainerOptions:
     loss: str | Callable = "cross_entropy"  # of the network; or a function (logits, label) -> scalar
     crf_loss: str | Callable = "marginal"  # of stage 2; or a function (logits, label, image, crf) -> scalar
     joint_pairwise: bool = False  # train the context's pairwise networks with the network in stage 1, not in stage 2
-    class_weights: Tensor | Sequence[float] | None = None  # [K], of cross-entropy and of the context's pair loss
+    class_weights: Tensor | Sequence[float] | None = (
+        None  # [K], of the network's loss and of the context's pair loss, not of the CRF's
+    )
     clip: float | None = 5.0  # largest norm of the gradient; None: any
     train_iterations: int = 5  # of mean field, in training
     test_iterations: int | None = None  # of mean field, in evaluation; None: the CRF's own number
@@ -101,8 +103,8 @@ def fit_temperature(log_q: Tensor, label: Tensor, steps: int = 20) -> float:
         slope, curvature = all_reduce_sum(torch.stack([slope, curvature])).tolist()
         if curvature <= 0:
             break
-        before, step = inverse, inverse - slope / curvature
-        inverse = min(max(step, inverse / 2, 1 / 20), inverse * 2, 20.0)
+        before, newton = inverse, inverse - slope / curvature
+        inverse = min(max(newton, inverse / 2, 1 / 20), inverse * 2, 20.0)
         if abs(inverse - before) < 1e-5:
             break
     return 1 / inverse
@@ -120,8 +122,8 @@ class Objective(nn.Module):
     could correct this only by weakening the kernels. T changes no label and is not part of the model.
 
     With a contextual CRF its pair loss is added in stages 2 and 3, or with `joint_pairwise` in stages 1 and 3. The
-    gradient of -log q(label) does not reach its pairwise networks in stage 2, only its weights and its temperature.
-    A function `crf_loss` receives the network's own logits, so that it does not train those two.
+    gradient of -log q(label) does not reach its pairwise networks in stage 2, only `weight` and `log_temperature`. A
+    function `crf_loss` receives the network's own logits, so that it does not train these two parameters.
     """
 
     def __init__(

@@ -9,8 +9,9 @@ Piecewise training of the CRF (Sutton & McCallum 2005; Lin et al., CVPR 2016) ma
 normalised potentials, without inference; stage 2 does this with `crf_loss=pwlib.course.piecewise.structured`. The
 default, "marginal", is the likelihood of the labels under the mean-field marginals.
 
-Stage 2 has images of its own, because on the images it was fitted to the network makes few errors, and the CRF would
-learn that it is not needed. It has no class weights, whose prior the CRF would follow further than a network does.
+Stage 2 has images of its own, because the network makes few errors on the images it was fitted to, and the CRF would
+learn that it is not needed. The likelihood of stage 2 has no class weights, whose prior the CRF would follow further
+than a network does; the pair loss of a context has them.
 """
 
 from __future__ import annotations
@@ -255,7 +256,7 @@ class PiecewiseTrainer:
         """One epoch of training; returns its record."""
         module.train()
         options, world_size = self.options, rank_and_world_size()[1]
-        weights = options.class_weights if stage == 1 else None  # [K]
+        weights = options.class_weights if stage == 1 else None  # [K]; in stages 2 and 3 every pixel counts as 1
         confusion = ConfusionMatrix(options.num_classes, device=self.device)
         total = torch.zeros(2, device=self.device, dtype=torch.float64)  # sums of loss * weight, and of weight
         start, images, peak = time.perf_counter(), 0, 0.0

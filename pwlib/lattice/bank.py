@@ -57,7 +57,7 @@ class LatticeFilter(GaussianFilter):
         normalization, self_message: see `pwlib.filters`; the row sums and K_ii are those of the lattice.
 
     Raises:
-        ValueError: the features are not [B, N, D], not finite, or spread over more cells than 62 bits can number.
+        ValueError: the features are not [B, N, D], not finite, or spread over too many cells to number in 64 bits.
     """
 
     def __init__(self, features: Tensor, *, normalization: str = "symmetric", self_message: bool = True):
@@ -104,7 +104,7 @@ class LatticeBank(FilterBank):
     def join(self, values: Tensor) -> tuple[tuple[Tensor, Tensor], Lattice]:
         """The weights [B, N, A] of all kernels' corners in the splat and in the slice, and their lattices as one.
 
-        The normalisation is part of the weights. The last result is kept for more values [B, N, C] of its kind.
+        The normalisation is part of the weights. The result is kept for values with the same B.
         """
         made, pixels = self.shape
         if values.ndim != 3 or values.shape[1] != pixels or made not in (1, len(values)):

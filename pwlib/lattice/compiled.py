@@ -1,8 +1,8 @@
 """The lattice filter as loops compiled by numba: the fast backend, for float32 on a CPU.
 
-Names and arguments are those of `plain`, and so are the results, up to rounding. Each loop works on consecutive points,
-or on consecutive vertices, and releases the global interpreter lock, so that `parallel` can run it in several threads.
-The loops are compiled on import; numba keeps the result in a cache folder.
+`embed` and `message` have the arguments of `plain` and its results, up to rounding. Each loop works on consecutive
+points, or on consecutive vertices, and releases the global interpreter lock, so that `parallel` can run it in several
+threads. The loops are compiled on import; numba keeps the result in a cache folder.
 """
 
 from __future__ import annotations

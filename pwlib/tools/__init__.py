@@ -1,5 +1,4 @@
-"""What users do with the method: the dense CRF in one call, run folders, training, scoring, labelling,
-export.
+"""What users do with the method: the dense CRF in one call, run folders, training, scoring, labelling, export.
 
-The command line is a thin layer over it. No module of the library imports it, except for public names.
+The command line is a thin layer over these modules. The library does not import them, except for public names.
 """

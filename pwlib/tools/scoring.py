@@ -24,7 +24,10 @@ def score_run(
     download: bool = False,
     workers: int = 0,
 ) -> dict[str, Any]:
-    """Score every stage that has a checkpoint: {stage: {"unary": scores, "crf": scores}}, ready for JSON.
+    """Score every stage that has a checkpoint: {stage: {part: scores}}, ready for JSON.
+
+    Parts are "unary", "context" if the model has one, and "crf" ("default_crf" after stage 1). Scores are those of
+    `COLUMNS`, and the IoU of each class.
 
     Args:
         data, root: another data set or folder than the run's. Its classes must be those of the run; a folder without

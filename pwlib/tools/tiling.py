@@ -1,4 +1,4 @@
-"""Label images of any size: the network sees them as large as its training images, the CRF at their own size.
+"""Label images of any size: the network sees them as large as its training images, the CRF at their size.
 
 `label_image` needs little memory, even for large images: it runs the network in tiles and resizes the probabilities a
 few classes at a time. A tile overlaps its neighbours by half the receptive field, and starts at a multiple of the cell

@@ -19,6 +19,7 @@ from pwlib.tools.pictures import predictions
 from pwlib.tools.runs import STAGES, build_model, label_options
 from pwlib.trainer import PiecewiseTrainer
 
+# Of the printed table; `evaluate` stores the same scores.
 COLUMNS = (("miou", "mIoU"), ("pixel_accuracy", "pixel acc."), ("boundary_iou", "boundary IoU"))
 TRAINER_SETTINGS = ("learning_rate", "crf_learning_rate", "stage3_factor", "optimizer", "schedule", "weight_decay")
 TRAINER_SETTINGS += ("held_out", "stage1_keeps")
