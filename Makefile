@@ -38,7 +38,7 @@ test: setup lint ## Run every test: library, command line, browser, notebooks
 	$(MAKE) notebooks
 
 quick: setup lint ## Run the tests that take under two minutes
-	$(BIN)/python -m pytest -m "not slow and not browser and not classroom" -x -q
+	$(BIN)/python -m pytest -m "not slow and not browser and not classroom" -x -q -n 2
 
 notebooks: setup ## Run the notebooks in the quick profile and compare their times with their budgets
 	PWLIB_PROFILE=quick OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(NBVAL) --nbval-cell-timeout=600 notebooks/[0-9]*.ipynb

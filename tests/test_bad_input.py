@@ -137,6 +137,7 @@ def test_labels_outside_the_classes():
         trainer_of(tiny_model()).train_stage1(batches(K), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("stage", ["train", "evaluate"])
 def test_images_of_different_sizes(workers, stage):
@@ -149,6 +150,7 @@ def test_images_of_different_sizes(workers, stage):
         trainer.train_stage1(loader, 1) if stage == "train" else trainer.evaluate(loader)
 
 
+@pytest.mark.slow
 def test_holding_out_needs_a_loader_without_sampler():
     dataset = load("scenes", "train", size=SIZE, length=4)
     loader = DataLoader(dataset, batch_size=2, sampler=WeightedRandomSampler([1.0] * 4, 4))
@@ -366,6 +368,7 @@ def test_images_that_cannot_be_read(finished, photographs, tmp_path, capsys):
     assert "two images are called rgb" in fails(capsys, "predict", run_folder, good, tmp_path / "rgb.jpg", "--out", out)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_training_with_1_and_a_run_to_resume(pictures, tmp_path):
     """With a limit on the file size, the checkpoint cannot be written, and the configuration can."""
     command = [sys.executable, "-m", "pwlib", "train", "--data", "folder", "--root", str(pictures), "--size", "16x24"]

@@ -14,6 +14,7 @@ bench = benchmark()
 ARGS = ["bench", "crf", "--sizes", "20x30", "--labels", "3", "--iterations", "2", "--repeats", "1"]
 
 
+@pytest.mark.slow
 def test_writes_rows_and_says_what_it_did_not_measure(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "peak_memory", lambda *problem: 1.5)
     assert main([*ARGS, "--json", str(tmp_path / "crf.json")]) == 0
@@ -31,6 +32,7 @@ def test_writes_rows_and_says_what_it_did_not_measure(tmp_path, capsys, monkeypa
     assert "labels_as_exact" not in rows["exact"]
 
 
+@pytest.mark.slow
 def test_a_missing_peer_is_named_and_skipped(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)
     monkeypatch.setattr(bench, "peak_memory", lambda *problem: None)

@@ -92,6 +92,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_resumed_from_its_folder(pictures, finished, tmp_path):
     """Ctrl-C ends with 130 and a hint; `--resume` needs only the folder, and reaches the uninterrupted run's scores."""
     out = tmp_path / "run"

@@ -32,6 +32,7 @@ def run_of(name):
     return Run(model, ("sky", "sea", "land", "boat"), voc_palette(4), None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 def test_the_exported_network_agrees_at_every_size(name, suffix, tmp_path):
@@ -69,6 +70,7 @@ def test_the_exported_network_agrees_at_every_size(name, suffix, tmp_path):
         torch.testing.assert_close(program(image), expected, rtol=0, atol=tolerance * scale)
 
 
+@pytest.mark.slow
 def test_the_command(finished, tmp_path, capsys):
     assert main(["export", str(finished[0]), str(tmp_path / "net.pt2")]) == 0
     out = capsys.readouterr().out

@@ -206,6 +206,7 @@ def test_deeplab_has_features_and_a_head_too():
     torch.testing.assert_close(net.head(features), net.coarse(image))
 
 
+@pytest.mark.slow
 def test_it_learns_from_scratch():
     """The two halves differ in colour: within a few steps the loss falls far below that of a random guess."""
     net = tiny(2, width=1 / 16, dropout=0.0)

@@ -570,6 +570,7 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.parametrize("code", [FORKED, FORKED_THREADS], ids=["dense_crf", "threads"])
 def test_forked_processes_finish_after_their_parent_used_the_lattice(code):
@@ -589,6 +590,7 @@ print(labels[0].tolist())
 """
 
 
+@pytest.mark.slow
 def test_without_numba_one_warning_and_the_same_labels(tmp_path):
     from pwlib import dense_crf
 
@@ -606,6 +608,7 @@ print(len(stats), sum(bool(s.cache_hits) for s in stats), sum(bool(s.cache_misse
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_does_not_compile_again():
     LatticeFilter(features(5, 2, dtype=torch.float32))  # compiles, unless that was done before
     functions, hits, misses = map(int, in_a_new_process(COUNT).split())
@@ -627,6 +630,7 @@ assert any("numba cannot be used" in str(w.message) for w in caught)
 """
 
 
+@pytest.mark.slow
 def test_without_a_place_for_the_cache_the_plain_version_is_used():
     in_a_new_process(WITHOUT_CACHE)
 

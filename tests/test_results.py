@@ -40,6 +40,7 @@ def test_a_build_holds_every_result_a_notebook_reads(tmp_path):
         assert packaged.read_bytes() == (BENCHMARKS / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_bench_in_an_installed_package_asks_for_a_checkout(tmp_path):
     shutil.copytree(ROOT / "pwlib", tmp_path / "pwlib", ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pwlib", "bench", "crf"]
