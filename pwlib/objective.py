@@ -37,6 +37,7 @@ class TrainerOptions:
     test_iterations: int | None = None  # of mean field, in evaluation; None: the CRF's own number
     held_out: float = 0.25  # share of the training set that `train_piecewise` keeps for stage 2
     stage1_keeps: Literal["best", "last"] = "best"  # by validation mIoU, or the last epoch, at the smallest rate
+    freeze_batch_norm: bool = False  # in stage 3, which then normalises by the statistics of stage 1
     patience: int | None = None  # stop a stage after so many epochs without a better validation mIoU; None: never
     seed: int = 0  # of order, dropout and augmentation
 
@@ -138,6 +139,8 @@ class Objective(nn.Module):
         self.fixed = [m for m, gradients in needs.items() if model.training and gradients and not any(gradients)]
         if stage == 2:
             self.fixed.append(model.unary)
+        if stage == 3 and options.freeze_batch_norm:
+            self.fixed += [m for m in model.unary.modules() if hasattr(m, "running_mean")]
 
     def train(self, mode: bool = True) -> Objective:
         super().train(mode)

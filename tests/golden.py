@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,10 @@ runpy.run_module("pwlib", run_name="__main__")
 
 
 def cli(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-c", OLD_SPLIT, *arguments], check=True, stdout=subprocess.DEVNULL)
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}  # as for the stored run: the order of sums depends on it
+    subprocess.run(
+        [sys.executable, "-c", OLD_SPLIT, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment
+    )
 
 
 def digest(*arrays: np.ndarray) -> str:

@@ -12,8 +12,13 @@ and on each stage 1 these CRFs, all on the same network:
     searched  the best of 24 settings by mIoU on every second held-out frame
     learned   stage 2 of the profile
     kernels   the same, with the Potts compatibility kept: weights and bandwidths are learned
-    fit       network and CRF after the profile's stage 3, which starts from "learned", on the images of stage 1
+    fit       network and CRF after stage 3, which starts from "learned", on the images of stage 1
     all       the same on all images of the training set, those of stage 2 included
+    fixed     as "all", with the batch-norm statistics of stage 1 (freeze_batch_norm): the quick profile's stage 3
+
+"adapted" are the networks of stage 1, "all" and "fixed" without a CRF, with batch-norm statistics of the scored images
+(Li et al., "Revisiting Batch Normalization For Practical Domain Adaptation", 2016), which needs no labels. It shows how
+much of an error lies in these statistics.
 
 --network quick is the command line's quick profile, at 90x120 px. --network colour is the same with "colour": 0.5 in
 place of 0.2, for stronger changes of colour in training. --network pretrained is VGG-16 at full width from the file of
@@ -64,7 +69,24 @@ WORK = Path("runs/drives")
 DRIVES = ("0001TP", "0006R0", "0016E5")
 HOLDS = ("drive", "end")
 CRFS = ("default", "searched", "learned", "kernels")  # behind the network of stage 1
-STAGE3 = ("fit", "all")
+STAGE3 = ("fit", "all", "fixed")
+ADAPTED = ("network", "all, network", "fixed, network")
+# Tables: {title: {column: (output, reference)}}; a difference to the reference, if there is one.
+COLUMNS = {
+    "and what each part adds": {
+        "network": ("network", None),
+        **{name: (name, "network") for name in CRFS},
+        **{f"stage 3 ({name}), minus learned": (name, "learned") for name in STAGE3},
+    },
+    "of networks alone, and of the same networks with the scored images' batch-norm statistics": {
+        "network": ("network", None),
+        "adapted, minus network": ("network, adapted", "network"),
+        "stage 3 (all), minus network": ("all, network", "network"),
+        "stage 3 (fixed), minus network": ("fixed, network", "network"),
+        "all, adapted, minus network, adapted": ("all, network, adapted", "network, adapted"),
+        "fixed, adapted, minus network, adapted": ("fixed, network, adapted", "network, adapted"),
+    },
+}
 QUICK = asdict(PROFILES["camvid", "quick"]) | {"context": None}
 LARGER = {
     "size": (180, 240),
@@ -129,8 +151,23 @@ def numbers(found: dict[str, dict]) -> dict:
     return result
 
 
+@torch.no_grad()
+def adapted(network: nn.Module, data: SegmentationDataset) -> nn.Module:
+    """A copy of the network whose batch norm has the mean statistics of the batches of `data`."""
+    network = copy.deepcopy(network).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # a plain mean
+            module.train()
+    for image, _ in DataLoader(data, batch_size=8, shuffle=True):
+        network(image)
+    return network
+
+
 def build_trainer(model: PiecewiseTrainedModel, kind: str, fit: SegmentationDataset, seed: int, **options):
     profile = NETWORKS[kind]
+    settings = {key: profile[key] for key in TRAINER_SETTINGS} | {"freeze_batch_norm": False}
     return PiecewiseTrainer(
         model,
         num_classes=model.num_classes,
@@ -138,8 +175,7 @@ def build_trainer(model: PiecewiseTrainedModel, kind: str, fit: SegmentationData
         seed=seed,
         amp=kind == "pretrained",
         progress=False,
-        **{key: profile[key] for key in TRAINER_SETTINGS},
-        **options,
+        **settings | options,
     )
 
 
@@ -184,9 +220,10 @@ def run(root: str, kind: str, weights: str, drive: str, hold: str, seed: int) ->
         build_trainer(models[name], kind, fit, seed).train_stage2(batches(held, False), profile["epochs"][1])
     crfs = {"default": network.crf, "searched": DenseCRF(train.num_classes, **chosen)}
     crfs |= {name: model.crf for name, model in models.items()}
-    last = {name: copy.deepcopy(models["learned"]) for name in STAGE3}
-    for model, data in zip(last.values(), (fit, train), strict=True):
-        build_trainer(model, kind, fit, seed).train_stage3(batches(data, True), profile["epochs"][2])
+    last = {name: copy.deepcopy(models["learned"]) for name in STAGE3 if name != "fixed" or profile["batch_norm"]}
+    for name, model in last.items():
+        trainer = build_trainer(model, kind, fit, seed, freeze_batch_norm=name == "fixed")
+        trainer.train_stage3(batches(fit if name == "fit" else train, True), profile["epochs"][2])
 
     scores = {}
     for name, data in scored.items():
@@ -195,6 +232,11 @@ def run(root: str, kind: str, weights: str, drive: str, hold: str, seed: int) ->
         for stage, model in last.items():
             for one, two in zip(found, score(model.unary, {stage: model.crf}, data, *others), strict=True):
                 one |= {f"{stage}, network": two["network"], stage: two[stage]}
+        if profile["batch_norm"]:
+            networks = {"network": network.unary} | {f"{stage}, network": m.unary for stage, m in last.items()}
+            for output in ADAPTED:
+                better = score(adapted(networks[output], data), {}, data)[0]
+                found[0] |= {f"{output}, adapted": better["network"]}
         for title, one in zip((name, f"{name}, 90x120"), found, strict=False):
             scores[title] = numbers(one)
     return {
@@ -210,41 +252,39 @@ def run(root: str, kind: str, weights: str, drive: str, hold: str, seed: int) ->
     }
 
 
-def gains(rows: list[dict], name: str, key: str) -> dict[str, list[float]]:
-    """The scores of stage 1's network, what each CRF adds, and what stage 3 adds to "learned"; one value a seed."""
-    of = {output: [row["scores"][name][output][key] for row in rows] for output in ("network", *CRFS, *STAGE3)}
-
-    def less(one: str, other: str) -> list[float]:
-        return [a - b for a, b in zip(of[one], of[other], strict=True)]
-
-    result = {"network": of["network"]} | {crf: less(crf, "network") for crf in CRFS}
-    return result | {stage: less(stage, "learned") for stage in STAGE3}
+def values(rows: list[dict], name: str, key: str, output: str, reference: str | None) -> list[float]:
+    """One score of an output for each seed, or its difference to that of a reference; [] if it was not stored."""
+    found = [row["scores"][name] for row in rows]
+    return [s[output][key] - (s[reference][key] if reference else 0) for s in found if output in s]
 
 
 def table(runs: dict[str, dict]) -> str:
-    """Markdown: one table per score, by left-out drive and way of holding out."""
+    """Markdown: tables by left-out drive and way of holding out, of the stages and of batch norm's statistics."""
     lines = []
     groups: dict[tuple, list[dict]] = {}
     for row in runs.values():
         groups.setdefault((row["network"], row["hold"], row["drive"]), []).append(row)
-    for key, title in (("miou", "mIoU"), ("pixel_accuracy", "pixel accuracy")):
-        heads = [f"{title}: network", *CRFS, *(f"stage 3 on {name}, minus learned" for name in STAGE3)]
-        lines += ["| profile | held out | scored | seeds | " + " | ".join(heads) + " |"]
-        lines.append("|---|---|---|--:|" + "--:|" * len(heads))
+    for (title, columns), (key, metric) in itertools.product(
+        COLUMNS.items(), (("miou", "mIoU"), ("pixel_accuracy", "pixel accuracy"))
+    ):
+        lines += [f"{metric}, {title}", "", "| profile | held out | scored | seeds | " + " | ".join(columns) + " |"]
+        lines.append("|---|---|---|--:|" + "--:|" * len(columns))
         for (kind, hold, drive), rows in sorted(groups.items(), key=lambda item: [item[0][0] != "quick", item[0]]):
             for name in rows[0]["scores"]:
                 place = name.replace("left out", f"drive {drive}")
                 place = place.replace("val", "val, nothing left out" if drive == "none" else f"val, without {drive}")
-                cells = [cell(v, sign=head != "network") for head, v in gains(rows, name, key).items()]
-                lines.append(f"| {kind} | {hold} | {place} | {len(rows)} | " + " | ".join(cells) + " |")
+                found = [(values(rows, name, key, *pair), pair[1] is not None) for pair in columns.values()]
+                cells = [cell(some, sign=sign) if some else "" for some, sign in found]
+                if any(cells[1:]):
+                    lines.append(f"| {kind} | {hold} | {place} | {len(rows)} | " + " | ".join(cells) + " |")
         lines.append("")
     for (kind, hold, drive), rows in groups.items():
         if drive == "none" and len(rows) > 1:
             for stage in STAGE3:
-                values = [row["scores"]["val"][stage]["miou"] for row in rows]
-                spread = f"{min(values):.1f} to {max(values):.1f}, standard deviation {statistics.stdev(values):.1f}"
-                about = f"{kind}, held out by {hold}, {len(values)} seeds"
-                lines.append(f"val after stage 3 on {stage}, {about}: {spread}")
+                found = values(rows, "val", "miou", stage, None)
+                spread = f"{min(found):.1f} to {max(found):.1f}, standard deviation {statistics.stdev(found):.1f}"
+                about = f"{kind}, held out by {hold}, {len(found)} seeds"
+                lines.append(f"val after stage 3 ({stage}), {about}: {spread}")
     return "\n".join(lines)
 
 

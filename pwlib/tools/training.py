@@ -22,7 +22,7 @@ from pwlib.trainer import PiecewiseTrainer
 # Of the printed table; `evaluate` stores the same scores.
 COLUMNS = (("miou", "mIoU"), ("pixel_accuracy", "pixel acc."), ("boundary_iou", "boundary IoU"))
 TRAINER_SETTINGS = ("learning_rate", "crf_learning_rate", "stage3_factor", "optimizer", "schedule", "weight_decay")
-TRAINER_SETTINGS += ("held_out", "stage1_keeps")
+TRAINER_SETTINGS += ("held_out", "stage1_keeps", "freeze_batch_norm")
 
 
 def train(
@@ -68,7 +68,7 @@ def train(
         model,
         device,
         train_set.num_classes,
-        **{key: settings[key] for key in TRAINER_SETTINGS},
+        **{key: settings[key] for key in TRAINER_SETTINGS if key in settings},
         joint_pairwise=bool(settings.get("context")),
         class_weights=balanced_weights(fit_set.pixel_counts()[:-1], power=power) if power else None,
         out=out,
