@@ -4,6 +4,7 @@ BIN := .venv/bin
 # nbgrader has its own environment without PyTorch, because it only starts the kernels, which run in .venv.
 LABS := .venv-classroom/bin/python notebooks/labs/grading/course.py
 export OMP_WAIT_POLICY ?= passive
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # nbval runs every code cell and compares the output of cells tagged nbval-check-output with the stored one. On two cores,
 # two notebooks at a time with one core each are faster than one after the other.
 NBVAL := -p tests.budgets --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval.cfg -n 2 --dist loadscope -q
@@ -34,14 +35,15 @@ lock: setup ## Write the versions installed in .venv to constraints.txt
 	$(BIN)/python -m pip freeze --exclude-editable --disable-pip-version-check; } > constraints.txt
 
 test: setup lint ## Run every test: library, command line, browser, notebooks
-	$(BIN)/python -m pytest -m "not classroom"
+	$(PYTEST) -n 2 --dist worksteal -m "not timed and not classroom"
+	$(PYTEST) -m timed
 	$(MAKE) notebooks
 
 quick: setup lint ## Run the tests that take under two minutes
-	$(BIN)/python -m pytest -m "not slow and not browser and not classroom" -x -q -n 2
+	$(PYTEST) -n 2 --dist worksteal -m "not slow and not browser and not classroom" -x -q
 
 notebooks: setup ## Run the notebooks in the quick profile and compare their times with their budgets
-	PWLIB_PROFILE=quick OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(NBVAL) --nbval-cell-timeout=600 notebooks/[0-9]*.ipynb
+	PWLIB_PROFILE=quick $(PYTEST) $(NBVAL) --nbval-cell-timeout=600 notebooks/[0-9]*.ipynb
 
 execute: setup ## Run notebooks and store their outputs, normalised: make execute NOTEBOOKS=notebooks/00*.ipynb
 	CUDA_VISIBLE_DEVICES= $(BIN)/python docs/execute.py $(or $(NOTEBOOKS),notebooks/[0-9]*.ipynb)
@@ -72,7 +74,7 @@ questions: .venv/.notebooks ## Write the notebooks' quick questions for Moodle: 
 	$(BIN)/python notebooks/labs/grading/questions.py notebooks/labs/questions.gift
 
 classroom-test: classroom ## Test the labs: release, grade and return them with made-up students
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/classroom -n 2 --dist loadgroup -q
+	$(PYTEST) tests/classroom -n 2 --dist loadgroup -q
 
 html: .venv/.site ## Build a static site from the executed notebooks: build/html
 	$(BIN)/python docs/build.py build/html

@@ -37,7 +37,8 @@ runpy.run_module("pwlib", run_name="__main__")
 
 
 def cli(*arguments: str) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}  # as for the stored run: the order of sums depends on it
+    # Two threads, as in the stored run: the order of sums depends on their number.
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
     subprocess.run(
         [sys.executable, "-c", OLD_SPLIT, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment
     )

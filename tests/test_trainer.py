@@ -377,6 +377,21 @@ def test_a_frozen_batch_norm_keeps_its_statistics(stage):
     assert f"{left_over}.running_mean" in names
 
 
+@pytest.mark.parametrize("freeze", [False, True])
+def test_freeze_batch_norm_keeps_the_statistics_of_stage_1(freeze):
+    model = tiny_model()
+    trainer = trainer_of(model, freeze_batch_norm=freeze)
+    buffers = {name for name, _ in model.named_buffers() if "running" in name}
+    before = weights(model)
+    trainer.train_stage1(scenes(4), 1)
+    assert changed(before, model) >= buffers
+    before = weights(model)
+    trainer.train_stage3(scenes(4), 1)
+    names = changed(before, model)
+    assert names & buffers == (set() if freeze else buffers)
+    assert names >= {name for name, _ in model.unary.named_parameters(prefix="unary") if name.endswith("weight")}
+
+
 # ---------------------------------------------------------------------------------------------------- rates, precision
 
 

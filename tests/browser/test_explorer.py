@@ -284,6 +284,7 @@ def test_two_labels_one_iteration(still, make_trace):
     assert page.locator(".message0 .blank").inner_text() == "no message yet"
 
 
+@pytest.mark.timed
 def test_the_largest_trace_stays_quick(still, trace):
     """21 labels, 30 iterations, 96 x 128 pixels, and a step still takes a fraction of a second."""
     generator = torch.Generator().manual_seed(0)

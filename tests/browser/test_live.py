@@ -458,6 +458,7 @@ async ([setting, value]) => {
 """
 
 
+@pytest.mark.timed
 def test_it_is_quick(live):
     """48 x 72 pixels, 10 labels, 8 iterations: first frame in 0.3 s, all in 1 s; no long task on the page."""
     image, logits, crf = problem(10, 48, 72, iterations=8)
@@ -473,12 +474,14 @@ def test_it_is_quick(live):
     )
 
 
+@pytest.mark.timed
 def test_nine_pixels_take_one_frame(live):
     page = live(*nine_pixels(), class_names=["sea", "boat"])
     times = [page.evaluate(RELEASE, ["scale", 100 + n])[1] for n in range(5)]
     assert min(times) < 50  # the frame in which it is computed, and the one awaited after it
 
 
+@pytest.mark.timed
 def test_a_page_that_refuses_workers_computes_in_slices(live, open_page, tmp_path):
     from pages import PAGE
 
