@@ -237,6 +237,7 @@ def fails(capsys, *arguments, code=2):
     return captured.err.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -316,6 +317,7 @@ def test_outputs_are_checked_before_the_work(command, place, tmp_path, capsys, m
     assert (tmp_path / "a file").read_text() == "mine" and not (tmp_path / "missing").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_is_not_writable(tmp_path, capsys):
     tmp_path.chmod(0o500)
@@ -328,6 +330,7 @@ def test_resuming_with_other_arguments(finished, capsys):
     assert "--epochs is (9, 9, 9) here and [1, 1, 1] in" in line
 
 
+@pytest.mark.slow
 def test_damaged_runs(finished, tmp_path, capsys):
     config = (finished[0] / "config.json").read_text()
     (tmp_path / "config.json").write_text(config)
@@ -355,6 +358,7 @@ def test_evaluation_with_other_classes(finished, capsys, tmp_path):
     assert "unknown split" in fails(capsys, "evaluate", finished[0], "--data", "scenes", "--split", "exam")
 
 
+@pytest.mark.slow
 def test_images_that_cannot_be_read(finished, photographs, tmp_path, capsys):
     out = tmp_path / "out"
     run_folder, good = finished[0], photographs / "rgb.png"

@@ -245,6 +245,7 @@ def test_settings_have_their_names():
         explorer.settings = explorer.settings | {"theta": 1.0}
 
 
+@pytest.mark.slow
 def test_a_large_image_is_computed_by_the_kernel_on_request():
     image, logits, crf = make_problem(height=81, width=80)
     explorer, sent = explore(image, logits, crf), []
@@ -338,6 +339,7 @@ def test_other_widgets_stay_in_the_notebook(trace):
         embed_html(notebook.metadata.widgets[WIDGET_STATE]["state"][slider.model_id])
 
 
+@pytest.mark.slow
 def test_stripping_keeps_the_explorers(trace, tmp_path):
     pytest.importorskip("nbstripout")
     path = tmp_path / "notebook.ipynb"

@@ -182,6 +182,7 @@ def test_resized_one_hot_cell_labels_give_the_label_back():
 # ----------------------------------------------------------------------------------------------------------- weights
 
 
+@pytest.mark.slow
 def test_vgg_weights_are_copied_to_blocks_1_to_6():
     torch.manual_seed(2)
     state = {f"features.{k}": v for k, v in vgg.make_layers(vgg.cfgs["D"]).state_dict().items()}

@@ -47,6 +47,7 @@ def test_the_best_epoch_is_kept(whole_run):
     json.dumps(trainer.history, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path, whole_run):
     assert not differences(whole_run.out, run(tmp_path / "0").out)
     assert differences(whole_run.out, run(tmp_path / "1", seed=1).out) >= {"history", "stage1-last unary.fc6.0.weight"}

@@ -225,6 +225,7 @@ def test_poles_are_thin(train):
     assert min(kept(label) for label in OBJECTS if label != POLE) > 0.6
 
 
+@pytest.mark.slow
 def test_a_dense_crf_gains_on_a_blurred_unary_and_erodes_the_poles(train):
     """Unary: labels averaged over 8x8 cells, with class weights. Then mean field with explicit dense kernels."""
     shares = torch.from_numpy(np.bincount(train[1][train[1] != VOID]) / (train[1] != VOID).sum())
