@@ -315,8 +315,9 @@ class PiecewiseTrainer:
         if path is None or not self.resume or not path.exists():
             return None
         state = checkpoints.load_model(path, self.model)
+        usual = TrainerOptions().as_dict()  # for options that are newer than the checkpoint
         for key in [*self.config, "epochs", "batches"]:
-            there, here = ({**side, **side["config"]}.get(key) for side in (state, plan))
+            there, here = ({**usual, **side, **side["config"]}.get(key) for side in (state, plan))
             if there != here:
                 raise ValueError(f"{path} was made with {key} = {there}, this run has {here}: it cannot be resumed")
         return state

@@ -106,6 +106,17 @@ def test_a_run_is_not_resumed_with_another_loss_function(tmp_path):
         run(tmp_path, loss=losses.cross_entropy, resume=True)
 
 
+def test_an_option_newer_than_the_checkpoint_has_its_default(tmp_path):
+    run(tmp_path)
+    for path in tmp_path.glob("*-last.pt"):
+        state = checkpoints.load(path)
+        del state["config"]["freeze_batch_norm"]
+        checkpoints.save(path, state)
+    run(tmp_path, resume=True)
+    with pytest.raises(ValueError, match="made with freeze_batch_norm = False, this run has True: it cannot"):
+        run(tmp_path, freeze_batch_norm=True, resume=True)
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
     first = run(tmp_path)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
