@@ -385,8 +385,19 @@ def test_freeze_batch_norm_keeps_the_statistics_of_stage_1(freeze):
     before = weights(model)
     trainer.train_stage1(scenes(4), 1)
     assert changed(before, model) >= buffers
-    before = weights(model)
+    before, used = weights(model), []
+    norm = next(module for module in model.unary.modules() if isinstance(module, nn.BatchNorm2d))
+
+    def observe(norm, inputs, output):
+        mean, variance = (t[:, None, None] for t in (norm.running_mean, norm.running_var))
+        expected = (inputs[0] - mean) / (variance + norm.eps).sqrt() * norm.weight[:, None, None] + norm.bias[
+            :, None, None
+        ]
+        used.append(torch.allclose(output, expected, atol=1e-5))
+
+    norm.register_forward_hook(observe)
     trainer.train_stage3(scenes(4), 1)
+    assert used == [freeze]  # whether it normalises by the stored statistics
     names = changed(before, model)
     assert names & buffers == (set() if freeze else buffers)
     assert names >= {name for name, _ in model.unary.named_parameters(prefix="unary") if name.endswith("weight")}

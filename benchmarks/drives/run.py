@@ -16,9 +16,9 @@ and on each stage 1 these CRFs, all on the same network:
     all       the same on all images of the training set, those of stage 2 included
     fixed     as "all", with the batch-norm statistics of stage 1 (freeze_batch_norm): the quick profile's stage 3
 
-"adapted" are the networks of stage 1, "all" and "fixed" without a CRF, with batch-norm statistics of the scored images
-(Li et al., "Revisiting Batch Normalization For Practical Domain Adaptation", 2016), which needs no labels. It shows how
-much of an error lies in these statistics.
+The networks of stage 1, "all" and "fixed" are also scored alone with the batch-norm statistics of the scored images
+("adapted"; Li et al., "Revisiting Batch Normalization For Practical Domain Adaptation", 2016). This needs no labels,
+and shows how much of an error is due to these statistics.
 
 --network quick is the command line's quick profile, at 90x120 px. --network colour is the same with "colour": 0.5 in
 place of 0.2, for stronger changes of colour in training. --network pretrained is VGG-16 at full width from the file of
@@ -78,13 +78,19 @@ COLUMNS = {
         **{name: (name, "network") for name in CRFS},
         **{f"stage 3 ({name}), minus learned": (name, "learned") for name in STAGE3},
     },
-    "of networks alone, and of the same networks with the scored images' batch-norm statistics": {
+    "of networks alone and of the same networks with the scored images' batch-norm statistics": {
         "network": ("network", None),
         "adapted, minus network": ("network, adapted", "network"),
         "stage 3 (all), minus network": ("all, network", "network"),
         "stage 3 (fixed), minus network": ("fixed, network", "network"),
         "all, adapted, minus network, adapted": ("all, network, adapted", "network, adapted"),
         "fixed, adapted, minus network, adapted": ("fixed, network, adapted", "network, adapted"),
+    },
+    "in other comparisons": {
+        "network": ("network", None),
+        "learned, minus default": ("learned", "default"),
+        "fixed, minus all: network": ("fixed, network", "all, network"),
+        "fixed, minus all: with the CRF": ("fixed", "all"),
     },
 }
 QUICK = asdict(PROFILES["camvid", "quick"]) | {"context": None}
@@ -235,8 +241,7 @@ def run(root: str, kind: str, weights: str, drive: str, hold: str, seed: int) ->
         if profile["batch_norm"]:
             networks = {"network": network.unary} | {f"{stage}, network": m.unary for stage, m in last.items()}
             for output in ADAPTED:
-                better = score(adapted(networks[output], data), {}, data)[0]
-                found[0] |= {f"{output}, adapted": better["network"]}
+                found[0][f"{output}, adapted"] = score(adapted(networks[output], data), {}, data)[0]["network"]
         for title, one in zip((name, f"{name}, 90x120"), found, strict=False):
             scores[title] = numbers(one)
     return {
