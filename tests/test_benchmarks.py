@@ -1,6 +1,7 @@
 """The statistics that the benchmark scripts compute from their runs."""
 
 import runpy
+import sys
 
 import numpy as np
 import pytest
@@ -148,3 +149,48 @@ def test_the_table_of_the_drives(drives):
     assert row.endswith(f"+4.0 ± 0.0 | +2.0 ± {half:.1f} | -1.0 ± {half:.1f} |  |")  # "fixed" is not stored
     assert "| 30.0 ± 0.0 | -2.0 ± 0.0 |  |" in statistics.splitlines()[2]
     assert others.splitlines()[2].endswith(f"| 30.0 ± 0.0 | +3.0 ± {half:.1f} |  |  |")
+
+
+@pytest.fixture
+def claims(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "three_stages"))
+    monkeypatch.delitem(sys.modules, "run", raising=False)
+    yield runpy.run_path(str(BENCHMARKS / "three_stages" / "claims.py"))
+    sys.modules.pop("run", None)
+
+
+def test_the_table_of_the_four_claims(claims):
+    for count, f in claims["F_975"].items():
+        assert abs(f - stats.f.ppf(0.975, count - 1, count - 1)) < 6e-4
+
+    def run(method, seed, last, compute, **more):
+        # stage: (compute, validation mIoU, test mIoU, test accuracy) after each epoch
+        curve = [[compute / 4, 40.0, 41.0, 80.0], [compute / 2, 60.0, last - 5, 85.0], [compute, 62.0, last, 90.0]]
+        curves = {"piecewise": {"stage2": curve, "stage3": curve[1:]}}.get(method, {"stage3": curve})
+        scores = {"test": {"crf": {"miou": last}}, "default CRF": {"crf": {"miou": last - 10}}}
+        return {"network": "stride8", "method": method, "seed": seed, "curves": curves, "compute": compute, **scores}
+
+    ours, alone, joint = [70.0, 74.0, 72.0], [66.0, 65.0, 67.0], [71.0, 73.0, 75.0]
+    spent = [300.0, 400.0, 350.0]
+    runs = {}
+    for seed in range(3):
+        runs[f"a{seed}"] = run("piecewise", seed, ours[seed], 200.0)
+        runs[f"b{seed}"] = run("independent", seed, alone[seed], 100.0)
+        runs[f"c{seed}"] = run("joint", seed, joint[seed], spent[seed])
+    lines = {line.split(" | ")[0].strip("| "): line for line in claims["table"](runs).splitlines()}
+
+    def plus_minus(values, sign="+"):
+        half = stats.t.ppf(0.975, 2) * np.std(values, ddof=1) / np.sqrt(3)
+        return f"{np.mean(values):{sign}.1f} ± {half:.1f}"
+
+    found = lines["independent, searched CRF"].split(" | ")
+    ratio, factor = np.std(ours) / np.std(alone), np.sqrt(stats.f.ppf(0.975, 2, 2))
+    assert found[2:4] == [plus_minus(np.subtract(ours, alone)), f"{np.std(alone, ddof=1):.1f}"]
+    assert found[4] == f"{ratio:.2f} [{ratio / factor:.2f}, {ratio * factor:.2f}]"
+    # Joint training has ended its second epoch, and not its third, at the compute of "piecewise".
+    assert lines["joint, equal compute"].split(" | ")[1] == plus_minus(np.subtract(joint, 5), "")
+    assert lines["points that stage2 adds"].endswith(f"| {plus_minus(np.subtract(ours, 41))} |")
+    logs = np.log(np.divide(spent, 200.0))
+    half = stats.t.ppf(0.975, 2) * np.std(logs, ddof=1) / np.sqrt(3)
+    low, mean, high = np.exp([logs.mean() - half, logs.mean(), logs.mean() + half])
+    assert lines["that of joint / that of piecewise, geometric mean"].endswith(f"{mean:.2f} [{low:.2f}, {high:.2f}] |")

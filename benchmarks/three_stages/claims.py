@@ -22,6 +22,7 @@ seeds needs, are kept in runs/three_stages/claims.
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import sys
 import time
@@ -32,7 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from run import SETTINGS as COMMON
 from run import Steps, Undone, stride2
-from study import Study, cell, command, parser, settings_searched
+from study import Study, cell, command, mean_and_half, parser, settings_searched
 
 from pwlib import checkpoints
 from pwlib.crf import DenseCRF
@@ -45,6 +46,8 @@ from pwlib.trainer import PiecewiseTrainer
 
 HERE = Path(__file__).parent
 WORK = Path("runs/three_stages/claims")
+# 97.5 % quantile of F with n - 1 and n - 1 degrees of freedom, by n
+F_975 = {2: 647.789, 3: 39.0, 4: 15.439, 5: 9.605, 6: 7.146, 7: 5.820, 8: 4.995}
 METHODS = ("independent", "piecewise", "joint")
 SETTINGS = {
     **{key: COMMON[key] for key in ("size", "train_images", "test_images", "width", "batch", "iterations", "crf")},
@@ -216,6 +219,12 @@ def compute_to(run: dict, target: float) -> float:
     return next((row[0] for curve in run["curves"].values() for row in curve if row[1] >= target), run["compute"])
 
 
+def interval_of_ratio(a: list[float], b: list[float]) -> str:
+    """The ratio of two standard deviations and its 95 % interval, from the F distribution (independent samples)."""
+    ratio, factor = statistics.stdev(a) / statistics.stdev(b), math.sqrt(F_975[len(a)])
+    return f"{ratio:.2f} [{ratio / factor:.2f}, {ratio * factor:.2f}]"
+
+
 def table(runs: dict[str, dict]) -> str:
     """Markdown: one table per network with what the four claims need."""
     lines = []
@@ -243,12 +252,17 @@ def table(runs: dict[str, dict]) -> str:
             ),
         }
         lines += [f"{network}, {len(seeds)} seeds", ""]
-        lines += ["| method | test mIoU | SD over seeds | piecewise minus it | compute |", "|---|--:|--:|--:|--:|"]
+        lines.append("| method | test mIoU | piecewise minus it | SD over seeds | SD of piecewise / it | compute |")
+        lines.append("|---|--:|--:|--:|--:|--:|")
+        own = arms["piecewise"][0]
         for name, (values, compute) in arms.items():
-            deviation = f"{statistics.stdev(values):.1f}" if len(seeds) > 1 else ""
-            gains = [p - v for p, v in zip(arms["piecewise"][0], values, strict=True)]
-            gain = "" if name == "piecewise" else cell(gains, sign=True)
-            lines.append(f"| {name} | {cell(values)} | {deviation} | {gain} | {cell(compute, digits=0)} |")
+            gain = deviation = ratio = ""
+            if name != "piecewise":
+                gain = cell([p - v for p, v in zip(own, values, strict=True)], sign=True)
+            if len(seeds) > 1:
+                deviation = f"{statistics.stdev(values):.1f}"
+                ratio = "" if name == "piecewise" else interval_of_ratio(own, values)
+            lines.append(f"| {name} | {cell(values)} | {gain} | {deviation} | {ratio} | {cell(compute, digits=0)} |")
         lines += ["", "| question | result |", "|---|--:|"]
         for stage in ("stage2", "stage3"):  # a curve begins with the model that the stage started from
             gains = [max(r["curves"][stage], key=lambda row: row[1])[2] - r["curves"][stage][0][2] for r in ours]
@@ -257,11 +271,13 @@ def table(runs: dict[str, dict]) -> str:
             [max(row[1] for curve in r["curves"].values() for row in curve) for r in some] for some in (ours, joint)
         ]
         targets = [min(pair) - 1 for pair in zip(*best, strict=True)]
-        for name, some in (("piecewise", ours), ("joint", joint)):
-            spent = [compute_to(run, target) for run, target in zip(some, targets, strict=True)]
-            lines.append(
-                f"| {name}: compute to 1 point below the lower of both best scores | {cell(spent, digits=0)} |"
-            )
+        spent = [[compute_to(run, target) for run, target in zip(some, targets, strict=True)] for some in (ours, joint)]
+        for name, some in zip(("piecewise", "joint"), spent, strict=True):
+            lines.append(f"| {name}: compute to 1 point below the lower of both best scores | {cell(some, digits=0)} |")
+        if len(seeds) > 1:
+            mean, half = mean_and_half([math.log(b / a) for a, b in zip(*spent, strict=True)])
+            low, ratio, high = (math.exp(mean + x) for x in (-half, 0, half))
+            lines.append(f"| that of joint / that of piecewise, geometric mean | {ratio:.2f} [{low:.2f}, {high:.2f}] |")
         for family, values in runs.get(f"{network}, exchange", {}).get("own minus others", {}).items():
             lines.append(f"| {family}: own CRF minus those of other seeds | {cell(values, sign=True)} |")
         lines.append("")
