@@ -8,6 +8,7 @@ One grid on Scenes: receptive field x model on the cells x dense CRF.
                        larger          the same network with as many more parameters as the contextual CRF has
                        tree            network and contextual CRF, trained jointly, counted as a tree
                        reparametrised  the same networks and terms, each term counted by its own marginals
+                       ..., fixed      the terms are trained behind the features of "plain", which stay as they are
     dense CRF          none; default parameters; the best of 24 settings; learned (stage 2)
 
 The weight of the pairwise terms is 0, 0.1, 0.25, 0.5 or 1, whichever has the highest mIoU on the validation scenes,
@@ -51,7 +52,8 @@ HERE = Path(__file__).parent
 LOOK_ALIKES = ("plane", "boat", "roof", "tent")
 FIELDS = {"10": (1, 1), "34": (7, 1), "58": (7, 7), "whole": None}  # sides of the depthwise convolutions
 MODELS = ("plain", "larger", "tree", "reparametrised")
-PARTS = ("plain", "larger", "context")  # one training each; "context" is scored with both countings
+FIXED = tuple(f"{model}, fixed" for model in MODELS[2:])
+PARTS = ("plain", "larger", "context", "fixed")  # one training each; the last two are scored with both countings
 DENSE = ("none", "default", "searched", "learned")
 SETTINGS = {
     "train_images": 160,
@@ -199,27 +201,32 @@ def train(model: PiecewiseTrainedModel, seed: int, stage: int, counts: Tensor, d
 
 
 def run(seed: int, field: str, part: str) -> dict:
-    """Train one network with one receptive field, and score it: "plain", "larger", or "context" with both countings."""
+    """Train one network with one receptive field, and score it; "context" and "fixed" with both countings."""
     data = load("scenes", "train", length=SETTINGS["train_images"])
     held = load("scenes", "val", length=SETTINGS["val_images"])
     counts = sum(torch.bincount(data[i][1].flatten(), minlength=256)[: data.num_classes] for i in range(len(data)))
     val, test = Scored("val", SETTINGS["val_images"]), Scored("test", SETTINGS["test_images"])
     start, rows = time.process_time(), {}
     torch.manual_seed(seed)
-    model = build(field, part, data.num_classes)
+    model = build(field, "plain" if part == "fixed" else part, data.num_classes)
     augment = Augment(scale=(1.0, 1.0), colour=0.0)  # flips only
     history = train(model, seed, 1, counts, data.with_transform(augment)).history["stage1"]
+    if part == "fixed":
+        model.unary.requires_grad_(False).eval()
+        model.context = build(field, "context", data.num_classes).context
+        history = train(model, seed, 1, counts, data.with_transform(augment)).history["stage1"]
     about = {
         "parameters": count(model.unary) + (count(model.context) if model.context else 0),
         "loss": [round(record["loss"], 3) for record in history],
         "stage1_minutes": round((time.process_time() - start) / 60, 2),
     }
-    for counting in MODELS[2:] if part == "context" else (None,):
-        one = copy.deepcopy(model)
+    for counting in MODELS[2:] if model.context else (None,):
+        one, name = copy.deepcopy(model), part
         if counting:
             one.context.counting = counting
-        rows[counting or part] = about | score_all(one, seed, counts, held, val, test)
-        print(f"seed {seed}, field {field}: {counting or part}", flush=True)
+            name = f"{counting}, fixed" if part == "fixed" else counting
+        rows[name] = about | score_all(one, seed, counts, held, val, test)
+        print(f"seed {seed}, field {field}: {name}", flush=True)
     return {"seed": seed, "field": field, "rows": rows, "minutes": round((time.process_time() - start) / 60, 1)}
 
 
@@ -266,8 +273,13 @@ def complete(runs: dict[str, dict]) -> dict[str, list[dict]]:
     found: dict = {field: {} for field in FIELDS}
     for run in runs.values():
         found[run["field"]].setdefault(run["seed"], {}).update(run["rows"])
-    found = {field: [seeds[s] for s in sorted(seeds) if len(seeds[s]) == len(MODELS)] for field, seeds in found.items()}
+    found = {field: [seeds[s] for s in sorted(seeds) if not {*MODELS} - {*seeds[s]}] for field, seeds in found.items()}
     return {field: rows for field, rows in found.items() if rows}
+
+
+def models_of(rows: list[dict]) -> list[str]:
+    """The models that are stored for all seeds."""
+    return [model for model in (*MODELS, *FIXED) if all(model in row for row in rows)]
 
 
 def table(found: dict[str, list[dict]], key: str = "miou") -> str:
@@ -276,14 +288,14 @@ def table(found: dict[str, list[dict]], key: str = "miou") -> str:
     lines.append(f"| {key}, test scenes | model | parameters | seeds | " + " | ".join(DENSE) + " |")
     lines.append("|---|---|--:|--:|" + "--:|" * len(DENSE))
     for field, rows in found.items():
-        for model in MODELS:
+        for model in models_of(rows):
             cells = [cell([row[model][dense][key] for row in rows]) for dense in DENSE]
             size = f"{rows[0][model]['parameters'] / 1000:.0f} k"
             lines.append(f"| {field} | {model} | {size} | {len(rows)} | " + " | ".join(cells) + " |")
     lines += ["", f"| {key}, difference by seed | model | control | " + " | ".join(DENSE) + " |"]
     lines.append("|---|---|---|" + "--:|" * len(DENSE))
     for field, rows in found.items():
-        for model, control in (("larger", "plain"), *((m, c) for m in MODELS[2:] for c in MODELS[:2])):
+        for model, control in (("larger", "plain"), *itertools.product(models_of(rows)[2:], MODELS[:2])):
             cells = [cell([row[model][d][key] - row[control][d][key] for row in rows], sign=True) for d in DENSE]
             lines.append(f"| {field} | {model} | {control} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -295,7 +307,7 @@ def weights_table(found: dict[str, list[dict]]) -> str:
     lines = [f"| field | counting | dense CRF | {' | '.join(weights)} | selected | learned |"]
     lines.append("|---|---|---|" + "--:|" * len(weights) + "---|---|")
     for field, rows in found.items():
-        for model in MODELS[2:]:
+        for model in models_of(rows)[2:]:
             for dense in ("none", "default"):
                 cells = [cell([row[model][f"sweep, {dense}"][w][1] for row in rows]) for w in weights]
                 selected = ", ".join(f"{row[model][dense]['weight']:g}" for row in rows)
