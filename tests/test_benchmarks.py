@@ -92,6 +92,15 @@ def test_the_table_of_the_number_of_images():
     assert images["table"](runs[:1]).splitlines()[-1].endswith("| 10.0 | 12.0 | 20.0 | 21.0 |")
 
 
+def test_the_network_of_the_target_sees_10_pixels():
+    target = runpy.run_path(str(BENCHMARKS / "piecewise" / "target.py"))
+    network = target["build_network"](0).eval()
+    image = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    network.features(image)[0, :, 8, 12].sum().backward()
+    rows, columns = (image.grad[0].abs().sum(dim) > 0 for dim in ((0, 2), (0, 1)))  # px that reach one cell
+    assert 6 <= rows.sum() <= 10 and 6 <= columns.sum() <= 10
+
+
 @pytest.fixture(scope="module")
 def drives():
     return runpy.run_path(str(BENCHMARKS / "drives" / "run.py"))

@@ -1,6 +1,6 @@
-"""Compute the single numbers that the notebooks state and no cell computes, with their exact definition.
+"""Compute single numbers that the notebooks state, independently of the notebooks, with their exact definition.
 
-    python benchmarks/facts/run.py        about a minute on one core; writes result.json
+    python benchmarks/facts/run.py        20 CPU seconds; writes result.json
 
 Scenes are those of notebook 00's quick profile: 200 to learn from and 40 test scenes of 64x96 px.
 """
@@ -80,8 +80,8 @@ def like_colours(train, test, pairs: int = 400_000) -> dict:
     return result
 
 
-def noise_in_the_bilateral_kernel(theta: float = 10.0, sigma: float = 6.0, columns: int = 30) -> dict:
-    """A bar of `columns` * r px is outvoted by `columns` of background, r the mean kernel across over that within.
+def noise_in_the_bilateral_kernel(theta: float = 10.0, sigma: float = 6.0, columns: int = 31) -> dict:
+    """A bar of w px is kept if w > (columns - w) r, with r the mean kernel across its border over that within.
 
     With noise sigma per channel, a difference of channels has the variance 2 sigma^2, and the mean of
     exp(-d^2 / 2 theta^2) is theta / sqrt(v) exp(-c^2 / 2v) per channel, v = theta^2 + 2 sigma^2.
@@ -90,10 +90,13 @@ def noise_in_the_bilateral_kernel(theta: float = 10.0, sigma: float = 6.0, colum
     noise = sigma * 2**0.5 * torch.randn(1_000_000, 3, generator=generator)
     for contrast in (10, 15, 20):
         across, within = (torch.exp(-(noise + c).square().sum(1) / (2 * theta**2)).mean() for c in (contrast, 0))
+        ratios = {
+            "without noise": math.exp(-3 * contrast**2 / (2 * theta**2)),
+            "with noise": math.exp(-3 * contrast**2 / (2 * (theta**2 + 2 * sigma**2))),
+            "simulated": (across / within).item(),
+        }
         result[f"contrast {contrast}"] = {
-            "width without noise (px)": round(columns * math.exp(-3 * contrast**2 / (2 * theta**2)), 2),
-            "width with noise (px)": round(columns * math.exp(-3 * contrast**2 / (2 * (theta**2 + 2 * sigma**2))), 2),
-            "simulated (px)": round(columns * (across / within).item(), 2),
+            f"width {name} (px)": round(columns * r / (1 + r), 2) for name, r in ratios.items()
         }
     return result
 
@@ -158,7 +161,7 @@ def lattice_deviation(dimensions=(1, 2)) -> dict:
     return result
 
 
-def comparisons(draws: int = 2000, count: int = 8) -> dict:
+def comparisons(draws: int = 2000, count: int = 9) -> dict:
     """Smallest two-sided p-value of a bootstrap, and the chance of a false claim among comparisons at 5 %.
 
     Comparisons that share one baseline are correlated: simulated for normal scores with a correlation of 0.5.
@@ -174,11 +177,11 @@ def comparisons(draws: int = 2000, count: int = 8) -> dict:
     }
 
 
-def bands() -> dict:
-    """Share of the labelled pixels within w px of a border, in per cent, on 40 test scenes of two sizes."""
+def bands(scenes: int = 64) -> dict:
+    """Share of the labelled pixels within w px of a border, in per cent, on test scenes of two sizes."""
     result = {}
     for size in ((64, 96), (48, 64)):
-        _, labels = stack("test", SETTINGS["test_images"], size=size)
+        _, labels = stack("test", scenes, size=size)
         known = labels != VOID
         for w in (1, 2, 3, 6, 10):
             share = (boundary_mask(labels, w) & known).sum() / known.sum()

@@ -50,13 +50,18 @@ SETTINGS = {
 CONTENDERS = {"piecewise": None, **{f"mean field, {n}": n for n in (1, 3, 5, 10)}}
 
 
-def local_network(seed: int) -> torch.nn.Module:
-    """Train the network of `benchmarks/context` for a few epochs by cross-entropy."""
-    spec = importlib.util.spec_from_file_location("context_benchmark", HERE.parent / "context" / "run.py")
+def build_network(seed: int) -> torch.nn.Module:
+    """The network of `benchmarks/context` with a receptive field of 10 px, with random weights."""
+    spec = importlib.util.spec_from_file_location("context_benchmark", HERE.parent / "context" / "grid.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     torch.manual_seed(seed)
-    network = module.LocalNet(10, module.SETTINGS["channels"])
+    return module.LocalNet(10, module.SETTINGS["channels"], module.FIELDS["10"])
+
+
+def local_network(seed: int) -> torch.nn.Module:
+    """Train that network for a few epochs by cross-entropy."""
+    network = build_network(seed)
     data = load("scenes", "train", length=SETTINGS["train_images"], seed=seed)
     images, labels = (torch.stack(part) for part in zip(*(data[i] for i in range(len(data))), strict=True))
     optimizer = torch.optim.AdamW(network.parameters(), lr=4e-3)
