@@ -157,7 +157,7 @@ def test_the_table_of_the_drives(drives):
     assert row[2:].split(" | ")[:8] == cells
     assert row.endswith(f"+4.0 ± 0.0 | +2.0 ± {half:.1f} | -1.0 ± {half:.1f} |  |")  # "fixed" is not stored
     assert "| 30.0 ± 0.0 | -2.0 ± 0.0 |  |" in statistics.splitlines()[2]
-    assert others.splitlines()[2].endswith(f"| 30.0 ± 0.0 | +3.0 ± {half:.1f} |  |  |")
+    assert others.splitlines()[2].endswith(f"| 30.0 ± 0.0 | +1.0 ± 0.0 | +3.0 ± {half:.1f} | +3.0 ± 0.0 |  |  |")
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ COLUMNS = {
     },
     "in other comparisons": {
         "network": ("network", None),
-        "learned, minus default": ("learned", "default"),
+        **{f"{name}, minus default": (name, "default") for name in CRFS[1:]},
         "fixed, minus all: network": ("fixed, network", "all, network"),
         "fixed, minus all: with the CRF": ("fixed", "all"),
     },

@@ -12,7 +12,7 @@ After 0 to 300 steps the CRF is scored on 20 scenes that nothing was trained on:
 and expected calibration error (ECE, 15 bins). "calibrated" is the NLL after division of log q by a temperature that is
 fitted to the held-out scenes. A seed decides the order of the batches and the sampled pairs.
 
-    python benchmarks/learning/run.py            about 50 CPU minutes on one core; continues where it was stopped
+    python benchmarks/learning/run.py            about 40 CPU minutes on one core; continues where it was stopped
     python benchmarks/learning/run.py --table    prints the tables from result.json
 """
 
