@@ -17,8 +17,9 @@ learns weights, temperature and dense CRF together. Every choice is made, and st
 scenes; 100 test scenes are scored. Training, validation and test scenes are the same for all seeds: a seed decides
 initial weights, order and augmentation.
 
-    python benchmarks/context/grid.py --seeds 0 1 2 3 4 5 6 7     about 25 CPU minutes a seed on one core
-    python benchmarks/context/grid.py --table                     prints the tables from grid.json
+    python benchmarks/context/grid.py --parts plain larger context     25 CPU minutes a seed on one core, eight seeds
+    python benchmarks/context/grid.py --parts fixed --fields whole     3 CPU minutes a seed
+    python benchmarks/context/grid.py --table                          prints the tables from grid.json
 
 grid.json is written after every training; a command that was stopped continues where it was, and
 several processes may share the work.
