@@ -8,7 +8,10 @@ mean-field iterations for all methods, is computed over the cells of held-out sc
 methods' best scores, less 1 point, so that all of them reach it. Each method is run with all learning rates; the one
 with which it reaches the target first counts.
 
-    python benchmarks/piecewise/target.py            about ten minutes on one core; writes target.json and target.svg
+    python benchmarks/piecewise/target.py --pools 2             CPU minutes on one core: 8; maps of 8x12 cells
+    python benchmarks/piecewise/target.py --pools 1 --seeds 0   likewise 10; maps of 16x24 cells
+
+target.json is written after every seed.
 """
 
 from __future__ import annotations
@@ -160,7 +163,8 @@ def table(rows: list[dict]) -> str:
         cells = [f"{statistics.median([times['piecewise'] for _, times in found]):.1f} s"]
         for name in list(CONTENDERS)[1:]:
             ratios = [times[name] / times["piecewise"] for _, times in found]
-            cells.append(f"{statistics.median(ratios):.1f} x ({min(ratios):.1f} to {max(ratios):.1f})")
+            spread = f" ({min(ratios):.1f} to {max(ratios):.1f})" if len(ratios) > 1 else ""
+            cells.append(f"{statistics.median(ratios):.1f} x{spread}")
         lines.append(f"| {size} | {target:.1f}, {start:.1f} | " + " | ".join(cells) + " |")
         best = {n: [max(max(r["miou"]) for r in one if r["contender"] == n) for one in seeds] for n in CONTENDERS}
         cells = [f"{statistics.median(scores):.1f}" for scores in best.values()]
