@@ -303,17 +303,28 @@ def table(found: dict[str, list[dict]], key: str = "miou") -> str:
 
 
 def weights_table(found: dict[str, list[dict]]) -> str:
-    """Markdown: test mIoU at each weight of the pairwise terms, and the weights that were selected and learned."""
+    """Markdown: test mIoU at each weight of the pairwise terms, and the weights that were selected and learned.
+
+    "0 - plain" is what training with the terms changes in the network itself; "1 - 0" is what they change at weight 1.
+    """
     weights = [str(w) for w in SETTINGS["weights"]]
-    lines = [f"| field | counting | dense CRF | {' | '.join(weights)} | selected | learned |"]
-    lines.append("|---|---|---|" + "--:|" * len(weights) + "---|---|")
+    lines = [f"| field | counting | dense CRF | {' | '.join(weights)} | 0 - plain | 1 - 0 | selected | learned |"]
+    lines.append("|---|---|---|" + "--:|" * (len(weights) + 2) + "---|---|")
     for field, rows in found.items():
         for model in models_of(rows)[2:]:
             for dense in ("none", "default"):
-                cells = [cell([row[model][f"sweep, {dense}"][w][1] for row in rows]) for w in weights]
+                sweeps = [{w: v[1] for w, v in row[model][f"sweep, {dense}"].items()} for row in rows]
+                cells = [cell([sweep[w] for sweep in sweeps]) for w in weights]
+                changes = [sweep["0"] - row["plain"][dense]["miou"] for sweep, row in zip(sweeps, rows, strict=True)]
+                cells.append(cell(changes, sign=True))
+                cells.append(cell([sweep["1"] - sweep["0"] for sweep in sweeps], sign=True))
                 selected = ", ".join(f"{row[model][dense]['weight']:g}" for row in rows)
                 learned = ", ".join("/".join(f"{w:.2f}" for w in row[model]["learned"]["weights"]) for row in rows)
                 lines.append(f"| {field} | {model} | {dense} | {' | '.join(cells)} | {selected} | {learned} |")
+    if len(found.get("10", ())) == len(found.get("34", ())):
+        pairs = list(zip(found["34"], found["10"], strict=True))
+        gains = [cell([a["plain"][d]["miou"] - b["tree"][d]["miou"] for a, b in pairs], sign=True) for d in DENSE]
+        lines += ["", f"34 px, plain, minus 10 px, tree ({', '.join(DENSE)}): {', '.join(gains)}"]
     return "\n".join(lines)
 
 
