@@ -172,7 +172,7 @@ def test_the_table_of_the_four_claims(claims):
     for count, f in claims["F_975"].items():
         assert abs(f - stats.f.ppf(0.975, count - 1, count - 1)) < 6e-4
 
-    def run(method, seed, last, compute, **more):
+    def run(method, seed, last, compute):
         # stage: (compute, validation mIoU, test mIoU, test accuracy) after each epoch
         curve = [[compute / 4, 40.0, 41.0, 80.0], [compute / 2, 60.0, last - 5, 85.0], [compute, 62.0, last, 90.0]]
         curves = {"piecewise": {"stage2": curve, "stage3": curve[1:]}}.get(method, {"stage3": curve})
@@ -203,3 +203,22 @@ def test_the_table_of_the_four_claims(claims):
     half = stats.t.ppf(0.975, 2) * np.std(logs, ddof=1) / np.sqrt(3)
     low, mean, high = np.exp([logs.mean() - half, logs.mean(), logs.mean() + half])
     assert lines["that of joint / that of piecewise, geometric mean"].endswith(f"{mean:.2f} [{low:.2f}, {high:.2f}] |")
+
+
+def test_the_table_of_weights_in_the_context_grid():
+    grid = runpy.run_path(str(BENCHMARKS / "context" / "grid.py"))
+    weights = grid["SETTINGS"]["weights"]
+
+    def rows(seed):
+        sweep = {str(w): [0.0, 60.0 + seed + 4 * w] for w in weights}
+        parts = {"sweep, none": sweep, "sweep, default": sweep, "none": {"weight": 1}, "default": {"weight": 0}}
+        plain = {dense: {"miou": 61.0 - seed} for dense in grid["DENSE"]}
+        context = {"tree": parts, "reparametrised": parts}
+        learned = {"learned": {"weights": [0.5, 0.25]}}
+        return {"plain": plain, "larger": plain} | {name: part | learned for name, part in context.items()}
+
+    runs = {str(seed): {"seed": seed, "field": "whole", "rows": rows(seed)} for seed in (0, 2)}
+    runs["1"] = {"seed": 1, "field": "whole", "rows": {"plain": {}}}  # not complete
+    first = grid["weights_table"](grid["complete"](runs)).splitlines()[2].split(" | ")
+    half = stats.t.ppf(0.975, 1) * np.std([-1, 3], ddof=1) / np.sqrt(2)
+    assert first[-4:] == [f"+1.0 ± {half:.1f}", "+4.0 ± 0.0", "1, 1", "0.50/0.25, 0.50/0.25 |"]

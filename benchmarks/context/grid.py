@@ -321,7 +321,7 @@ def weights_table(found: dict[str, list[dict]]) -> str:
                 selected = ", ".join(f"{row[model][dense]['weight']:g}" for row in rows)
                 learned = ", ".join("/".join(f"{w:.2f}" for w in row[model]["learned"]["weights"]) for row in rows)
                 lines.append(f"| {field} | {model} | {dense} | {' | '.join(cells)} | {selected} | {learned} |")
-    if len(found.get("10", ())) == len(found.get("34", ())):
+    if {"10", "34"} <= set(found) and len(found["10"]) == len(found["34"]):
         pairs = list(zip(found["34"], found["10"], strict=True))
         gains = [cell([a["plain"][d]["miou"] - b["tree"][d]["miou"] for a, b in pairs], sign=True) for d in DENSE]
         lines += ["", f"34 px, plain, minus 10 px, tree ({', '.join(DENSE)}): {', '.join(gains)}"]
