@@ -135,21 +135,36 @@ def camvid(content: dict) -> str:
 
 
 def curves(contents: dict[str, dict], path: Path) -> None:
-    """Validation mIoU against epochs; stages follow each other."""
-    from matplotlib import pyplot as plt
+    """Validation mIoU against epochs: stage 1, stages 2 and 3, and the contextual CRF behind the network of stage 1."""
+    from pwlib.course.plots import COLOURS, figure
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    offset = 0
-    for name, content in contents.items():
-        for stage in sorted(key for key in content.get("history", {}) if key.startswith("stage")):
-            found = list(curve(content["history"][stage]))
+    camvid, context = (contents.get(name, {}).get("history", {}) for name in ("camvid", "context"))
+    panels = {"stage 1": (camvid, ["stage1"]), "stages 2 and 3": (camvid, ["stage2", "stage3"])}
+    panels["contextual CRF"] = (context, ["stage2"])
+    styles = {
+        "unary": ("network", "blue"),
+        "context": ("contextual CRF", "green"),
+        "crf": ("with dense CRF", "vermilion"),
+    }
+    fig, (row,) = figure(1, 3, figsize=(8.5, 3.4), sharey=True, width_ratios=(3, 2, 2))
+    for axes, (title, (history, names)) in zip(row, panels.items(), strict=True):
+        start, labelled = 0, set()
+        for name in names:
+            found = list(curve(history.get(name, [])))
             for part in dict.fromkeys(part for _, part, _ in found):
-                points = [(offset + epoch, 100 * (s["miou"] or 0)) for epoch, other, s in found if other == part]
-                axes.plot(*zip(*points, strict=True), label=f"{name} {stage}, {part}")
-            offset += max((epoch for epoch, _, _ in found), default=0)
-    axes.set(xlabel="epoch", ylabel="validation mIoU, %")
-    axes.legend()
-    figure.savefig(path)
+                points = [(start + epoch, 100 * (s["miou"] or 0)) for epoch, other, s in found if other == part]
+                label, colour = styles[part]
+                one = {"label": label} if label not in labelled else {}
+                axes.plot(*zip(*points, strict=True), color=COLOURS[colour], marker=".", ms=4, lw=1.2, **one)
+                labelled.add(label)
+            start += max((epoch for epoch, _, _ in found), default=0)
+            if name != names[-1]:
+                axes.axvline(start, color="0.8", lw=0.8, zorder=0)
+        axes.set(title=title, xlabel="epoch")
+        if labelled:
+            axes.legend(frameon=False, fontsize=8, loc="lower right")
+    row[0].set_ylabel("validation mIoU, %")
+    fig.savefig(path)
 
 
 def stored(content: dict) -> dict:
