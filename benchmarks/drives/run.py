@@ -33,7 +33,8 @@ on a scored frame. A seed decides initial weights, order and augmentation.
     python benchmarks/drives/run.py --root data/camvid --network pretrained --hold end --weights build/backbone/vgg16.pt
     python benchmarks/drives/run.py --table
 
-A run of a drive and seed takes 4 to 7 minutes of one core with the quick profile, and 31 pretrained. result.json is
+A run of a drive and seed takes 4 to 7 minutes of one core with the quick profile, and 31 pretrained; `--device cuda`
+uses a GPU, on which several commands with different seeds or drives can run side by side. result.json is
 written after every run; a command that was stopped continues where it was. Checkpoints are kept in runs/drives.
 """
 
@@ -131,19 +132,27 @@ def split(data: SegmentationDataset, hold: str, share: float = QUICK["held_out"]
     return data.subset(sorted({*range(len(data))} - {*held})), data.subset(sorted(held))
 
 
+def device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters(), torch.empty(0)).device
+
+
 @torch.no_grad()
 def score(network: nn.Module, crfs: dict[str, DenseCRF], data: SegmentationDataset, *smaller: SegmentationDataset):
     """{output: scores} of a network and of CRFs on its logits, for `data` and for each smaller copy of it."""
-    names = ("network", *crfs)
-    found = [{n: SegmentationScores(data.num_classes, data.class_names) for n in names} for _ in (data, *smaller)]
+    names, device = ("network", *crfs), device_of(network)
+    found = [
+        {n: SegmentationScores(data.num_classes, data.class_names, device=device) for n in names}
+        for _ in (data, *smaller)
+    ]
     network.eval()
     for (image, label), *others in zip(*(DataLoader(some, batch_size=8) for some in (data, *smaller)), strict=True):
+        image, label = image.to(device), label.to(device)
         logits = network(image)  # [B, K, H, W]
         for name in names:
             q = logits.softmax(1) if name == "network" else crfs[name](logits, image).exp()  # [B, K, H, W]
             for scores, target in zip(found, (label, *(other[1] for other in others)), strict=True):
                 mean = nn.functional.interpolate(q, size=target.shape[-2:], mode="area")  # [B, K, h, w]
-                scores[name].update(mean.argmax(1), target)
+                scores[name].update(mean.argmax(1), target.to(device))
     return [{name: scores.result() for name, scores in some.items()} for some in found]
 
 
@@ -167,7 +176,7 @@ def adapted(network: nn.Module, data: SegmentationDataset) -> nn.Module:
             module.momentum = None  # a plain mean
             module.train()
     for image, _ in DataLoader(data, batch_size=8, shuffle=True):
-        network(image)
+        network(image.to(device_of(network)))
     return network
 
 
@@ -181,11 +190,12 @@ def build_trainer(model: PiecewiseTrainedModel, kind: str, fit: SegmentationData
         seed=seed,
         amp=kind == "pretrained",
         progress=False,
+        device=device_of(model),
         **settings | options,
     )
 
 
-def run(root: str, kind: str, weights: str, drive: str, hold: str, seed: int) -> dict:
+def run(root: str, kind: str, weights: str, drive: str, hold: str, seed: int, device: str) -> dict:
     profile, start = NETWORKS[kind], time.process_time()
 
     def load_at(size):
@@ -202,7 +212,7 @@ def run(root: str, kind: str, weights: str, drive: str, hold: str, seed: int) ->
     smaller = load_at(QUICK["size"])[1] if kind == "pretrained" else {}
     fit, held = split(train, hold)
     torch.manual_seed(seed)
-    network = build_model(profile, train.num_classes, weights=weights if kind == "pretrained" else None)
+    network = build_model(profile, train.num_classes, weights=weights if kind == "pretrained" else None).to(device)
     if kind == "pretrained":
         network.unary.blocks[:3].requires_grad_(False).eval()
     folder = WORK / f"{kind}-{drive}-{hold}-{seed}"
@@ -215,7 +225,7 @@ def run(root: str, kind: str, weights: str, drive: str, hold: str, seed: int) ->
         {k: v * scale if k in ("theta_alpha", "theta_gamma") else v for k, v in some.items()} for some in options
     ]
     every_second = held.subset(range(0, len(held), 2))
-    crfs = {str(i): DenseCRF(train.num_classes, **some) for i, some in enumerate(options)}
+    crfs = {str(i): DenseCRF(train.num_classes, **some).to(device) for i, some in enumerate(options)}
     found = score(network.unary, crfs, every_second)[0]
     chosen = options[int(max(crfs, key=lambda name: found[name]["miou"]))]
 
@@ -224,7 +234,7 @@ def run(root: str, kind: str, weights: str, drive: str, hold: str, seed: int) ->
         models[name] = copy.deepcopy(network)
         models[name].crf.compatibility.requires_grad_(name == "learned")
         build_trainer(models[name], kind, fit, seed).train_stage2(batches(held, False), profile["epochs"][1])
-    crfs = {"default": network.crf, "searched": DenseCRF(train.num_classes, **chosen)}
+    crfs = {"default": network.crf, "searched": DenseCRF(train.num_classes, **chosen).to(device)}
     crfs |= {name: model.crf for name, model in models.items()}
     last = {name: copy.deepcopy(models["learned"]) for name in STAGE3 if name != "fixed" or profile["batch_norm"]}
     for name, model in last.items():
@@ -249,6 +259,7 @@ def run(root: str, kind: str, weights: str, drive: str, hold: str, seed: int) ->
         "drive": drive,
         "hold": hold,
         "seed": seed,
+        "device": device,
         "frames": {"fit": len(fit), "held": len(held), **{name: len(data) for name, data in scored.items()}},
         "loss": [round(epoch["loss"], 4) for epoch in record["stage1"]],
         "searched": chosen,
@@ -300,13 +311,14 @@ def main() -> None:
     arguments.add_argument("--weights", default="build/backbone/vgg16.pt", help="the file of benchmarks/backbone")
     arguments.add_argument("--drives", nargs="+", default=[*DRIVES, "none"], choices=(*DRIVES, "none"))
     arguments.add_argument("--hold", nargs="+", default=list(HOLDS), choices=HOLDS)
+    arguments.add_argument("--device", default="cpu")
     given = arguments.parse_args()
     study = Study(given.out, SETTINGS)
     if not given.table:
         for seed, drive, hold in itertools.product(given.seeds, given.drives, given.hold):
             key = f"{given.network}, {drive}, {hold}, seed {seed}"
             if key not in study.runs:
-                row = run(given.root, given.network, given.weights, drive, hold, seed)
+                row = run(given.root, given.network, given.weights, drive, hold, seed, given.device)
                 study.add(key, row, command=command())
                 print(key, row["minutes"], "minutes", flush=True)
     print(table(study.runs))
