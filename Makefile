@@ -34,12 +34,12 @@ lock: setup ## Write the versions installed in .venv to constraints.txt
 	@{ echo "# Versions that the notebooks were last tested with, for LOCKED=1 make lab; written by make lock."; \
 	$(BIN)/python -m pip freeze --exclude-editable --disable-pip-version-check; } > constraints.txt
 
-test: setup lint ## Run every test: library, command line, browser, notebooks
+test: setup lint ## Run all tests but those of the labs: library, command line, browser, notebooks
 	$(PYTEST) -n 2 --dist worksteal -m "not timed and not classroom"
 	$(PYTEST) -m timed
 	$(MAKE) notebooks
 
-quick: setup lint ## Run the tests that take under two minutes
+quick: setup lint ## Run the fast tests, two minutes in all
 	$(PYTEST) -n 2 --dist worksteal -m "not slow and not browser and not classroom" -x -q
 
 notebooks: setup ## Run the notebooks in the quick profile and compare their times with their budgets

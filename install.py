@@ -2,7 +2,7 @@
 
     python install.py                    what the notebooks need
     python install.py --lab              the same, then open JupyterLab on the first notebook
-    python install.py notebooks test     with further extras of pyproject.toml: test, site, bench, voc
+    python install.py notebooks test     with further extras of pyproject.toml: test, site, bench, export, annotations
 
 uv is used where it is installed (INSTALLER=pip: not). On Linux without an NVIDIA GPU a CPU build of PyTorch is
 installed where the package index has one of torch and of torchvision; TORCH_INDEX=address names an index that has (see
@@ -87,12 +87,12 @@ def main() -> int:
         sys.exit(f"pwlib needs Python 3.10 or newer; this is {found}. With make: make PYTHON=python3.12 lab")
     if not PYTHON.exists():
         print(f"Making {ROOT / '.venv'}", flush=True)
-        make = [uv(), "venv", "--python", sys.executable] if uv() else [sys.executable, "-m", "venv"]
+        make = [uv(), "venv", "--seed", "--python", sys.executable] if uv() else [sys.executable, "-m", "venv"]
         if failed := run(*make, ".venv"):
             return failed
     install_torch()
     needed = [extra for extra in options.extras if extra not in OPTIONAL]
-    if failed := install("--editable", f".[{','.join(needed)}]"):
+    if failed := install("--editable", f".[{','.join(needed)}]" if needed else "."):
         return failed
     for extra in set(options.extras) & set(OPTIONAL):
         if install("--editable", f".[{extra}]"):

@@ -166,6 +166,26 @@ def test_a_resumed_run_needs_the_data_it_was_started_with(change, pictures, tmp_
     assert f"the {change} of the training set have changed" in capsys.readouterr().err
 
 
+def test_training_images_keep_the_shape_of_most_photographs(pictures, tmp_path, capsys):
+    """24x36 and 36x24 px; without --size a folder is resized to about as many pixels as the profile's 96x128."""
+    root = tmp_path / "data"
+    shutil.copytree(pictures, root)
+    paths = sorted(root.rglob("*.png"))
+    for path in (path for path in paths if path.stem != paths[0].stem):
+        Image.open(path).transpose(Image.Transpose.ROTATE_90).save(path)
+    command = ["train", "--data", "folder", "--root", str(root), "--epochs", "0,0,0", "--quiet"]
+    for name, options in (("fitted", []), ("given", ["--size", "24x16"])):
+        assert main([*command, *options, "--out", str(tmp_path / name)]) == 0
+        height, width = json.loads((tmp_path / name / "config.json").read_text())["settings"]["size"]
+        assert height / width == pytest.approx(1.5, rel=0.06)
+        error = capsys.readouterr().err
+        if options:
+            assert (height, width) == (24, 16) and "another shape" not in error
+        else:
+            assert height * width == pytest.approx(96 * 128, rel=0.06) and f"resized to {height}x{width}" in error
+            assert "another shape and are distorted" in error
+
+
 def test_weights_learning_rate_and_batch(pictures, tmp_path):
     """`--weights FILE` implies full width and the file's batch norm; a learning rate of almost 0 keeps the weights."""
     torch.manual_seed(0)

@@ -92,3 +92,5 @@ def test_uv_is_used_where_it_is_installed(install):
 def test_an_optional_extra_is_installed_by_itself(install):
     calls, _ = install("notebooks", "bench", versions=NONE)
     assert [call.split()[-1] for call in calls[-2:]] == [".[notebooks]", ".[bench]"]
+    calls, _ = install("bench", versions=NONE)
+    assert [call.split()[-1] for call in calls[-2:]] == [".", ".[bench]"]  # pip refuses ".[]"

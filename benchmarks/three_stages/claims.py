@@ -32,7 +32,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from run import SETTINGS as COMMON
-from run import Steps, Undone, stride2
+from run import Steps, Undone
 from study import Study, cell, command, mean_and_half, parser, settings_searched
 
 from pwlib import checkpoints
@@ -92,6 +92,17 @@ def batches(split: str) -> list:
 @functools.cache
 def class_weights() -> torch.Tensor:
     return balanced_weights(sum(torch.bincount(y.flatten(), minlength=256)[:10] for _, y in scenes("train")))
+
+
+def stride2(width: int = 16) -> torch.nn.Sequential:
+    """Build the network of notebook 07, with stride 2 and dilations up to 8."""
+    wide = 2 * width
+    layers: list[torch.nn.Module] = []
+    plan = [(3, width, 1, 1), (width, wide, 1, 2), *((wide, wide, d, 1) for d in (2, 4, 8, 1))]
+    for inputs, outputs, dilation, stride in plan:
+        convolution = torch.nn.Conv2d(inputs, outputs, 3, stride, dilation, dilation, bias=False)
+        layers += [convolution, torch.nn.BatchNorm2d(outputs), torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers, torch.nn.Conv2d(wide, 10, 1))
 
 
 def build(network: str, seed: int) -> PiecewiseTrainedModel:
@@ -242,6 +253,10 @@ def table(runs: dict[str, dict]) -> str:
             ),
             "independent, searched CRF": ([r["test"]["crf"]["miou"] for r in alone], [r["compute"] for r in alone]),
             "piecewise": ([r["test"]["crf"]["miou"] for r in ours], [r["compute"] for r in ours]),
+            "piecewise, after stage 2": (
+                [max(r["curves"]["stage2"], key=lambda row: row[1])[2] for r in ours],
+                [r["curves"]["stage2"][-1][0] for r in ours],
+            ),
             "joint, equal compute": (
                 [at_equal_compute(r, one["compute"])[0] for r, one in zip(joint, ours, strict=True)],
                 [min(r["compute"], one["compute"]) for r, one in zip(joint, ours, strict=True)],

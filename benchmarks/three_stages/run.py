@@ -15,11 +15,10 @@ A network without a learned CRF is therefore also scored with the class weights 
 its logits ("undone" in the results).
 
     python benchmarks/three_stages/run.py                  about 25 minutes on one idle core; continues where it was
-    python benchmarks/three_stages/run.py --network stride2 --budgets 300 --rates 1 --long 0      about 15 minutes
     python benchmarks/three_stages/run.py --seeds 2 --budgets 60 --rates 1 --long 0 --out small.json
 
 The network is DeepLab-LargeFOV at an eighth of its width. On images of this size its stride of 8 gives a map of 6x8,
-and these budgets are too small to train it. "stride2" is a small network that learns much more with them.
+and these budgets are too small to train it; claims.py trains until nothing improves.
 
 The result is written after every run. Notebook 05 plots it.
 """
@@ -86,24 +85,10 @@ class Steps:
             yield torch.stack(images), torch.stack(labels)
 
 
-def stride2(width: int = 16) -> torch.nn.Sequential:
-    """Build the network of notebook 07, with stride 2 and dilations up to 8."""
-    wide = 2 * width
-    layers: list[torch.nn.Module] = []
-    plan = [(3, width, 1, 1), (width, wide, 1, 2), *((wide, wide, d, 1) for d in (2, 4, 8, 1))]
-    for inputs, outputs, dilation, stride in plan:
-        convolution = torch.nn.Conv2d(inputs, outputs, 3, stride, dilation, dilation, bias=False)
-        layers += [convolution, torch.nn.BatchNorm2d(outputs), torch.nn.ReLU()]
-    return torch.nn.Sequential(*layers, torch.nn.Conv2d(wide, 10, 1))
-
-
 def build(seed: int) -> PiecewiseTrainedModel:
     """Build the model from which every method starts."""
     torch.manual_seed(seed)
-    if SETTINGS.get("network") == "stride2":
-        unary = stride2()
-    else:
-        unary = DeepLabLargeFOV(10, width=SETTINGS["width"], batch_norm=True, dropout=0.1)
+    unary = DeepLabLargeFOV(10, width=SETTINGS["width"], batch_norm=True, dropout=0.1)
     crf = DenseCRF(10, filtering="lattice", **SETTINGS["crf"])
     return PiecewiseTrainedModel(10, SETTINGS["iterations"], unary=unary, crf=crf)
 
@@ -259,16 +244,9 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=2, help="seeds of joint training at equal steps (default 2)")
     parser.add_argument("--long-at", type=float, default=300, help="the budget of that comparison (default 300)")
     parser.add_argument("--swaps-at", type=float, default=300, help="the budget whose CRFs are exchanged (default 300)")
-    parser.add_argument("--network", choices=("largefov", "stride2"), default="largefov", help="(default largefov)")
-    parser.add_argument("--out", type=Path, help="the result, JSON (default result.json or stride2.json, beside this)")
-    parser.add_argument(
-        "--work", type=Path, help="folder for weights (default runs/three_stages/largefov or …/stride2)"
-    )
+    parser.add_argument("--out", type=Path, default=HERE / "result.json", help="the result, JSON (beside this script)")
+    parser.add_argument("--work", type=Path, default=Path("runs/three_stages/largefov"), help="folder for weights")
     given = parser.parse_args()
-    if given.network != "largefov":
-        SETTINGS["network"] = given.network
-    given.out = given.out or HERE / ("result.json" if given.network == "largefov" else f"{given.network}.json")
-    given.work = given.work or Path("runs/three_stages") / given.network
     torch.set_num_threads(1)
     given.work.mkdir(parents=True, exist_ok=True)
     given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -110,7 +110,12 @@ def parser(argv: list[str]) -> argparse.ArgumentParser:
     train.add_argument("--out", metavar="RUN", required=True, help="run folder, new or empty")
     train.add_argument("--resume", action="store_true", help="continue the run in RUN")
     train.add_argument("--seed", type=natural, metavar="N", help="of weights, order and augmentation (default: 0)")
-    train.add_argument("--size", type=size, metavar="HxW", help="resize images to this (default: the profile's)")
+    train.add_argument(
+        "--size",
+        type=size,
+        metavar="HxW",
+        help="resize images to this (default: the profile's; folder: in their shape)",
+    )
     text = "the paper's model: FeatMap-Net and a contextual CRF before the dense one"
     train.add_argument("--context", action="store_const", const=True, help=text)
     train.add_argument("--epochs", type=epochs, metavar="A,B,C", help="of stages 1, 2, 3 (default: the profile's)")

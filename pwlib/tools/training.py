@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from pwlib import checkpoints, loaders
-from pwlib.annotations.check import check_folder
+from pwlib.annotations.check import Report, check_folder
 from pwlib.data import Augment, SegmentationDataset, hold_out, load
 from pwlib.evaluation import best_record
 from pwlib.losses import balanced_weights
@@ -44,7 +46,9 @@ def train(
     settings, epochs = config["settings"], config["settings"]["epochs"]
     main = loaders.rank_and_world_size()[0] == 0
     if config["data"]["name"] == "folder":
-        _check_labels(config["data"], say=main)
+        report = _check_labels(config["data"], say=main)
+        if settings["size"] and not resume and not config["arguments"]["size"]:
+            settings["size"] = _fitted_size(settings["size"], sum(report.sizes.values(), Counter()), say=main)
     train_set = load_split(config, "train", download=download)
     val_set = load_split(config, "val")
     content = {"classes": list(train_set.class_names), "images": f"{len(train_set)} images, {_digest(train_set)}"}
@@ -103,13 +107,26 @@ def load_split(config: dict[str, Any], split: str, *, root: str | None = None, d
     return load(data["name"], split, root or data["root"], download=download, size=size, **options)
 
 
-def _check_labels(data: dict[str, Any], *, say: bool) -> None:
+def _check_labels(data: dict[str, Any], *, say: bool) -> Report:
     report = check_folder(data["root"], **label_options(data))
     report.raise_errors(data["root"])
     for place, text in report.warnings[:10] if say else ():
         print(f"warning: {place}: {text}", file=sys.stderr)
     if say and len(report.warnings) > 10:
         print(f"warning: {len(report.warnings) - 10} more: python -m pwlib labels {data['root']}", file=sys.stderr)
+    return report
+
+
+def _fitted_size(size: tuple[int, int], found: Counter, *, say: bool) -> tuple[int, int]:
+    """About as many pixels as `size`, in the images' median shape; `found` counts the images of each (H, W)."""
+    shapes = [height / width for height, width in found.elements()]
+    shape = min(max(statistics.median(shapes), 0.5), 2.0)
+    height, width = (8 * round((size[0] * size[1] * factor) ** 0.5 / 8) for factor in (shape, 1 / shape))
+    if say:
+        print(f"images are resized to {height}x{width} (height x width); --size chooses another size", file=sys.stderr)
+        if distorted := sum(not 0.75 < one * width / height < 4 / 3 for one in shapes):
+            print(f"warning: {distorted} of {len(shapes)} images have another shape and are distorted", file=sys.stderr)
+    return height, width
 
 
 def _digest(dataset: SegmentationDataset) -> str:

@@ -177,22 +177,25 @@ def plans(plans: Mapping[str, Mapping[str, int]], costs: Mapping[str, float]) ->
     plots.show(fig, alt="Three bars of equal length, divided among the stages: " + ", ".join(found) + ".")
 
 
-def performance(values: Mapping[str, Mapping[str, Tensor]], budget: float) -> None:
+def performance(values: Mapping[str, Mapping[str, Tensor]], conditions: str) -> None:
     """Show test scores by method and seed; `values` maps a score's title to {method: per cent [S]}."""
     fig, axes = plots.figure(1, len(values), figsize=(11, 3.6))
     for axis, (title, by_method) in zip(axes[0], values.items(), strict=True):
         table = torch.stack(list(by_method.values()))  # [methods, S]
         axis.plot(range(len(table)), table, color="0.75", lw=0.8, zorder=0)
         for place, (method, scores) in enumerate(by_method.items()):
-            colour, marker, _ = STYLES[method]
+            colour, marker, _ = STYLES.get(method) or STYLES[method.split(",")[0]]
             axis.plot([place] * len(scores), scores, marker, color=colour, ms=6, mec="black", mew=0.5)
             axis.plot([place - 0.25, place + 0.25], [scores.mean()] * 2, color="black", lw=1.5)
         axis.set_xticks(range(len(table)), [method.replace(", ", ",\n") for method in by_method], fontsize=7.5)
         axis.set(title=f"{title} (%)", xlim=(-0.5, len(table) - 0.5))
-    means = ", ".join(f"{method} {scores.mean():.1f}" for method, scores in next(iter(values.values())).items())
+    means = [
+        f"{title}: " + ", ".join(f"{method} {scores.mean():.1f}" for method, scores in by_method.items())
+        for title, by_method in values.items()
+    ]
     alt = (
-        f"Test scores at {budget:.0f} units of compute by method; grey lines join the runs of one seed, and bars mark "
-        f"means. Mean {next(iter(values))} in per cent: {means}."
+        f"Test scores {conditions}, by method; grey lines join the runs of one seed, and bars mark means. Means in per "
+        f"cent. {'. '.join(means)}."
     )
     plots.show(fig, alt=alt)
 
