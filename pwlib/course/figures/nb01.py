@@ -103,7 +103,7 @@ def gradients(
         maps: {title: mean |gradient| [H, W]} of two networks.
         fields: the receptive field of each, in px.
         sides: of the square with 90 % of |gradient|, in px.
-        inside: share of |gradient| within a square of side 1, 3, 5, ... px.
+        inside: share of |gradient| within a square of side 2, 4, 6, ... px.
         centre: of the cell, in px.
     """
     fig, axes = plots.figure(1, 3, figsize=(11, 3.6), width_ratios=[1, 1, 1.1])
@@ -122,7 +122,7 @@ def gradients(
         axis.legend(fontsize=7, loc="lower left", facecolor="0.2", labelcolor="white")
         axis.set_title(title, fontsize=9)
         axis.set(xticks=[], yticks=[])
-        chart.plot(2 * torch.arange(len(curve)) + 1, curve, ls=line, color=colour, label=title)
+        chart.plot(2 * torch.arange(len(curve)) + 2, curve, ls=line, color=colour, label=title)
         chart.axvline(field, color="0.6", lw=0.8, ls=line)
     fig.colorbar(drawn, ax=axes[0, 1], shrink=0.75, label="|gradient|, relative")
     chart.axhline(0.9, color="0.8", lw=0.8)
