@@ -203,6 +203,8 @@ def test_the_table_of_the_four_claims(claims):
     assert after_stage2[1:3] == [plus_minus(np.subtract(ours, 7), ""), plus_minus([7, 7, 7])]
     assert after_stage2[-1].startswith("100 ± 0")  # all of stage 2, not until its best epoch
     assert lines["points that stage2 adds"].endswith(f"| {plus_minus(np.subtract(ours, 48))} |")
+    difference = plus_minus(np.subtract(np.subtract(ours, 7), alone))
+    assert lines["piecewise, after stage 2, minus: independent, searched CRF"].endswith(f"| {difference} |")
     logs = np.log(np.divide(spent, 200.0))
     half = stats.t.ppf(0.975, 2) * np.std(logs, ddof=1) / np.sqrt(3)
     low, mean, high = np.exp([logs.mean() - half, logs.mean(), logs.mean() + half])

@@ -282,6 +282,11 @@ def table(runs: dict[str, dict]) -> str:
         for stage in ("stage2", "stage3"):  # a curve begins with the model that the stage started from
             gains = [max(r["curves"][stage], key=lambda row: row[1])[2] - r["curves"][stage][0][2] for r in ours]
             lines.append(f"| points that {stage} adds | {cell(gains, sign=True)} |")
+        gains = [
+            a - b
+            for a, b in zip(arms["piecewise, after stage 2"][0], arms["independent, searched CRF"][0], strict=True)
+        ]
+        lines.append(f"| piecewise, after stage 2, minus: independent, searched CRF | {cell(gains, sign=True)} |")
         best = [
             [max(row[1] for curve in r["curves"].values() for row in curve) for r in some] for some in (ours, joint)
         ]
