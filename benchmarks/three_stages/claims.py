@@ -21,6 +21,7 @@ seeds needs, are kept in runs/three_stages/claims.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import statistics
@@ -195,6 +196,26 @@ def search(model: PiecewiseTrainedModel) -> dict:
     return chosen
 
 
+def crfs_of_stage2(network: str, seed: int) -> dict[str, float]:
+    """Test mIoU of three CRFs behind the network that stage 2 of "piecewise" started from.
+
+    "learned" is that of stage 2; "kernels" is learned in the same way, with the Potts compatibility kept; "searched" is
+    the best of the 24 settings.
+    """
+    learned, kernels, searched = (build(network, seed) for _ in range(3))
+    checkpoints.load_model(WORK / f"{network}-piecewise-stage2-{seed}.pt", learned)
+    kernels.unary, searched.unary = copy.deepcopy(learned.unary), copy.deepcopy(learned.unary)
+    kernels.crf.compatibility.requires_grad_(False)
+    data = scenes("train")
+    held = data.subset(range(len(data) - SETTINGS["held_images"], len(data)))
+    loader = Steps(held, SETTINGS["steps"], SETTINGS["crf_batch"], seed)
+    trainer = build_trainer(kernels, seed, stage3_factor=SETTINGS["stage3_factor"])
+    trainer.train_stage2(loader, SETTINGS["epochs"], batches("val"))
+    chosen = search(searched)
+    models = {"learned": learned, "kernels": kernels, "searched": searched}
+    return {name: numbers(model)["crf"]["miou"] for name, model in models.items()} | {"chosen": chosen}
+
+
 def numbers(model: PiecewiseTrainedModel) -> dict:
     """Test scores of network and CRF, in per cent."""
     keys = ("miou", "pixel_accuracy", "boundary_iou")
@@ -300,6 +321,12 @@ def table(runs: dict[str, dict]) -> str:
             low, ratio, high = (math.exp(mean + x) for x in (-half, 0, half))
             title = f"compute of joint / of piecewise to {margin} points below the weaker one's best validation score"
             lines.append(f"| {title} | {ratio:.2f} [{low:.2f}, {high:.2f}] |")
+        found = [
+            run["CRFs of stage 2"] for run in runs.values() if run["network"] == network and "CRFs of stage 2" in run
+        ]
+        for name in ("kernels", "searched") if found else ():
+            gains = [row["learned"] - row[name] for row in found]
+            lines.append(f"| network of stage 1: CRF of stage 2 minus {name} | {cell(gains, sign=True)} |")
         for family, values in runs.get(f"{network}, exchange", {}).get("own minus others", {}).items():
             lines.append(f"| {family}: own CRF minus those of other seeds | {cell(values, sign=True)} |")
         lines.append("")
@@ -324,6 +351,9 @@ def main() -> None:
                     row = train(method, given.network, seed, study.runs[costs]["cost"])
                     study.add(key, {**about, "method": method, "seed": seed, **row}, command=command())
                     print(key, row["test"], row["compute"], row["minutes"], "minutes", flush=True)
+            key = f"{given.network}, CRFs of stage 2, seed {seed}"
+            if key not in study.runs:
+                study.add(key, {**about, "CRFs of stage 2": crfs_of_stage2(given.network, seed)}, command=command())
         if len(given.seeds) > 1 and f"{given.network}, exchange" not in study.runs:
             own = exchange(given.network, given.seeds)
             study.add(f"{given.network}, exchange", {**about, "own minus others": own}, command=command())
