@@ -187,6 +187,8 @@ def test_the_table_of_the_four_claims(claims):
         runs[f"a{seed}"] = run("piecewise", seed, ours[seed], 200.0)
         runs[f"b{seed}"] = run("independent", seed, alone[seed], 100.0)
         runs[f"c{seed}"] = run("joint", seed, joint[seed], spent[seed])
+        crfs = {"learned": ours[seed], "kernels": alone[seed], "searched": alone[seed] - seed}
+        runs[f"d{seed}"] = {"network": "stride8", "CRFs of stage 2": crfs}
     lines = {line.split(" | ")[0].strip("| "): line for line in claims["table"](runs).splitlines()}
 
     def plus_minus(values, sign="+"):
@@ -205,6 +207,9 @@ def test_the_table_of_the_four_claims(claims):
     assert lines["points that stage2 adds"].endswith(f"| {plus_minus(np.subtract(ours, 48))} |")
     difference = plus_minus(np.subtract(np.subtract(ours, 7), alone))
     assert lines["piecewise, after stage 2, minus: independent, searched CRF"].endswith(f"| {difference} |")
+    for name, values in (("kernels", alone), ("searched", np.subtract(alone, range(3)))):
+        title = f"network of stage 1: CRF of stage 2 minus {name}"
+        assert lines[title].endswith(f"| {plus_minus(np.subtract(ours, values))} |")
     # Validation: 62 at the end, 60 at half of it; in stage 2 of "piecewise", 58 at a third.
     for margin, ours_at, joint_at in ((0, 200, 1), (1, 200, 1), (2, 100, 0.5), (5, 200 / 3, 0.5)):
         logs = np.log(np.multiply(spent, joint_at) / ours_at)
