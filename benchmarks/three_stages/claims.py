@@ -10,8 +10,8 @@ Every stage has a constant learning rate and ends when the validation mIoU has n
 selected on them. Compute is in stage-1 steps: a step of another stage counts as measured on this machine, once per
 network. Training, held-out, validation and test scenes are the same for all seeds.
 
-Behind the network that stage 2 of "piecewise" starts from, its CRF is compared with the best of the 24 settings and with
-one that is learned in the same way while the Potts compatibility is kept ("kernels").
+Behind the network that stage 2 of "piecewise" starts from, its CRF is compared with the best of the 24 settings and
+with one that is learned in the same way while the Potts compatibility is kept ("kernels").
 
     python benchmarks/three_stages/claims.py --network stride8     about 16 CPU minutes a seed on one core
     python benchmarks/three_stages/claims.py --network stride2     about 11
