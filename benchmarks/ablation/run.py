@@ -11,7 +11,7 @@ All networks of a seed are trained on the same images (those that are not held o
 epochs, with the same order and augmentation. Nothing is selected on the scored split: every stage keeps its last epoch.
 Differences are paired by seed.
 
-    python benchmarks/ablation/run.py --data scenes --seeds 0 1 2 3 4                seven CPU minutes a seed
+    python benchmarks/ablation/run.py --data scenes --seeds 0 1 2 3 4             7 to 13 CPU minutes a seed
     python benchmarks/ablation/run.py --data camvid --root data/camvid --seeds 0 1 2   twenty CPU minutes a seed
     python benchmarks/ablation/run.py --table
 
