@@ -39,7 +39,7 @@ test: setup lint ## Run all tests but those of the labs: library, command line, 
 	$(PYTEST) -m timed
 	$(MAKE) notebooks
 
-quick: setup lint ## Run the fast tests, two minutes in all
+quick: setup lint ## Run the fast tests, in about two minutes
 	$(PYTEST) -n 2 --dist worksteal -m "not slow and not browser and not classroom" -x -q
 
 notebooks: setup ## Run the notebooks in the quick profile and compare their times with their budgets
