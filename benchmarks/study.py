@@ -23,7 +23,7 @@ from pwlib import checkpoints
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 12: 2.201}
 
 
-def parser(description: str, out: Path, seeds: Sequence[int] = range(8)) -> argparse.ArgumentParser:
+def parser(description: str, out: Path | None, seeds: Sequence[int] = range(8)) -> argparse.ArgumentParser:
     """The arguments of every study; the study itself takes one thread, so that several can run side by side."""
     torch.set_num_threads(1)
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

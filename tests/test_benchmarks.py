@@ -1,5 +1,6 @@
 """The statistics that the benchmark scripts compute from their runs."""
 
+import itertools
 import runpy
 import sys
 
@@ -34,17 +35,29 @@ def test_the_ensemble_averages_probabilities(ablation):
     )
 
 
-@pytest.mark.parametrize("count", [2, 3, 5])
-def test_intervals_agree_with_scipy(ablation, count):
-    values = np.random.default_rng(count).normal(50, 3, count).tolist()
-    mean, half = ablation["interval"](values)
-    low, high = stats.t.interval(0.95, count - 1, np.mean(values), stats.sem(values))
-    assert abs(mean - np.mean(values)) < 0.06 and abs(half - (high - low) / 2) < 0.06
-
-
-def test_quantiles_of_t_agree_with_scipy(ablation):
-    for count, t in ablation["T_975"].items():
-        assert abs(t - stats.t.ppf(0.975, count - 1)) < 6e-4
+def test_the_ablation_reports_the_differences_that_a_paired_t_test_finds(ablation):
+    draw = np.random.default_rng(3)
+    outputs = {*ablation["RUNGS"].values(), *ablation["DETAILS"].values()}
+    runs = {f"seed {seed}": {network: {"parameters": 10} for network, _ in outputs} for seed in range(5)}
+    for (network, part), row in itertools.product(outputs, runs.values()):
+        row[network][part] = dict(zip(("miou", "pixel_accuracy", "boundary_iou"), draw.normal(50, 2, 3), strict=True))
+    runs["seed 0"]["context"]["unary"]["miou"] += 40  # one seed does not make an interval
+    for row in runs.values():
+        row["ensemble"]["crf"]["miou"] += 15  # all five do
+    found = {}
+    for line in ablation["table"](runs).splitlines():
+        name, *cells = line.strip("| ").split(" | ")
+        found[name] = cells
+    rows = ablation["RUNGS"] | ablation["DETAILS"]
+    decisions = []
+    for one, other in ablation["STEPS"]:
+        pair = [[row[network][part]["miou"] for row in runs.values()] for network, part in (rows[one], rows[other])]
+        text = found[f"{ablation['WORDS'][one]}, minus: {ablation['WORDS'][other]}"][0]
+        none = text.startswith("no difference found (")
+        assert none == (stats.ttest_rel(*pair).pvalue >= 0.05)
+        assert f"{np.mean(pair[0]) - np.mean(pair[1]):+.1f} ± " in text
+        decisions.append(none)
+    assert True in decisions and False in decisions
 
 
 def test_a_study_is_continued_and_refuses_other_settings(tmp_path, monkeypatch):

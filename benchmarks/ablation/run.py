@@ -7,32 +7,34 @@
     + context       a network trained jointly with a contextual CRF, mean field on that CRF, then a dense CRF
     control         the mean probability of two networks as in "+ scales", then the dense CRF of "+ dense CRF"
 
-All networks of a seed are trained on the same images (those that are not held out for stage 2), for the same number of
-epochs, with the same order and augmentation. Nothing is selected on the scored split: every stage keeps its last epoch.
-Differences are paired by seed.
+All networks are trained on the same images (those that are not held out for stage 2, the same for all seeds), for the
+same number of epochs. A seed decides initial weights, order and augmentation. Nothing is selected on the scored split:
+every stage keeps its last epoch. Differences are paired by seed.
 
-    python benchmarks/ablation/run.py --data scenes --seeds 0 1 2 3 4             7 to 13 CPU minutes a seed
-    python benchmarks/ablation/run.py --data camvid --root data/camvid --seeds 0 1 2   twenty CPU minutes a seed
+    python benchmarks/ablation/run.py --data scenes                                    13 to 20 CPU minutes a seed
+    python benchmarks/ablation/run.py --data camvid --root data/camvid --seeds 0 1 2   20 to 35 CPU minutes a seed
     python benchmarks/ablation/run.py --table
 
-Writes DATA.json in this folder after every network (DATA-full.json with --profile full, for a GPU) and keeps
-checkpoints in runs/ablation. A command that was stopped continues where it was.
+Writes DATA.json in this folder after every seed (DATA-full.json with --profile full, for a GPU) and keeps checkpoints
+in runs/ablation. A command that was stopped continues where it was.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import statistics
+import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from pwlib import checkpoints
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from study import Study, cell, command, mean_and_half, parser
+
 from pwlib.cli.profiles import PROFILES, Profile
 from pwlib.context import ContextualCRF
 from pwlib.crf import DenseCRF
@@ -93,7 +95,6 @@ STEPS = (
     ("context's network, alone", "+ scales"),
     ("context, no dense CRF", "context's network, alone"),
 )
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 class Ensemble(nn.Module):
@@ -161,40 +162,34 @@ def summary(scores: dict, classes: bool = True) -> dict:
     return row | {"per_class_iou": {k: v and round(100 * v, 1) for k, v in scores["per_class_iou"].items()}}
 
 
-def run(data: str, root: str, seed: int, profile: Profile, epochs: tuple[int, int], device: str, keep) -> None:
-    """Train and score all networks of one seed; `keep(name, row)` stores each result."""
-    models = {}
+def run(data: str, root: str, seed: int, profile: Profile, epochs: tuple[int, int], device: str) -> dict:
+    """Train and score all networks of one seed."""
+    models, row, start = {}, {}, time.process_time()
     for name in NETWORKS:
         models[name], scored, seconds = train(name, data, root, profile, epochs, seed, device)
         loader = DataLoader(scored, profile.batch if profile.size else 1)
         model = models[name]
-        with_crf = name in ("scales", "context")
-        found = evaluate(model, loader, apply_crf=with_crf)
-        row = {"parameters": parameters(model.unary) + parameters(model.context)}
+        found = evaluate(model, loader, apply_crf=name in ("scales", "context"))
+        row[name] = {"parameters": parameters(model.unary) + parameters(model.context)}
+        row[name] |= {part: summary(scores) for part, scores in found.items()}
         if seconds is not None:
-            row["cpu_seconds"] = seconds
+            row[name]["cpu_seconds"] = seconds
         if model.context is not None:
-            row["weights"] = [round(w, 3) for w in model.context.weight.clamp(min=0).tolist()]
-            row["temperature"] = round(model.context.log_temperature.exp().item(), 3)
-        keep(name, row | {part: summary(scores) for part, scores in found.items()})
+            row[name]["weights"] = [round(w, 3) for w in model.context.weight.clamp(min=0).tolist()]
+            row[name]["temperature"] = round(model.context.log_temperature.exp().item(), 3)
         took = "trained before" if seconds is None else f"{seconds} CPU seconds"
         print(f"{data}, seed {seed}, {name}: {took}", flush=True)
         if name == "context":
             model.context.counting = "sum"
             with torch.no_grad():  # the paper's plain sum of the same terms
                 model.context.weight.fill_(1), model.context.log_temperature.zero_()
-            keep("context, summed", {"context": summary(evaluate(model, loader)["context"])})
+            row["context, summed"] = {"context": summary(evaluate(model, loader)["context"])}
         if name == "second":
             both = Ensemble(models["scales"].unary, models["second"].unary)
             control = PiecewiseTrainedModel(scored.num_classes, unary=both, crf=models["scales"].crf)
             found = evaluate(control, loader)
-            keep("ensemble", {"parameters": parameters(both)} | {part: summary(s) for part, s in found.items()})
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Return the mean and half the width of its 95 % interval (Student's t); nan for one value."""
-    half = T_975[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.fmean(values), half
+            row["ensemble"] = {"parameters": parameters(both)} | {part: summary(s) for part, s in found.items()}
+    return {"seed": seed, "device": device, "minutes": round((time.process_time() - start) / 60, 1), **row}
 
 
 def table(runs: dict[str, dict]) -> str:
@@ -202,71 +197,50 @@ def table(runs: dict[str, dict]) -> str:
 
     A difference whose interval contains 0 is reported as "no difference found".
     """
-    complete = [found for found in runs.values() if set(NETWORKS) <= set(found)]
     keys = ("miou", "pixel_accuracy", "boundary_iou")
     head = ("mIoU", "pixel accuracy", "boundary IoU")
     all_rows = RUNGS | DETAILS
 
     def values(rung: str, key: str) -> list[float]:
         network, part = all_rows[rung]
-        return [found[network][part][key] for found in complete]
+        return [found[network][part][key] for found in runs.values()]
 
-    lines = [f"| {len(complete)} seeds | parameters | " + " | ".join(head) + " |", "|---|--:|" + "--:|" * len(keys)]
+    lines = [f"| {len(runs)} seeds | parameters | " + " | ".join(head) + " |", "|---|--:|" + "--:|" * len(keys)]
     for rung, (network, _) in all_rows.items():
-        count = complete[0][network].get("parameters")
-        cells = ["{:.1f} ± {:.1f}".format(*interval(values(rung, key))) for key in keys]
+        count = next(iter(runs.values()))[network].get("parameters")
+        cells = [cell(values(rung, key)) for key in keys]
         lines.append(f"| {WORDS[rung]} | {f'{count / 1e6:.2f} M' if count else ''} | " + " | ".join(cells) + " |")
     lines += ["", "| difference, seed by seed | " + " | ".join(head) + " |", "|---|" + "--:|" * len(keys)]
     for rung, other in STEPS:
         pairs = {key: [a - b for a, b in zip(values(rung, key), values(other, key), strict=True)] for key in keys}
         cells = []
         for key in keys:
-            mean, half = interval(pairs[key])
-            cells.append(
-                f"{mean:+.1f} ± {half:.1f}" if abs(mean) > half else f"no difference found ({mean:+.1f} ± {half:.1f})"
-            )
+            (mean, half), text = mean_and_half(pairs[key]), cell(pairs[key], sign=True)
+            cells.append(f"no difference found ({text})" if abs(mean) <= half else text)
         lines.append(f"| {WORDS[rung]}, minus: {WORDS[other]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=tuple(SPLIT), default="scenes")
-    parser.add_argument("--root", default="data")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--profile", choices=("quick", "full"), default="quick")
-    parser.add_argument("--epochs", type=int, nargs=2, metavar=("STAGE1", "STAGE2"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--table", action="store_true", help="print the stored results' tables and stop")
-    parser.add_argument("--out", type=Path, help="the result, JSON (default DATA.json or DATA-full.json, beside this)")
-    given = parser.parse_args()
-    path = given.out or HERE / f"{given.data}{'-full' if given.profile == 'full' else ''}.json"
+    arguments = parser(__doc__, None, seeds=range(5))
+    arguments.add_argument("--data", choices=tuple(SPLIT), default="scenes")
+    arguments.add_argument("--root", default="data")
+    arguments.add_argument("--profile", choices=("quick", "full"), default="quick")
+    arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    given = arguments.parse_args()
     if given.table:
         for path in sorted(HERE.glob("*.json")):
             print(f"{path.stem}\n\n{table(json.loads(path.read_text(encoding='utf-8'))['runs'])}\n")
         return
-    profile = PROFILES[given.data, given.profile]
-    epochs = tuple(given.epochs or (EPOCHS if given.profile == "quick" else {}).get(given.data, profile.epochs[:2]))
-    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"epochs": epochs, "runs": {}}
-    if tuple(content["epochs"]) != epochs:
-        parser.error(
-            f"{path} was made with {content['epochs']} epochs, this run has {list(epochs)}: move it away first"
-        )
-    if content["runs"] and content.get("held_out") != "fixed":
-        parser.error(f"{path} was made when the seed decided which images are held out: name another --out")
-    content["held_out"] = "fixed"
-    content |= {"torch": torch.__version__.split("+")[0], "device": given.device, "scored_on": SPLIT[given.data]}
+    profile, quick = PROFILES[given.data, given.profile], given.profile == "quick"
+    epochs = EPOCHS.get(given.data, profile.epochs[:2]) if quick else profile.epochs[:2]
+    settings = {"data": given.data, "scored": SPLIT[given.data], "profile": asdict(profile), "epochs": epochs}
+    study = Study(given.out or HERE / f"{given.data}{'' if quick else '-full'}.json", settings)
     for seed in given.seeds:
-        found = content["runs"].setdefault(str(seed), {})
-        if {*NETWORKS, "ensemble", "context, summed"} <= set(found):
-            continue
-
-        def keep(name: str, row: dict, found: dict = found) -> None:
-            found[name] = found.get(name, {}) | row
-            checkpoints.save_json(path, content)
-
-        run(given.data, given.root, seed, profile, epochs, given.device, keep)
-    print(table(content["runs"]))
+        key = f"seed {seed}"
+        if key not in study.runs:
+            study.add(key, run(given.data, given.root, seed, profile, epochs, given.device), command=command())
+    print(table(study.runs))
 
 
 if __name__ == "__main__":
