@@ -22,8 +22,9 @@ and shows how much of an error is due to these statistics.
 
 --network quick is the command line's quick profile, at 90x120 px. --network colour is the same with "colour": 0.5 in
 place of 0.2, for stronger changes of colour in training. --network pretrained is VGG-16 at full width from the file of
---weights (see benchmarks/backbone), at 180x240 px: blocks 1 to 3 frozen, 10 epochs, the convolutions in bfloat16. Its
-scores are for 180x240 and, with marginals averaged over 2x2 px, for 90x120.
+--weights (see benchmarks/backbone), at 180x240 px: blocks 1 to 3 frozen, 10 epochs, the convolutions in bfloat16 on a
+GPU and on a CPU that has instructions for it (another one is 20 to 40 times slower with it). Its scores are for 180x240
+and, with marginals averaged over 2x2 px, for 90x120.
 
 With --drives none nothing is left out, as in `python -m pwlib train --data camvid`, and val is scored alone. Everything
 is also scored on val, whose frames lie in a gap of drive 0016E5. Every stage keeps its last epoch: nothing is selected
@@ -33,9 +34,9 @@ on a scored frame. A seed decides initial weights, order and augmentation.
     python benchmarks/drives/run.py --root data/camvid --network pretrained --hold end --weights build/backbone/vgg16.pt
     python benchmarks/drives/run.py --table
 
-A run of a drive and seed takes 4 to 7 minutes of one core with the quick profile, and 31 pretrained; `--device cuda`
-uses a GPU, on which several commands with different seeds or drives can run side by side. result.json is
-written after every run; a command that was stopped continues where it was. Checkpoints are kept in runs/drives.
+A run of a drive and seed takes 4 to 7 minutes of one core with the quick profile, and 31 pretrained with bfloat16;
+`--device cuda` uses a GPU, on which several commands with different seeds or drives can run side by side. result.json
+is written after every run; a command that was stopped continues where it was. Checkpoints are kept in runs/drives.
 """
 
 from __future__ import annotations
@@ -180,6 +181,10 @@ def adapted(network: nn.Module, data: SegmentationDataset) -> nn.Module:
     return network
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    return device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
 def build_trainer(model: PiecewiseTrainedModel, kind: str, fit: SegmentationDataset, seed: int, **options):
     profile = NETWORKS[kind]
     settings = {key: profile[key] for key in TRAINER_SETTINGS} | {"freeze_batch_norm": False}
@@ -188,7 +193,7 @@ def build_trainer(model: PiecewiseTrainedModel, kind: str, fit: SegmentationData
         num_classes=model.num_classes,
         class_weights=balanced_weights(fit.pixel_counts()[:-1], power=profile["class_balance"]),
         seed=seed,
-        amp=kind == "pretrained",
+        amp=kind == "pretrained" and has_bfloat16(device_of(model)),
         progress=False,
         device=device_of(model),
         **settings | options,
