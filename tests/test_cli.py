@@ -186,6 +186,7 @@ def test_training_images_keep_the_shape_of_most_photographs(pictures, tmp_path, 
             assert "another shape and are distorted" in error
 
 
+@pytest.mark.slow
 def test_weights_learning_rate_and_batch(pictures, tmp_path):
     """`--weights FILE` implies full width and the file's batch norm; a learning rate of almost 0 keeps the weights."""
     torch.manual_seed(0)
@@ -294,6 +295,7 @@ def test_predict_continues_after_broken_files_and_lists_them(finished, photograp
     assert len(list(out.iterdir())) == 3 * len(SIZES) and "cut" not in captured.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("apply_crf", [True, False])
 def test_tiles_and_chunks_give_what_predict_gives(apply_crf):
     """A network of 412 px receptive field on 520x700 px, in tiles of 128 px and chunks of two classes."""
@@ -386,6 +388,7 @@ def test_labels_summarises_a_data_set(pictures, tmp_path, capsys):
     assert Image.open(sheet).size[1] > 8 * 100
 
 
+@pytest.mark.slow
 def test_binary_masks_are_rejected_until_their_values_are_mapped(tmp_path, capsys):
     root, out = binary_masks(tmp_path / "data"), tmp_path / "run"
     assert main(["labels", str(root)]) == 2

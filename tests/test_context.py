@@ -494,6 +494,7 @@ def look_alikes(count, seed):
     return features + 0.3 * torch.randn(features.shape, generator=g), label
 
 
+@pytest.mark.slow
 def test_context_distinguishes_labels_that_the_unary_cannot():
     """Trained without inference on fixed features, then three iterations. The unary is at chance on objects."""
     torch.manual_seed(0)

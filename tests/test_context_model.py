@@ -182,6 +182,7 @@ def test_a_run_is_resumed_and_loaded(tmp_path):
         trainer_of(model_of(), out=tmp_path / "a", resume=True).train_stage1(scenes(), 1)
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_scores_and_predicts_with_context(pictures, tmp_path, capsys):
     run = str(tmp_path / "run")
     command = ["train", "--data", "folder", "--root", str(pictures), "--size", "24x36", "--epochs", "1,1,0", "--quiet"]

@@ -148,6 +148,7 @@ def test_scaled_bandwidths_scales_the_bandwidths_of_kernels_that_are_in_pixels()
         Kernel("both", places_and_colours, [4.0, 4.0, 9.0, 9.0, 9.0], in_pixels=[True, False])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalization", ["symmetric", "none"])
 def test_an_enlarged_image_has_the_same_marginals(normalization):
     """Each pixel becomes 3 x 3: the marginals stay, up to discretisation, if all three kernels are scaled."""

@@ -218,6 +218,7 @@ def test_the_published_vgg16_bn_file_has_no_batch_counters():
             load_vgg_blocks(vgg_blocks(batch_norm=True), {k: v for k, v in published.items() if k != missing})
 
 
+@pytest.mark.slow
 def test_weights_of_another_network_are_rejected():
     plain = {f"features.{k}": v for k, v in vgg.make_layers(vgg.cfgs["D"]).state_dict().items()}
     normed = {f"features.{k}": v for k, v in vgg.make_layers(vgg.cfgs["D"], batch_norm=True).state_dict().items()}
@@ -231,6 +232,7 @@ def test_weights_of_another_network_are_rejected():
         DeepLabLargeFOV(2).load_vgg(plain | {"classifier.3.weight": torch.zeros(4096, 4096)})
 
 
+@pytest.mark.slow
 def test_fc6_and_fc7_are_decimated_vgg_layers():
     """fc6 equals VGG's fully connected layer on 7x7 cells, 4 cells apart, if only every third cell is not zero."""
     torch.manual_seed(2)
@@ -283,6 +285,7 @@ def convolutions(dtype=torch.float32, batch_norm=False):
     return {f"features.{name}": value.to(dtype) for name, value in state.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kind", [DeepLabLargeFOV, FeatMapNet])
 def test_a_file_with_the_thirteen_convolutions(dtype, kind, tmp_path):

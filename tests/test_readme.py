@@ -3,9 +3,12 @@
 import re
 from pathlib import Path
 
+import pytest
+
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_readme_example_trains_and_predicts():
     """As printed, with fewer images and epochs."""
     code = re.findall(r"^```python\n(.*?)^```$", README, re.S | re.M)[0]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,6 +82,7 @@ def interrupt():
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["nothing", "optimizer"])
 def test_a_checkpoint_holds_what_resuming_needs(tmp_path, whole_run, loss):
     """Control: a run resumed without the optimizer's momentum must differ."""
@@ -99,6 +101,7 @@ def squared(scores, label):
     return scores.square().mean()
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_with_another_loss_function(tmp_path):
     run(tmp_path, loss=squared)
     run(tmp_path, loss=squared, resume=True)
@@ -106,8 +109,8 @@ def test_a_run_is_not_resumed_with_another_loss_function(tmp_path):
         run(tmp_path, loss=losses.cross_entropy, resume=True)
 
 
-def test_an_option_newer_than_the_checkpoint_has_its_default(tmp_path):
-    run(tmp_path)
+def test_an_option_newer_than_the_checkpoint_has_its_default(tmp_path, whole_run):
+    shutil.copytree(whole_run.out, tmp_path, dirs_exist_ok=True)
     for path in tmp_path.glob("*-last.pt"):
         state = checkpoints.load(path)
         del state["config"]["freeze_batch_norm"]
@@ -117,11 +120,11 @@ def test_an_option_newer_than_the_checkpoint_has_its_default(tmp_path):
         run(tmp_path, freeze_batch_norm=True, resume=True)
 
 
-def test_resuming_a_finished_run_changes_nothing(tmp_path):
-    first = run(tmp_path)
+def test_resuming_a_finished_run_changes_nothing(tmp_path, whole_run):
+    shutil.copytree(whole_run.out, tmp_path, dirs_exist_ok=True)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     again = run(tmp_path, resume=True, stop_at=1, then=interrupt)
-    assert not changed(weights(first.model), again.model) and again.history == first.history
+    assert not changed(weights(whole_run.model), again.model) and again.history == whole_run.history
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
 
 
@@ -160,6 +163,7 @@ def test_two_processes_train_as_one(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ full disk
 
 
+@pytest.mark.slow
 def test_a_run_that_filled_the_disk_can_be_resumed(tmp_path, whole_run, monkeypatch):
     write = checkpoints.write_atomically
 

@@ -79,6 +79,7 @@ def test_class_shares_do_not_depend_on_the_size():
     np.testing.assert_allclose(shares[0], shares[1], atol=0.05)
 
 
+@pytest.mark.slow
 def test_every_class_is_common(train):
     _, labels = train
     present = [np.mean([(label == k).any() for label in labels]) for k in range(CLASSES)]
@@ -94,6 +95,7 @@ def test_impossible_options(options):
 # --------------------------------------------------------------------------- 1. colour does not determine the class
 
 
+@pytest.mark.slow
 def test_colour_separates_classes_within_an_image_but_not_across_images(train, test):
     (images, labels), (new_images, new_labels) = train, test
 
