@@ -1,5 +1,8 @@
 """The public names of pwlib, and the rules on size and imports that `tests/structure.py` checks."""
 
+import subprocess
+import sys
+
 import pwlib
 from tests import structure
 
@@ -24,6 +27,12 @@ def test_public_names():
         item = getattr(pwlib, name)
         if callable(item):  # a constant has no docstring of its own; a dataclass gets its signature as one
             assert item.__doc__ and not item.__doc__.startswith(f"{name}("), f"{name} has no docstring"
+
+
+def test_importing_the_library_leaves_out_what_takes_long_to_import():
+    """torchvision takes as long as torch, numba and matplotlib about a second; scores and CRFs need none of them."""
+    code = "import sys, pwlib; print([name for name in ('torchvision', 'numba', 'matplotlib') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
 def test_there_is_no_import_cycle_and_the_library_imports_neither_cli_nor_course():

@@ -7,7 +7,6 @@ from dataclasses import KW_ONLY, dataclass
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
 
 from .images import VOID, check_size, resize_image, resize_label
 
@@ -74,6 +73,8 @@ class SegmentationDataset(Dataset):
         image, label = image.float() / 255, label.long()
         if self.transform is None:
             return image, label
+        from torchvision import tv_tensors  # imported when used, as elsewhere: it takes as long as importing torch
+
         # torchvision's v2 transforms move the label together with the image only if they know which is which.
         image, label = self.transform(tv_tensors.Image(image), tv_tensors.Mask(label))
         return image.as_subclass(torch.Tensor), label.as_subclass(torch.Tensor)

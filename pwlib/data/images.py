@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torchvision.transforms.v2 import functional as F
 
 VOID = 255
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".pgm", ".ppm")  # formats without loss
@@ -182,6 +181,8 @@ def check_size(size, name: str) -> tuple[int, int]:
 
 def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Resize an image [3, H, W] bilinearly, with antialiasing."""
+    from torchvision.transforms.v2 import functional as F
+
     return F.resize_image(image, list(size), interpolation=F.InterpolationMode.BILINEAR, antialias=True)
 
 

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from .images import VOID, check_size, resize_image, resize_label
 
@@ -52,6 +51,8 @@ class Augment:
         brightness, contrast, saturation = (self._uniform(1 - self.colour, 1 + self.colour) for _ in range(3))
         hue = self._uniform(-self.colour, self.colour) / 4
         if self.colour:
+            from torchvision.transforms.v2 import functional as F
+
             image = F.adjust_contrast(F.adjust_brightness(image, brightness), contrast)
             image = F.adjust_hue(F.adjust_saturation(image, saturation), hue)
         return image, label

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.datasets import SBDataset, VOCSegmentation
+from torch.utils.data import Dataset
 
 from .dataset import SegmentationDataset
 from .files import LabelledFiles
@@ -64,14 +64,18 @@ def load(root, split: str, *, download: bool = False, sbd: bool = False, **optio
     )
 
 
-def _voc(root: Path, split: str, download: bool) -> VOCSegmentation:
+def _voc(root: Path, split: str, download: bool) -> Dataset:
+    from torchvision.datasets import VOCSegmentation
+
     there = root / "VOCdevkit" / "VOC2012"
     with _missing(there, "give root= the folder that contains VOCdevkit/, or download=True (--download): 2 GB"):
         return VOCSegmentation(str(root), year="2012", image_set=split, download=download and not there.is_dir())
 
 
-def _sbd(root: Path, download: bool) -> list[SBDataset]:
+def _sbd(root: Path, download: bool) -> list[Dataset]:
     """Both parts of SBD. They overlap with either split of VOC, so the caller removes images by name."""
+    from torchvision.datasets import SBDataset
+
     with _missing(root, "expected img/, cls/, train.txt and val.txt there, or download=True to fetch SBD (1.4 GB)"):
         first = SBDataset(str(root), image_set="train", mode="segmentation", download=download and not root.is_dir())
         return [first, SBDataset(str(root), image_set="val", mode="segmentation")]
