@@ -74,6 +74,13 @@ def test_page_of_a_notebook(site, open_page, path):
     assert not [a for a in raw if a.startswith("file:") and Path(a).stem in {p.stem for p in NOTEBOOKS}]
 
 
+def test_on_a_phone_figures_keep_a_readable_size_and_the_page_does_not_scroll_sideways(site, open_page):
+    page = open_page((site / "notebooks" / "05_three_stages.html").as_uri(), width=390, height=800)
+    sizes = page.locator(".cell_output img").evaluate_all("all => all.map(i => [i.naturalWidth, i.clientWidth])")
+    assert len(sizes) > 10 and all(shown >= min(natural, 600) for natural, shown in sizes), sizes
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
 def test_an_explorer_steps_on_the_page(site, open_page):
     with_explorer = [p for p in NOTEBOOKS if "widget-view+json" in p.read_text("utf-8")]
     if not with_explorer:
