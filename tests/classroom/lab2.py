@@ -144,6 +144,11 @@ def divergence(q, unary, edges, pair):
 
 NO_ZEROS = divergence("expected + (q * q.log()).sum() + log_z")
 OVERFLOWS = enumerate_exactly("torch.exp(-energy).sum().log()", "share(torch.exp(-energy) / torch.exp(-energy).sum())")
+INFERRED = """
+def enumerate_exactly(unary, edges, pair):
+    found = graph.infer(unary, edges, pair)
+    return found.log_z, found.marginals, found.map_labels
+"""
 NOT_ONE = "share(torch.softmax(-energy, 0)) * torch.exp(-energy).sum()"
 
 WRONG = {
@@ -178,6 +183,7 @@ WRONG = {
         ),
         (enumerate_exactly(marginals="torch.softmax(-unary, 1)"), "as if it were alone"),
         (OVERFLOWS, "expected a finite number"),
+        (INFERRED, "expected a computation of your own"),
     ],
     "mean_field": [
         (AT_ONCE, "updated at once"),

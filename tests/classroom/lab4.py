@@ -126,6 +126,7 @@ def direction(
     product="float((g * d).sum())",
     back=True,
     own=True,
+    clear=False,
 ) -> str:
     restore = """
         for p, old in zip(parameters, before):
@@ -136,6 +137,10 @@ def direction(
         gradients = """
         value.backward()
         gradients = [p.grad for p, _ in asked]"""
+    if clear:
+        gradients += """
+        for p in parameters:
+            p.grad = None"""
     return f"""def directional(loss, parameters, directions, eps=1e-4):
     value = loss()
     asked = [(p, d) for p, d in zip(parameters, directions) if p.requires_grad]
@@ -257,6 +262,7 @@ WRONG = {
         (direction(product="float(g.sum())"), "products with the direction"),
         (direction(back=False), "restore a copy of them"),
         (direction(own=False), "A .grad was created or changed"),
+        (direction(own=False, clear=True), "A .grad was created or changed"),
         (
             direction(step="sign * eps * d * p.requires_grad"),
             "expected that all parameters move",

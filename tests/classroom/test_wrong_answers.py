@@ -68,6 +68,8 @@ def test_wrong_answers_are_told_what_is_wrong(lab):
                 faults.append(f"{task}: wrong answer {number} passes")
             elif not any(words in sentence for sentence in said):
                 faults.append(f"{task}: wrong answer {number} is told {said}, not {words!r}")
+            elif "of your own" in words and len(said) < sum(map(is_test, until_tested(notebook.cells, place))):
+                faults.append(f"{task}: wrong answer {number}, which calls pwlib, passes one of the tests")
         if task in wrong and len(wrong[task]) < 3:
             faults.append(f"{task}: only {len(wrong[task])} wrong answers")
         # What comes after the last test is the cycle's to run.
