@@ -4,7 +4,7 @@ HEAD = "def {name}(logits, image, iterations=5, *, w=4.0, theta_alpha=8.0, theta
 
 
 def cure(letter: str, body: str, *, mu: bool = False) -> str:
-    return HEAD.format(name=f"mended_{letter}", mu=", mu=None" if mu else "") + body
+    return HEAD.format(name=f"corrected_{letter}", mu=", mu=None" if mu else "") + body
 
 
 def experiment(letter: str, body: str) -> str:
@@ -117,7 +117,7 @@ ALTERNATIVE = {
     return crf(sure, torch.full((3, 3, 3), 0.2), iterations=1)[2, 1, 1].item() < alone[2].item()
 """,
     ),
-    "mended_a": cure("a", LOOPS.format(divisor="(n[i] * n).sqrt()"), mu=True),
+    "corrected_a": cure("a", LOOPS.format(divisor="(n[i] * n).sqrt()"), mu=True),
     "experiment_b": experiment(
         "b",
         """    # A pixel all by itself hears at most its own vote, once.
@@ -125,7 +125,7 @@ ALTERNATIVE = {
     return q[0].max() < 1e-8
 """,
     ),
-    "mended_b": cure("b", dense(energy="- w * (1 - kernel @ q)")),
+    "corrected_b": cure("b", dense(energy="- w * (1 - kernel @ q)")),
     "experiment_c": experiment(
         "c",
         """    # A black pixel and a white one: what the black one says must not matter to the white one.
@@ -136,7 +136,7 @@ ALTERNATIVE = {
     return bool((says_0 - says_1)[:, 0, 1].abs().max() > 0.02)
 """,
     ),
-    "mended_c": cure("c", dense(DEAF, energy="- w * (kernel @ (1 - q))")),
+    "corrected_c": cure("c", dense(DEAF, energy="- w * (kernel @ (1 - q))")),
     "experiment_d": experiment(
         "d",
         """    torch.manual_seed(3)
@@ -146,7 +146,7 @@ ALTERNATIVE = {
     return not torch.allclose(back, crf(logits, image, iterations=2), atol=1e-3)
 """,
     ),
-    "mended_d": cure("d", LOOPS.format(divisor="n[i]"), mu=True),
+    "corrected_d": cure("d", LOOPS.format(divisor="n[i]"), mu=True),
     "experiment_e": experiment(
         "e",
         """    logits = torch.zeros(2, 1, 20, requires_grad=True)
@@ -156,7 +156,7 @@ ALTERNATIVE = {
 """,
     ),
     # A window as wide as the picture misses nobody.
-    "mended_e": cure("e", WINDOW.format(radius="max(height, width)")),
+    "corrected_e": cure("e", WINDOW.format(radius="max(height, width)")),
 }
 
 WRONG = {
@@ -195,7 +195,7 @@ WRONG = {
             "for a healthy CRF",
         ),
     ],
-    "mended_a": [
+    "corrected_a": [
         (
             cure(
                 "a",
@@ -233,7 +233,7 @@ WRONG = {
             "for a healthy CRF",
         ),
     ],
-    "mended_b": [
+    "corrected_b": [
         (
             cure(
                 "b",
@@ -281,7 +281,7 @@ WRONG = {
             "returns False for patient C",
         ),
     ],
-    "mended_c": [
+    "corrected_c": [
         (
             cure(
                 "c",
@@ -322,7 +322,7 @@ WRONG = {
             "returns False for patient D",
         ),
     ],
-    "mended_d": [
+    "corrected_d": [
         (
             cure(
                 "d",
@@ -366,7 +366,7 @@ WRONG = {
             "for a healthy CRF",
         ),
     ],
-    "mended_e": [
+    "corrected_e": [
         (
             cure(
                 "e",
@@ -388,7 +388,7 @@ WRONG = {
 # mu transposed; a test of confidence; standardised colours times 255; an experiment on a square.
 NAIVE = (
     {
-        "mended_a": cure("a", with_mu(dense(SYMMETRIC, energy="- w * kernel @ q @ mu")), mu=True),
+        "corrected_a": cure("a", with_mu(dense(SYMMETRIC, energy="- w * kernel @ q @ mu")), mu=True),
         "experiment_b": experiment(
             "b",
             """    logits = torch.zeros(2, 4, 4)
@@ -396,8 +396,8 @@ NAIVE = (
     return bool(crf(logits, torch.full((3, 4, 4), 0.5), iterations=60)[1].min() > 0.999)
 """,
         ),
-        "mended_c": cure("c", dense(DEAF, "255 * rows((image - MEAN) / STD)")),
+        "corrected_c": cure("c", dense(DEAF, "255 * rows((image - MEAN) / STD)")),
         "experiment_d": WRONG["experiment_d"][2][0],
     },
-    {"test_mended_a": 8, "test_experiment_b": 8, "test_mended_c": 8, "test_experiment_d": 8},
+    {"test_corrected_a": 8, "test_experiment_b": 8, "test_corrected_c": 8, "test_experiment_d": 8},
 )

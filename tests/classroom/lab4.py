@@ -57,7 +57,7 @@ ALTERNATIVE = {
     return words
 """,
     # The kernel by attention-like products, its own class method, log-domain updates.
-    "MendedCRF": """class MendedCRF(FrozenCRF):
+    "CorrectedCRF": """class CorrectedCRF(FrozenCRF):
     def apart(self, rows, log_theta):
         return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square() / (2 * log_theta).exp()
 
@@ -183,8 +183,10 @@ def verdict(cut="'cut' if changes else 'idle'", gradient="'learns' if agree else
 """
 
 
-def mended(alpha="", beta="", penalty="kernel @ log_q.exp() @ self.compatibility.T", kernel="", result="log_q") -> str:
-    return f"""class MendedCRF(FrozenCRF):
+def corrected(
+    alpha="", beta="", penalty="kernel @ log_q.exp() @ self.compatibility.T", kernel="", result="log_q"
+) -> str:
+    return f"""class CorrectedCRF(FrozenCRF):
     def forward(self, logits, image):
         classes, height, width = logits.shape
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -291,13 +293,13 @@ WRONG = {
         (verdict(names="parameter.requires_grad"), "one entry for each of"),
         ("def status(module, loss):\n    return list(module.state_dict())\n", "Return a dictionary"),
     ],
-    "MendedCRF": [
-        (mended(alpha=".item()"), "`log_theta_alpha` receives no gradient"),
-        (mended(beta=".detach()"), "`log_theta_beta` receives no gradient"),
-        (mended(penalty="kernel @ log_q.exp().detach() @ self.compatibility.T"), "the slope of the loss"),
-        (mended(penalty="kernel @ log_q.exp() @ self.compatibility.data.T"), "`compatibility` receives no gradient"),
-        (mended(kernel=".detach()"), "`log_theta_alpha` receives no gradient"),
-        (mended(result="log_q.exp()"), "compared with FrozenCRF"),
+    "CorrectedCRF": [
+        (corrected(alpha=".item()"), "`log_theta_alpha` receives no gradient"),
+        (corrected(beta=".detach()"), "`log_theta_beta` receives no gradient"),
+        (corrected(penalty="kernel @ log_q.exp().detach() @ self.compatibility.T"), "the slope of the loss"),
+        (corrected(penalty="kernel @ log_q.exp() @ self.compatibility.data.T"), "`compatibility` receives no gradient"),
+        (corrected(kernel=".detach()"), "`log_theta_alpha` receives no gradient"),
+        (corrected(result="log_q.exp()"), "compared with FrozenCRF"),
     ],
     "train_stage2": [
         (stage2("F.cross_entropy(crf(logits, images).exp(), labels, ignore_index=VOID)"), "A softmax is applied to"),

@@ -11,7 +11,7 @@ ALTERNATIVE = {
     expected = (z - z.logsumexp(0)).exp()
     return (expected.float() - observed).reshape(labels, labels)
 """,
-    "learn_piece": """def learn_piece(first, second, labels, pseudo=1.0):
+    "learn_term": """def learn_term(first, second, labels, pseudo=1.0):
     counts = [[pseudo] * labels for _ in range(labels)]
     for a, b in zip(first.tolist(), second.tolist()):
         if a < labels and b < labels:
@@ -36,7 +36,7 @@ ALTERNATIVE = {
             right = add(right, s)
     return right - every
 """,
-    "too_sure": """def too_sure(q, p):
+    "overconfidence": """def overconfidence(q, p):
     total = 0
     for mine, true in zip(q.tolist(), p.tolist()):
         best = mine.index(max(mine))
@@ -98,7 +98,7 @@ def gradient(expected="table.flatten().softmax(0).view_as(table)", observed="sha
 
 
 def piece(result="(counts / counts.sum()).log()", pseudo="pseudo", known="(first != VOID) & (second != VOID)") -> str:
-    return f"""def learn_piece(first, second, labels, pseudo=1.0):
+    return f"""def learn_term(first, second, labels, pseudo=1.0):
     known = {known}
     pairs = first[known].clamp(max=labels - 1) * labels + second[known].clamp(max=labels - 1)
     counts = torch.bincount(pairs, minlength=labels**2).double().view(labels, labels) + {pseudo}
@@ -119,7 +119,7 @@ def likelihood(
 
 
 def excess(result: str) -> str:
-    return f"""def too_sure(q, p):
+    return f"""def overconfidence(q, p):
     nodes = torch.arange(len(p))
     return {result}
 """
@@ -181,7 +181,7 @@ WRONG = {
         (gradient(expected="table.softmax(1)"), "second label only"),
         (gradient(observed="0"), "The observed pairs have no effect"),
     ],
-    "learn_piece": [
+    "learn_term": [
         (piece("counts / counts.sum()"), "expected its logarithm"),
         (piece("(counts / counts.sum(1, keepdim=True)).log()"), "Each row sums to 1"),
         (piece(pseudo="0"), "has the value minus infinity"),
@@ -219,7 +219,7 @@ WRONG = {
             "piecewise likelihood",
         ),
     ],
-    "too_sure": [
+    "overconfidence": [
         (excess("(q.amax(1) - p.amax(1)).mean()"), "largest probabilities of model and truth are compared"),
         (excess("(p[nodes, q.argmax(1)] - q.amax(1)).mean()"), "a positive value means overconfidence"),
         (excess("(q.amax(1) - p[nodes, q.argmax(1)]).abs().mean()"), "taken as absolute values"),
@@ -289,10 +289,10 @@ WRONG = {
 # repeated evidence without the unary term; the mean over all edges.
 NAIVE = (
     {
-        "learn_piece": piece("(counts / counts.sum(1, keepdim=True)).log()"),
-        "too_sure": excess("(q.amax(1) - p.amax(1)).mean()"),
+        "learn_term": piece("(counts / counts.sum(1, keepdim=True)).log()"),
+        "overconfidence": excess("(q.amax(1) - p.amax(1)).mean()"),
         "echo_marginals": echo("count(edges.flatten())"),
         "tree_chances": WRONG["tree_chances"][0][0],
     },
-    {"test_learn_piece": 8, "test_too_sure": 10, "test_echo_marginals": 10, "test_tree_chances": 12},
+    {"test_learn_term": 8, "test_overconfidence": 10, "test_echo_marginals": 10, "test_tree_chances": 12},
 )
