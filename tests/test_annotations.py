@@ -172,6 +172,112 @@ def test_modes_of_image_editors(mode, tmp_path):
         assert np.array_equal(LabelReader()(path), index) and np.array_equal(read_label(path), index)
 
 
+def indexed(numbers, entries):
+    """A palette image of the numbers [H, W], with the colours `entries` [N, 3]."""
+    picture = Image.fromarray(numbers.astype(np.uint8))
+    picture.putpalette(np.asarray(entries, np.uint8).ravel().tolist())
+    return picture
+
+
+GREYS = np.array([[255, 0, 0], [0, 0, 0], [255, 255, 255], [9, 9, 9]], np.uint8)  # cat, background, wall; void
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".bmp", ".gif", ".webp"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colour_masks_that_contain_only_greys(mode, suffix, tmp_path):
+    """A mask without the only class in colour is still a colour mask."""
+    if mode == "P" and suffix == ".bmp":
+        pytest.skip("Pillow reads a BMP with a palette of black alone as a grey image")
+    options = {"lossless": True} if suffix == ".webp" else {}
+    for name, used in {"all": [0, 1, 2], "black": [1, 1, 1], "white": [2, 2, 2], "both": [1, 2, 1]}.items():
+        index = np.array(used)[blobs(3)]
+        picture = Image.fromarray(GREYS[index])
+        picture = picture.quantize(4) if mode == "P" else picture.convert(mode)
+        path = save(tmp_path / f"{name}{suffix}", picture, **options)
+        assert np.array_equal(LabelReader(GREYS)(path), index) and np.array_equal(read_label(path, GREYS), index)
+    write_folder(tmp_path, [GREYS[np.array([1, 2])[blobs(2)]]] * 3)
+    (tmp_path / "classes.txt").write_text("cat 255 0 0\nbackground 0 0 0\nwall 255 255 255\n")
+    assert np.array_equal(load("folder", "val", tmp_path)[0][1], 1 + blobs(2))
+
+
+def test_grey_images_have_class_numbers_although_there_is_a_palette(tmp_path):
+    """`convert` writes index PNGs and colours in classes.txt; a palette 0 0 0, 1 1 1, ... is a grey image, too."""
+    index = blobs(3)
+    pictures = {"L.png": index, "P.png": Image.fromarray(index).convert("P"), "L.gif": index, "L.tif": index}
+    pictures |= {"LA.png": Image.fromarray(index).convert("LA"), "16.png": index.astype(np.uint16)}
+    for name, picture in pictures.items():
+        path = save(tmp_path / name, picture)
+        assert np.array_equal(LabelReader(GREYS)(path), index) and np.array_equal(LabelReader()(path), index), name
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".bmp", ".gif"])
+def test_palettes_of_greys_are_read_by_grey(suffix, tmp_path):
+    """Pictures that look the same are the same labels, whatever the order of their palettes."""
+    white = blobs(2) == 1
+    for name, picture in {
+        "black first": indexed(white, [[0] * 3, [255] * 3]),
+        "white first": indexed(~white, [[255] * 3, [0] * 3]),
+        "filled up": indexed(~white, [[255] * 3] + [[0] * 3] * 255),
+        "quantized": Image.fromarray(np.uint8(255 * white)).convert("RGB").quantize(2),
+    }.items():
+        if suffix == ".bmp" and name in ("black first", "filled up"):
+            continue  # Pillow reads the first as 1 bit, as it does for grey PNGs of 1 bit
+        path = save(tmp_path / f"{name}{suffix}", picture)
+        assert np.array_equal(LabelReader(values={0: 0, 255: 1})(path), white), name
+        with pytest.raises(ValueError, match="has the values 255 in"):
+            LabelReader(values={0: 0, 1: 1}, void=None)(path)
+    only = save(tmp_path / f"only{suffix}", indexed(np.zeros((4, 5)), [[255] * 3]))
+    assert (LabelReader(values={0: 0, 255: 1})(only) == 1).all()
+    three = save(tmp_path / f"three{suffix}", indexed(blobs(3), [[255] * 3, [0] * 3, [128] * 3]))
+    assert np.array_equal(LabelReader(values={255: 0, 0: 1, 128: 2})(three), blobs(3))
+
+
+ENTRIES = {
+    "VOC's": voc_palette(256)[:256],
+    "VOC's 0 and 7": voc_palette(256)[:256],  # black and a grey, with which the file alone would look grey
+    "grey numbers": np.arange(256)[:, None].repeat(3, 1),
+    "black": np.zeros((256, 3)),
+    "few entries": np.array([[0] * 3, [255] * 3] + [[0] * 3] * 254),  # of a file that also uses 255 for void
+    "black and white, the rest in colour": np.array([[0] * 3, [255] * 3, [255, 0, 0], [0, 255, 0]]),
+}
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_palettes_that_do_not_change_class_numbers(kind, tmp_path):
+    numbers = {"VOC's 0 and 7": [0, 7], "few entries": [0, 1, 255], "black and white, the rest in colour": [0, 1]}
+    index = np.array(numbers.get(kind, [0, 1, 3]), np.uint8)[blobs(len(numbers.get(kind, "abc")))]
+    path = save(tmp_path / "a.png", indexed(index, ENTRIES[kind]))
+    assert Image.open(path).mode == "P" and np.array_equal(Image.open(path), index)
+    assert np.array_equal(LabelReader()(path), index) and np.array_equal(read_label(path), index)
+
+
+def test_palette_images_with_an_unlisted_colour(tmp_path):
+    """Their numbers are classes only if none of their colours is listed."""
+    index, stray = blobs(3), blobs(3)
+    stray[0, 0] = 3
+    entries = [COLOURS[1], COLOURS[0], COLOURS[2], (250, 250, 0)]
+    good = save(tmp_path / "good.png", indexed(index, entries))
+    assert np.array_equal(LabelReader(COLOURS)(good), np.array([1, 0, 2])[index])
+    message = r"1 colours of 1 pixels are not in the palette; the most frequent is colour \(250, 250, 0\)"
+    for read in (LabelReader(COLOURS), lambda path: read_label(path, COLOURS)):
+        with pytest.raises(ValueError, match=message):
+            read(save(tmp_path / "stray.png", indexed(stray, entries)))
+    write_folder(tmp_path / "data", [indexed(index, entries), indexed(stray, entries)])
+    report = check_folder(tmp_path / "data", palette=COLOURS)
+    assert len(report.errors) == 1 and report.errors[0][0].endswith("im1.png")
+    other = save(tmp_path / "other.png", indexed(index, [(1, 0, 0), (2, 0, 0), (3, 0, 0)]))
+    assert np.array_equal(LabelReader(COLOURS)(other), index)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_partly_transparent_grey_masks(mode, tmp_path):
+    picture = Image.fromarray(np.dstack([blobs(2), 200 * blobs(2) + 1]), "LA").convert(mode)
+    write_folder(tmp_path, [picture] * 2)
+    assert "partly transparent" in check_folder(tmp_path).errors[0][1]
+    if mode == "LA":
+        assert "partly transparent" in check_folder(tmp_path, palette=COLOURS).errors[0][1]
+
+
 def test_transparent_pixels_of_colour_masks(tmp_path):
     index = blobs(3)
     pixels = np.dstack([COLOURS[index], np.full(index.shape, 255, np.uint8)])

@@ -161,7 +161,7 @@ def _check_pair(image: Path, label: Path, reader: LabelReader, report: Report, s
 
 def read_classes_of(label: Path, reader: LabelReader) -> tuple[np.ndarray, np.ndarray]:
     """The stored values of a label file, and its classes uint8 [H, W]; ValueError if its borders are smoothed."""
-    values = read_label_values(label, colours=reader.palette is not None)
+    values = read_label_values(label, reader.palette)
     if values.ndim == 2 and reader.values is None and _looks_blended(values):
         binary = {*np.argsort(np.bincount(values.ravel()))[-2:].tolist()} == {0, 255}
         raise ValueError(

@@ -124,7 +124,7 @@ class LabelReader:
     """Reads a label file as class numbers, uint8 [H, W] with 255 = void.
 
     Attributes:
-        palette: uint8 [K + 1, 3], void last, to decode colours. A palette image is decoded if it uses only these.
+        palette: uint8 [K + 1, 3], void last, to decode colour images, and palette images that show one of its colours.
         values: {value in the file: class number, or 255 for void}; other values are errors. None: values are classes.
         void: value in the file that is void, if `values` does not mention it; None: no value.
     """
@@ -134,20 +134,12 @@ class LabelReader:
     void: int | None = VOID
 
     def __call__(self, path: str | Path) -> Tensor:
-        return torch.from_numpy(self.classes(read_label_values(path, colours=self.palette is not None), path))
+        return torch.from_numpy(self.classes(read_label_values(path, self.palette), path))
 
     def classes(self, values: np.ndarray, path: str | Path) -> np.ndarray:
         """Convert the values or colours of a file to class numbers; ValueError for those that have no meaning."""
         if values.ndim == 3 and self.palette is not None:
-            try:
-                return decode_colours(values, self.palette, path)
-            except ValueError:
-                index = read_label_values(path)
-                if index.ndim == 3:
-                    raise
-                values = index  # a palette image with other colours: its values are classes
-        if values.ndim == 3 and values.shape[2] in (2, 4) and (values[..., :1] == values[..., :-1]).all():
-            raise ValueError(f"{path}: the label is partly transparent; export it on a black background, without alpha")
+            return decode_colours(values, self.palette, path)
         if values.ndim == 3:
             found, counts = np.unique(values[..., :3].reshape(-1, 3), axis=0, return_counts=True)
             common = ", ".join("{} {} {}".format(*found[k]) for k in np.argsort(-counts)[:5])

@@ -100,11 +100,12 @@ def read_image(path, *, bits: int | None = None) -> torch.Tensor:
     return read_image_uint8(path, bits=bits).float() / 255
 
 
-def read_label_values(path, *, colours: bool = False) -> np.ndarray:
+def read_label_values(path, palette=None) -> np.ndarray:
     """Read the stored values of a label file, rotated by its EXIF tag: integers [H, W] or uint8 colours [H, W, 3 or 4].
 
-    A colour image with three equal channels counts as grey. A palette image gives its values, or with `colours` its
-    colours. ValueError if the file is broken, or compressed with loss, which changes values at borders.
+    A colour image with three equal channels counts as grey; with `palette`, uint8 [K + 1, 3], it gives its colours. A
+    palette image gives its numbers, the greys of a palette of greys, or its colours if one of them is in `palette`.
+    ValueError if the file is broken, partly transparent grey, or compressed with loss, which changes values at borders.
     """
     picture = _open(path, "a label map")
     file = Path(path).read_bytes() if picture.format == "WEBP" else b""
@@ -112,27 +113,50 @@ def read_label_values(path, *, colours: bool = False) -> np.ndarray:
     if picture.format in ("JPEG", "MPO", "AVIF", "HEIF") or lossy_webp or picture.info.get("compression") == "jpeg":
         raise ValueError(f"{path}: lossy compression changes labels; expected PNG, TIFF, BMP, GIF or lossless WebP")
     is_gif, picture = picture.format == "GIF", ImageOps.exif_transpose(picture)
-    if picture.mode == "P" and (colours or is_gif):
-        shown = picture.convert("RGB")  # a grey GIF is stored as a palette image in any order
-        picture = shown if colours or (np.ptp(np.array(shown), axis=2) == 0).all() else picture
+    if picture.mode not in ("1", "L", "P", "LA", "RGB", "RGBA") and not picture.mode.startswith("I"):
+        raise ValueError(f"{path}: a label map in mode {picture.mode}; expected grey, palette or RGB")
+    if picture.mode == "P" and _shows_colours(picture, palette, is_gif):
+        picture = picture.convert("RGB")
     values = np.array(picture)
     if values.ndim == 3 and picture.mode in ("LA", "RGBA") and (values[..., -1] == 255).all():
         values = values[..., :-1]
-    if values.ndim == 3 and (values.shape[2] == 1 or (values[..., :1] == values).all()):
+    is_grey = values.ndim == 3 and (picture.mode == "LA" or palette is None)
+    if is_grey and (values.shape[2] == 1 or (values[..., :1] == values).all()):
         values = values[..., 0]
-    if picture.mode not in ("1", "L", "P", "LA", "RGB", "RGBA") and not picture.mode.startswith("I"):
-        raise ValueError(f"{path}: a label map in mode {picture.mode}; expected grey, palette or RGB")
+    elif is_grey and values.shape[2] in (2, 4) and (values[..., :1] == values[..., :-1]).all():
+        raise ValueError(f"{path}: the label is partly transparent; export it on a black background, without alpha")
     return values.astype(np.uint8) if values.dtype == bool else values
+
+
+def _shows_colours(picture: Image.Image, palette, is_gif: bool) -> bool:
+    """Whether the colours of a palette image are its labels; else the numbers of the colours are.
+
+    An encoder makes the palette of a picture and orders it as it likes, so numbers mean nothing if a colour is listed
+    in `palette`, or if there are only greys. One colour, even unused, makes greys the colours of class numbers, as in
+    VOC's palette, and so does one grey for two numbers. A GIF has a palette in any case: its used colours decide.
+    """
+    entries = np.zeros((256, 3), np.uint8)
+    entries.reshape(-1)[: len(picture.getpalette())] = picture.getpalette()
+    used = np.flatnonzero(np.bincount(np.asarray(picture).ravel()))
+    count = 1 + np.flatnonzero(entries.any(axis=1)).max(initial=0)  # encoders fill up with black
+    if 1 < count > used.max() and (entries[:count] == np.arange(count)[:, None]).all():
+        return False  # 0 0 0, 1 1 1, 2 2 2, ...: a grey image; 0 0 0 alone may be the only colour of a mask
+    if palette is not None and (entries[used, None] == np.asarray(palette)).all(2).any():
+        return True
+    first = np.unique(entries[:, 0], return_index=True)[1]  # the number of each grey
+    greys = np.ptp(entries, axis=1) == 0
+    return bool(greys[used].all() if is_gif else greys.all() and np.isin(used, first).all())
 
 
 def read_label(path, palette=None) -> torch.Tensor:
     """Read a label map: uint8 [H, W].
 
-    The values of grey and palette images are returned as stored (the colours of a palette image are ignored). A colour
-    image is decoded with `palette`, uint8 [K + 1, 3] with void last. ValueError if the file is broken, has values above
-    255, is a colour image without a palette, or contains a colour that is not in the palette.
+    The values of grey and palette images are returned as stored; if a palette image has only greys, it is a grey image.
+    A colour image is decoded with `palette`, uint8 [K + 1, 3] with void last, and so is a palette image that shows one
+    of these colours. ValueError if the file is broken, has values above 255, is a colour image without a palette, or
+    contains a colour that is not in the palette.
     """
-    values = read_label_values(path)
+    values = read_label_values(path, palette)
     if values.ndim == 3:
         if palette is None:
             raise ValueError(f"{path}: a label map in colour without a palette; expected one channel of class numbers")
