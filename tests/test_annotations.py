@@ -335,6 +335,18 @@ def test_other_names_of_splits_are_named(name, tmp_path):
         load("folder", "val", tmp_path)
 
 
+def test_jfif(tmp_path):
+    """Browsers on Windows save JPEG under this suffix."""
+    write_folder(tmp_path, [blobs(2)] * 3)
+    photo = tmp_path / "train" / "images" / "im0.png"
+    with Image.open(photo) as picture:
+        picture.save(photo.with_suffix(".jfif"), format="JPEG")
+    photo.unlink()
+    dataset = load("folder", "train", tmp_path)
+    assert dataset.names == ["im0", "im1"] and dataset[0][0].shape == (3, 24, 32)
+    assert not check_folder(tmp_path, decode_images=True).errors
+
+
 def test_heic_without_its_plugin(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     write_folder(tmp_path, [blobs(2)] * 2)

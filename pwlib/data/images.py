@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 VOID = 255
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".pgm", ".ppm")  # formats without loss
-IMAGE_SUFFIXES = (*LABEL_SUFFIXES, ".jpg", ".jpeg", ".avif", ".heic", ".heif")
+IMAGE_SUFFIXES = (*LABEL_SUFFIXES, ".jpg", ".jpeg", ".jfif", ".avif", ".heic", ".heif")
 ORIENTATION = 0x0112  # EXIF tag
 
 # The exceptions of Pillow's decoders for truncated files and files that are not images.
