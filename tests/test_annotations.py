@@ -211,8 +211,8 @@ def test_grey_images_have_class_numbers_although_there_is_a_palette(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".bmp", ".gif"])
-def test_palettes_of_greys_are_read_by_grey(suffix, tmp_path):
-    """Pictures that look the same are the same labels, whatever the order of their palettes."""
+def test_palettes_of_greys_in_another_order_are_read_by_grey(suffix, tmp_path):
+    """Pictures that look the same are the same labels, if white is 1 or 255; rising greys from black stay numbers."""
     white = blobs(2) == 1
     for name, picture in {
         "black first": indexed(white, [[0] * 3, [255] * 3]),
@@ -223,9 +223,9 @@ def test_palettes_of_greys_are_read_by_grey(suffix, tmp_path):
         if suffix == ".bmp" and name in ("black first", "filled up"):
             continue  # Pillow reads the first as 1 bit, as it does for grey PNGs of 1 bit
         path = save(tmp_path / f"{name}{suffix}", picture)
-        assert np.array_equal(LabelReader(values={0: 0, 255: 1})(path), white), name
-        with pytest.raises(ValueError, match="has the values 255 in"):
-            LabelReader(values={0: 0, 1: 1}, void=None)(path)
+        assert np.array_equal(LabelReader(values={0: 0, 1: 1, 255: 1})(path), white), name
+        if name in ("white first", "filled up"):
+            assert np.array_equal(LabelReader(values={0: 0, 255: 1})(path), white), name
     only = save(tmp_path / f"only{suffix}", indexed(np.zeros((4, 5)), [[255] * 3]))
     assert (LabelReader(values={0: 0, 255: 1})(only) == 1).all()
     three = save(tmp_path / f"three{suffix}", indexed(blobs(3), [[255] * 3, [0] * 3, [128] * 3]))
@@ -237,6 +237,8 @@ ENTRIES = {
     "VOC's 0 and 7": voc_palette(256)[:256],  # black and a grey, with which the file alone would look grey
     "grey numbers": np.arange(256)[:, None].repeat(3, 1),
     "black": np.zeros((256, 3)),
+    "black and white": np.array([[0] * 3, [255] * 3]),
+    "rising greys": np.array([[0] * 3, [100] * 3, [101] * 3, [255] * 3]),
     "few entries": np.array([[0] * 3, [255] * 3] + [[0] * 3] * 254),  # of a file that also uses 255 for void
     "black and white, the rest in colour": np.array([[0] * 3, [255] * 3, [255, 0, 0], [0, 255, 0]]),
 }
@@ -244,7 +246,12 @@ ENTRIES = {
 
 @pytest.mark.parametrize("kind", ENTRIES)
 def test_palettes_that_do_not_change_class_numbers(kind, tmp_path):
-    numbers = {"VOC's 0 and 7": [0, 7], "few entries": [0, 1, 255], "black and white, the rest in colour": [0, 1]}
+    numbers = {
+        "VOC's 0 and 7": [0, 7],
+        "black and white": [0, 1],
+        "few entries": [0, 1, 255],
+        "black and white, the rest in colour": [0, 1],
+    }
     index = np.array(numbers.get(kind, [0, 1, 3]), np.uint8)[blobs(len(numbers.get(kind, "abc")))]
     path = save(tmp_path / "a.png", indexed(index, ENTRIES[kind]))
     assert Image.open(path).mode == "P" and np.array_equal(Image.open(path), index)

@@ -132,8 +132,9 @@ def _shows_colours(picture: Image.Image, palette, is_gif: bool) -> bool:
     """Whether the colours of a palette image are its labels; else the numbers of the colours are.
 
     An encoder makes the palette of a picture and orders it as it likes, so numbers mean nothing if a colour is listed
-    in `palette`, or if there are only greys. One colour, even unused, makes greys the colours of class numbers, as in
-    VOC's palette, and so does one grey for two numbers. A GIF has a palette in any case: its used colours decide.
+    in `palette`, or if there are only greys that do not rise from black. One colour, even unused, makes greys the
+    colours of class numbers, as in VOC's palette, and so does one grey for two numbers. A GIF has a palette in any
+    case: its used colours decide.
     """
     entries = np.zeros((256, 3), np.uint8)
     entries.reshape(-1)[: len(picture.getpalette())] = picture.getpalette()
@@ -143,9 +144,10 @@ def _shows_colours(picture: Image.Image, palette, is_gif: bool) -> bool:
         return False  # 0 0 0, 1 1 1, 2 2 2, ...: a grey image; 0 0 0 alone may be the only colour of a mask
     if palette is not None and (entries[used, None] == np.asarray(palette)).all(2).any():
         return True
-    first = np.unique(entries[:, 0], return_index=True)[1]  # the number of each grey
-    greys = np.ptp(entries, axis=1) == 0
-    return bool(greys[used].all() if is_gif else greys.all() and np.isin(used, first).all())
+    greys, grey = np.ptp(entries, axis=1) == 0, entries[:, 0].astype(int)
+    first = np.unique(grey, return_index=True)[1]  # the number of each grey
+    rising = grey[0] == 0 and (np.diff(grey[: max(count, 1 + used.max())]) > 0).all()
+    return bool(greys[used].all() if is_gif else greys.all() and np.isin(used, first).all() and not rising)
 
 
 def read_label(path, palette=None) -> torch.Tensor:
