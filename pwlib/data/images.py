@@ -104,7 +104,8 @@ def read_label_values(path, palette=None) -> np.ndarray:
     """Read the stored values of a label file, rotated by its EXIF tag: integers [H, W] or uint8 colours [H, W, 3 or 4].
 
     A colour image with three equal channels counts as grey; with `palette`, uint8 [K + 1, 3], it gives its colours. A
-    palette image gives its numbers, the greys of a palette of greys, or its colours if one of them is in `palette`.
+    palette image gives its numbers; its greys, if it has only greys in another order than from black to white; or its
+    colours, if one of them is in `palette`.
     ValueError if the file is broken, partly transparent grey, or compressed with loss, which changes values at borders.
     """
     picture = _open(path, "a label map")
@@ -153,7 +154,7 @@ def _shows_colours(picture: Image.Image, palette, is_gif: bool) -> bool:
 def read_label(path, palette=None) -> torch.Tensor:
     """Read a label map: uint8 [H, W].
 
-    The values of grey and palette images are returned as stored; if a palette image has only greys, it is a grey image.
+    The values of grey and palette images are returned as stored; greys in another order than from black to white count.
     A colour image is decoded with `palette`, uint8 [K + 1, 3] with void last, and so is a palette image that shows one
     of these colours. ValueError if the file is broken, has values above 255, is a colour image without a palette, or
     contains a colour that is not in the palette.
