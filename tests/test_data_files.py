@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
+from pwlib.annotations.check import check_folder
 from pwlib.data import VOID, camvid, load, read_image, read_label, voc_palette
 from pwlib.data.images import image_size
 
@@ -180,6 +181,26 @@ def test_folder_without_splits(tmp_path):
     assert train.class_names == ("sky", "sea", "land") and train.palette.shape == (4, 3)
     assert (val[0][1][1:] == 8 % 3).all()
     assert load("folder", "all", tmp_path, class_names=("a", "b", "c", "d")).num_classes == 4
+
+
+@pytest.mark.parametrize("folder, other", [("val", "train"), ("train", "val")])
+def test_a_root_beside_the_folder_of_one_split_is_the_other_split(folder, other, tmp_path):
+    write_pairs(tmp_path, "abcde")
+    write_pairs(tmp_path / folder, "yz", classes=2)
+    assert load("folder", folder, tmp_path).names == list("yz")
+    assert load("folder", other, tmp_path).names == load("folder", "all", tmp_path).names == list("abcde")
+    report = check_folder(tmp_path)
+    assert list(report.sizes) == ["train", "val"] and len(report.files) == 7
+    (tmp_path / "labels" / "c.png").unlink()
+    assert [text for _, text in check_folder(tmp_path).errors] == ["there is no label of this name"]
+
+
+def test_a_root_beside_a_test_folder_is_split(tmp_path):
+    write_pairs(tmp_path, "abcde")
+    write_pairs(tmp_path / "test", "yz")
+    names = [load("folder", split, tmp_path).names for split in ("train", "val", "test")]
+    assert names == [list("abcd"), ["e"], list("yz")]
+    assert {split: sum(sizes.values()) for split, sizes in check_folder(tmp_path).sizes.items()} == {"all": 5, "test": 2}
 
 
 def test_folder_of_colours(tmp_path):

@@ -31,7 +31,8 @@ def load(
     """Load the images of `root/<split>/images` with the labels of the same stem in `root/<split>/labels`.
 
     If there is no folder for the split, `root/images` and `root/labels` are used: split "all" is all of them, "train"
-    the first four fifths by name and "val" the rest (by name, so that the frames of a video stay together).
+    the first four fifths by name and "val" the rest (by name, so that the frames of a video stay together). If only
+    one of "train" and "val" has a folder, all of `root/images` belong to the other.
 
     Args:
         class_names: K names; None: those of `root/classes.txt` (see `read_classes`), else "class 0", "class 1", ...
@@ -86,7 +87,7 @@ def find_split(root: Path, split: str) -> tuple[Path, slice]:
         )
     if not (root / "images").is_dir() and (found := [name for name in SPLITS if (root / name).is_dir()]):
         raise FileNotFoundError(f"folder: {root} has no folder {split!r}; it has {', '.join(found)}")
-    if split == "all":
+    if split == "all" or (root / {"train": "val", "val": "train"}[split]).is_dir():
         return root, slice(None)
     count = len(pair_files(root / "images", root / "labels", "folder")[0])
     if count < 2:
@@ -96,8 +97,12 @@ def find_split(root: Path, split: str) -> tuple[Path, slice]:
 
 
 def split_names(root: Path) -> list[str]:
-    """The splits of a root: the folders train, val and test, or all if images/ and labels/ are in the root."""
-    return [name for name in SPLITS if (root / name).is_dir()] or ["all"]
+    """The splits of a root: its folders train, val and test, and the one that is in root/images (see `load`)."""
+    folders = [name for name in SPLITS if (root / name).is_dir()]
+    missing = [name for name in ("train", "val") if name not in folders]
+    if not folders or (missing and (root / "images").is_dir()):
+        folders += missing if len(missing) == 1 else ["all"]
+    return sorted(folders, key=("all", *SPLITS).index)
 
 
 def check_sizes(images: Sequence[Path], labels: Sequence[Path]) -> None:
