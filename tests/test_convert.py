@@ -198,8 +198,9 @@ def test_coco_polygons_and_runs(tmp_path):
     path = coco(tmp_path / "instances.json", ["a.jpg", "sub/b.jpg"], annotations)
     summary = convert(path, tmp_path / "out", images=tmp_path / "photos")
     assert summary.names == ("background", "wall", "roof") and summary.files == 2
-    assert summary.notes == {"annotations without a segmentation (boxes only) were left out": 1}
+    assert summary.notes == {"annotations are boxes without a segmentation; the pixels in the boxes are void": 1}
     expected = np.zeros(SIZE, np.uint8)
+    expected[2:6, 1:4] = VOID  # the box
     expected[1:38, 8:35] = 1
     expected[disc] = 1
     for y in range(SIZE[0]):
@@ -208,6 +209,96 @@ def test_coco_polygons_and_runs(tmp_path):
                 expected[y, x] = 2
     assert np.array_equal(read_label(tmp_path / "out" / "labels" / "a.png"), expected)
     assert (read_label(tmp_path / "out" / "labels" / "b.png") == 0).all()
+
+
+LEFT = [10, 10, 20, 10, 20, 30, 10, 30]  # pixels [10:30, 10:20]
+RIGHT = [40, 5, 50, 5, 50, 15, 40, 15]  # pixels [5:15, 40:50]
+
+
+def coco_label(value=0):
+    """The label with one value in LEFT."""
+    expected = np.zeros(SIZE, np.uint8)
+    expected[10:30, 10:20] = value
+    return expected
+
+
+def test_coco_entries_of_the_same_file_are_merged(tmp_path):
+    """Merged COCO files list an image twice, with the annotations of each file."""
+    photo(tmp_path / "a.jpg")
+    annotations = [
+        {"image_id": 7, "category_id": 3, "segmentation": [LEFT]},
+        {"image_id": 8, "category_id": 6, "segmentation": [RIGHT]},
+    ]
+    path = coco(tmp_path / "merged.json", ["a.jpg", "a.jpg"], annotations)
+    assert convert(path, tmp_path / "out").files == 1
+    expected = coco_label(1)
+    expected[5:15, 40:50] = 2
+    assert np.array_equal(read_label(tmp_path / "out" / "labels" / "a.png"), expected)
+    content = json.loads(path.read_text())
+    content["images"][1]["width"] = 50
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"a\.jpg: it is listed with the sizes .*40x50"):
+        convert(path, tmp_path / "other")
+
+
+def test_coco_ids_as_texts_and_of_unknown_images(tmp_path):
+    photo(tmp_path / "a.jpg")
+    annotations = [
+        {"image_id": "7", "category_id": "3", "segmentation": [LEFT]},
+        {"image_id": 70, "category_id": 6, "segmentation": [RIGHT]},
+    ]
+    summary = convert(coco(tmp_path / "one.json", ["a.jpg"], annotations), tmp_path / "out")
+    assert np.array_equal(read_label(tmp_path / "out" / "labels" / "a.png"), coco_label(1))
+    assert summary.notes["annotations belong to images that the file does not list, and were left out"] == 1
+
+
+def test_coco_boxes_are_void_around_the_outlines(tmp_path):
+    """[[]] is an empty outline too. Without outline and box, nobody knows where the object is."""
+    for name in "abc":
+        photo(tmp_path / f"{name}.jpg")
+    annotations = [
+        {"image_id": 7, "category_id": 6, "segmentation": [LEFT]},
+        {"image_id": 7, "category_id": 3, "segmentation": [[]], "bbox": [5, 5, 30, 30]},
+        {"image_id": 8, "category_id": 3, "bbox": [10, 10, 10, 20]},
+        {"image_id": 9, "category_id": 3, "segmentation": []},
+    ]
+    path = coco(tmp_path / "one.json", ["a.jpg", "b.jpg", "c.jpg"], annotations, ("wall", "background"))
+    summary = convert(path, tmp_path / "out", classes="background,wall")
+    expected = np.zeros(SIZE, np.uint8)
+    expected[5:35, 5:35] = VOID
+    expected[10:30, 10:20] = 0
+    assert np.array_equal(read_label(tmp_path / "out" / "labels" / "a.png"), expected)
+    assert np.array_equal(read_label(tmp_path / "out" / "labels" / "b.png"), coco_label(VOID))
+    assert summary.failed == ["c.jpg: an annotation has neither a segmentation nor a bbox; expected one of them"]
+    assert summary.files == 2
+
+
+COCO_FAULTS = {
+    # a change of the file, and what the error says
+    "no image_id": (lambda c: c["annotations"][0].pop("image_id"), "has no image_id"),
+    "no category_id": (lambda c: c["annotations"][0].pop("category_id"), "has no category_id"),
+    "category without id": (lambda c: c["categories"][0].pop("id"), "has no id"),
+    "category without name": (lambda c: c["categories"][0].pop("name"), "a category is called null"),
+    "image without id": (lambda c: c["images"][0].pop("id"), "has no id"),
+    "image without name": (lambda c: c["images"][0].pop("file_name"), "id 7 has no file_name"),
+    "two images with one id": (lambda c: c["images"][1].update(id=7), "a.jpg and b.jpg both have the id 7"),
+    "two categories with one id": (lambda c: c["categories"][1].update(id=3), "wall and roof both have the id 3"),
+    "no list": (lambda c: c.update(annotations=None), "annotations is not a list"),
+}
+
+
+@pytest.mark.parametrize("fault", COCO_FAULTS)
+def test_faulty_coco_files(fault, tmp_path, capsys):
+    for name in "ab":
+        photo(tmp_path / f"{name}.jpg")
+    annotations = [{"image_id": 7, "category_id": 3, "segmentation": [LEFT]}]
+    path = coco(tmp_path / "one.json", ["a.jpg", "b.jpg"], annotations)
+    content = json.loads(path.read_text())
+    COCO_FAULTS[fault][0](content)
+    path.write_text(json.dumps(content))
+    assert main(["convert", str(path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and COCO_FAULTS[fault][1] in error and not (tmp_path / "out").exists()
 
 
 def test_coco_agrees_with_pycocotools(tmp_path):

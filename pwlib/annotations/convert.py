@@ -1,7 +1,8 @@
 """Convert LabelMe JSON, COCO JSON and masks to the data set "folder": index PNGs, images and classes.txt.
 
 A pixel belongs to a polygon if its centre is inside, by the even-odd rule; pixel (x, y) covers [x, x + 1] x [y, y + 1].
-Shapes are drawn one after the other: in the order of the file in LabelMe, from large to small in COCO.
+Shapes are drawn one after the other: in the order of the file in LabelMe, from large to small in COCO. A box of COCO
+without a segmentation is void where no shape covers it, because it does not say which of its pixels the object has.
 """
 
 from __future__ import annotations
@@ -166,26 +167,71 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_coco(content: dict[str, Any], source: Path, folder: Path | None, summary: Summary):
     """COCO: {image: function that reads its annotations}, and the names of its categories in the order of their ids."""
-    categories = {c["id"]: c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])}
-    by_image: dict[Any, list] = {}
+    for part in ("categories", "images", "annotations"):
+        if not isinstance(content[part], list):
+            raise ValueError(f"{source}: {part} is not a list; expected COCO JSON")
+    categories: dict[Any, str] = {}
+    for category in content["categories"]:
+        k, name = _coco_id(category, "id", source), _class_name(category.get("name"), f"{source}: a category")
+        if categories.setdefault(k, name) != name:
+            raise ValueError(f"{source}: {categories[k]} and {name} both have the id {k}; expected different ids")
+    files: dict[Any, str] = {}
+    entries: dict[str, dict[Any, dict]] = {}  # of a file by their ids: merged COCO files list an image several times
+    for entry in content["images"]:
+        k, name = _coco_id(entry, "id", source), entry.get("file_name")
+        if not isinstance(name, str):
+            raise ValueError(f"{source}: the image with the id {k} has no file_name; expected one")
+        if files.setdefault(k, name) != name:
+            raise ValueError(f"{source}: {files[k]} and {name} both have the id {k}; expected different ids")
+        entries.setdefault(name, {})[k] = entry
+    by_image: dict[Any, list] = {k: [] for k in files}
+    used = set()
     for annotation in content["annotations"]:
-        if not annotation.get("segmentation"):
-            summary.notes["annotations without a segmentation (boxes only) were left out"] += 1
+        if (k := _coco_id(annotation, "image_id", source)) not in by_image:
+            summary.notes["annotations belong to images that the file does not list, and were left out"] += 1
             continue
-        by_image.setdefault(annotation["image_id"], []).append(annotation)
+        by_image[k].append(annotation)
+        if _has_outline(annotation):
+            used.add(_coco_id(annotation, "category_id", source))
 
     def masks(size: tuple[int, int], annotations: list) -> Iterator[tuple[str, np.ndarray]]:
-        drawn = [(categories[a["category_id"]], _coco_mask(a["segmentation"], size)) for a in annotations]
+        for annotation in annotations:
+            if not _has_outline(annotation):  # somewhere in its box is an object, the rest of the box is unknown
+                if not annotation.get("bbox"):
+                    raise ValueError("an annotation has neither a segmentation nor a bbox; expected one of them")
+                x, y, width, height = annotation["bbox"]
+                corners = np.array([(x, y), (x + width, y), (x + width, y + height), (x, y + height)], float)
+                yield VOID_NAMES[0], draw_polygon(corners, size)
+                summary.notes["annotations are boxes without a segmentation; the pixels in the boxes are void"] += 1
+        outlined = [a for a in annotations if _has_outline(a)]
+        names = [categories[_coco_id(a, "category_id", source)] for a in outlined]
+        drawn = [(name, _coco_mask(a["segmentation"], size)) for name, a in zip(names, outlined, strict=True)]
         yield from sorted(drawn, key=lambda pair: -pair[1].sum())
 
-    def read(entry: dict[str, Any]) -> Annotated:
-        size = (entry["height"], entry["width"])
-        path = _find(entry["file_name"], folder, source.parent if source.is_file() else source)
-        return Annotated(path, size, masks(size, by_image.get(entry["id"], [])))
+    def read(name: str) -> Annotated:
+        sizes = {(entry["height"], entry["width"]) for entry in entries[name].values()}
+        if len(sizes) > 1:
+            raise ValueError(f"it is listed with the sizes {' and '.join(f'{h}x{w}' for h, w in sizes)}; expected one")
+        path = _find(name, folder, source.parent if source.is_file() else source)
+        (size,) = sizes
+        return Annotated(path, size, masks(size, [a for k in entries[name] for a in by_image[k]]))
 
-    used = {annotation["category_id"] for annotations in by_image.values() for annotation in annotations}
-    readers = {entry["file_name"]: partial(read, entry) for entry in content["images"]}
-    return readers, [name for k, name in categories.items() if k in used or not used]
+    readers = {name: partial(read, name) for name in entries}
+    ordered = sorted(categories, key=lambda k: (isinstance(k, str), k))  # numbers before texts
+    return readers, [categories[k] for k in ordered if k in used or not used]
+
+
+def _coco_id(item: Any, key: str, source: Path) -> int | float | str:
+    """An id in a COCO file. Some programs write the number 4 as the text "4" in one place and not in another."""
+    value = item.get(key) if isinstance(item, dict) else None
+    if not isinstance(value, (int, float, str)):
+        raise ValueError(f"{source}: an entry has no {key}: {json.dumps(item)[:100]}; expected a number")
+    return int(value) if re.fullmatch("0|[1-9][0-9]*", str(value)) else value
+
+
+def _has_outline(annotation: dict[str, Any]) -> bool:
+    """Whether a COCO annotation has a mask or a polygon with points."""
+    return any(annotation.get("segmentation") or ())
 
 
 def _coco_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
@@ -261,6 +307,13 @@ def draw_polygon(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         for left, right in columns.reshape(-1, 2):
             mask[row, left:right] = True
     return mask
+
+
+def _class_name(name: Any, owner: str) -> str:
+    """The name that an annotation gives to a class, without spaces at its ends; ValueError if it is not a text."""
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"{owner} is called {json.dumps(name)}; expected the name of a class")
+    return name.strip()
 
 
 def _find(name: str, folder: Path | None, beside: Path, stem: str | None = None) -> Path:
