@@ -390,6 +390,49 @@ def test_names_of_masks(name, tmp_path):
     assert (tmp_path / "out" / "labels" / "a.png").is_file()
 
 
+def grey(path, value=1):
+    """Write a mask with the value in a quarter of its pixels; return it."""
+    mask = np.zeros(SIZE, np.uint8)
+    mask[: SIZE[0] // 2, : SIZE[1] // 2] = value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(mask).save(path)
+    return mask
+
+
+@pytest.mark.parametrize("image, mask", [("{}.jpg", "{}_mask.png"), ("{}.jpg", "{}.png"), ("{}.png", "{}_mask.png")])
+def test_photographs_and_masks_in_one_folder(image, mask, tmp_path):
+    source, out = tmp_path / "mixed", tmp_path / "out"
+    photos = [photo(source / image.format(n)) for n in "ab"]
+    masks = [grey(source / mask.format(n)) for n in "ab"]
+    summary = convert(source, out, images=tmp_path / "mixed" / ".." / "mixed", classes="background,cat")
+    assert summary.files == 2 and not summary.failed and not summary.notes
+    assert sorted(path.name for path in (out / "images").iterdir()) == [path.name for path in photos]
+    for n, original, expected in zip("ab", photos, masks, strict=True):
+        assert (out / "images" / original.name).read_bytes() == original.read_bytes()
+        assert np.array_equal(read_label(out / "labels" / f"{n}.png"), expected)
+
+
+def test_a_mask_is_not_its_own_photograph(tmp_path, capsys):
+    for n in "ab":
+        grey(tmp_path / "masks" / f"{n}.png")
+    command = ["convert", tmp_path / "masks", "--images", tmp_path / "masks", "--out", tmp_path / "out"]
+    assert main(list(map(str, command))) == 2 and not (tmp_path / "out").exists()
+    assert "masks has no photograph a.* for it" in capsys.readouterr().err
+
+
+def test_photographs_without_a_mask_and_with_ambiguous_names(tmp_path, capsys):
+    for name in ("a.jpg", "b.jpg", "b.png", "c.jpg", "d.jpg", "e.jpg"):
+        photo(tmp_path / "photos" / name)
+    for name in ("a.png", "b.png", "c_mask.png"):
+        grey(tmp_path / "masks" / name)
+    command = ["convert", tmp_path / "masks", "--images", tmp_path / "photos", "--out", tmp_path / "out"]
+    assert main(list(map(str, command))) == 1
+    out = capsys.readouterr().out
+    assert "2 images" in out and f"note: 2 photographs in {tmp_path / 'photos'} have no mask and were left out" in out
+    assert "b.png: " in out and "has several photographs for it, b.jpg and b.png; expected one" in out
+    assert sorted(path.name for path in (tmp_path / "out" / "images").iterdir()) == ["a.jpg", "c.jpg"]
+
+
 # -------------------------------------------------------------------------------------------------------------- faults
 
 

@@ -83,7 +83,8 @@ def convert(
 
     Args:
         source: a COCO file, a folder of LabelMe files, a folder of masks (with the names of their images; "-mask" or
-            "_mask" may follow), or a folder in VOC's layout, as CVAT exports "segmentation masks".
+            "_mask" may follow, and the images may be in the same folder), or a folder in VOC's layout, as CVAT exports
+            "segmentation masks".
         images: folder of the images; None: the places that the annotations name. A folder of masks needs it.
         classes: class names, separated by commas or in a file (see `read_classes`); None: those in the annotations, by
             COCO's ids or in alphabetical order.
@@ -343,19 +344,40 @@ def _convert_masks(
     reader = LabelReader(colours, values, void)
     if not Path(images).is_dir():
         raise FileNotFoundError(f"{images} is not a folder; expected the images of the masks there (--images)")
-    stems = {path.stem: path for path in list_files(images, IMAGE_SUFFIXES)}
-    if colours is None and values is None:
-        _check_values(masks, reader, names)
-    for path in masks:
+    pairs = _pair_masks(masks, Path(images), summary)
+    if colours is None and values is None and pairs:
+        _check_values([*pairs], reader, names)
+    for path, image in pairs.items():
         try:
-            image = stems.get(path.stem) or stems.get(re.sub(r"[-_. ]masks?$", "", path.stem, flags=re.IGNORECASE))
-            if image is None:
-                raise FileNotFoundError(f"{path}: no image {path.stem}.* in {images}; expected the same name")
             _write_pair(image, read_classes_of(path, reader)[1], base, summary)
         except (ValueError, FileNotFoundError) as error:
             summary.failed.append(str(error))
     largest = max((k for k in summary.pixels if k != VOID), default=0)
     return _finish(out, names or [f"class {k}" for k in range(largest + 1)], colours, summary)
+
+
+def _pair_masks(masks: Sequence[Path], folder: Path, summary: Summary) -> dict[Path, Path]:
+    """{mask: its photograph}; the folder may contain both. The summary says what has no or no unique counterpart."""
+    files = {path.resolve(): path for path in list_files(folder, IMAGE_SUFFIXES)}
+    stems: dict[str, list[Path]] = {}
+    for path in files:
+        stems.setdefault(path.stem, []).append(path)
+    found = {}
+    for mask in masks:
+        same, base = mask.stem, re.sub(r"[-_. ]masks?$", "", mask.stem, flags=re.IGNORECASE)
+        others = [[path for path in stems.get(stem, ()) if path != mask.resolve()] for stem in (same, base)]
+        found[mask] = others[0] or others[1]
+    photographs = {path for paths in found.values() for path in paths}
+    found = {mask: paths for mask, paths in found.items() if mask.resolve() not in photographs}
+    for mask, paths in found.items():
+        if not paths:
+            summary.failed.append(f"{mask}: {folder} has no photograph {mask.stem}.* for it; expected the same name")
+        elif len(paths) > 1:
+            names = " and ".join(files[path].name for path in paths)
+            summary.failed.append(f"{mask}: {folder} has several photographs for it, {names}; expected one")
+    if left := files.keys() - photographs - {mask.resolve() for mask in masks}:
+        summary.notes[f"photographs in {folder} have no mask and were left out"] = len(left)
+    return {mask: files[paths[0]] for mask, paths in found.items() if len(paths) == 1}
 
 
 def _check_values(masks: Sequence[Path], reader: LabelReader, names: Sequence[str] | None) -> None:
