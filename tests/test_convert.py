@@ -273,6 +273,51 @@ def test_coco_boxes_are_void_around_the_outlines(tmp_path):
     assert summary.files == 2
 
 
+def test_two_coco_splits_have_the_same_classes(tmp_path):
+    """The categories of the file count, not those that occur; --classes may leave out those that do not."""
+    for name in "ab":
+        photo(tmp_path / f"{name}.jpg")
+    both = [{"image_id": 7, "category_id": k, "segmentation": [p]} for k, p in ((3, LEFT), (6, RIGHT))]
+    train = coco(tmp_path / "train.json", ["a.jpg"], both)
+    val = coco(tmp_path / "val.json", ["b.jpg"], [{"image_id": 7, "category_id": 6, "segmentation": [LEFT]}])
+    convert(train, tmp_path / "out", split="train")
+    summary = convert(val, tmp_path / "out", split="val")
+    assert summary.names == load("folder", "val", tmp_path / "out").class_names == ("background", "wall", "roof")
+    assert summary.notes == {"categories have no pixels; to leave them out, list the others with --classes": 1}
+    assert np.array_equal(read_label(tmp_path / "out" / "val" / "labels" / "b.png"), coco_label(2))
+    convert(val, tmp_path / "other", classes="background,roof")
+    assert np.array_equal(read_label(tmp_path / "other" / "labels" / "b.png"), coco_label(1))
+    many = coco(tmp_path / "many.json", ["b.jpg"], both, [f"c{k}" for k in range(255)])
+    with pytest.raises(ValueError, match="256 classes do not fit into a label, which holds 255"):
+        convert(many, tmp_path / "many")
+    assert convert(many, tmp_path / "many", rest="void").names == tuple(f"c{k}" for k in range(255))
+
+
+@pytest.mark.parametrize("kind", ["labelme", "masks"])
+def test_other_classes_are_refused_before_a_file_is_written(kind, tmp_path):
+    """The remedy that the error names then works."""
+    out = tmp_path / "out"
+    for split, labels in (("train", ["cat", "dog"]), ("val", ["dog"])):
+        photo(tmp_path / split / f"{split}.jpg")
+        if kind == "labelme":
+            shapes = [shape(label, np.reshape(LEFT, (4, 2)).tolist()) for label in labels]
+            labelme(tmp_path / split / f"{split}.json", shapes, f"{split}.jpg")
+        else:
+            grey(tmp_path / split / f"{split}.png", len(labels))
+    if kind == "masks":
+        label = grey(tmp_path / "train" / "train.png", 2)
+        label[-1] = 1
+        Image.fromarray(label).save(tmp_path / "train" / "train.png")
+    options = [{"images": tmp_path / split} if kind == "masks" else {} for split in ("train", "val")]
+    names = convert(tmp_path / "train", out, split="train", **options[0]).names
+    with pytest.raises(ValueError, match=r"has other classes .*, for example --classes .*classes\.txt"):
+        convert(tmp_path / "val", out, split="val", **options[1])
+    assert not (out / "val").exists()
+    assert convert(tmp_path / "val", out, split="val", classes=str(out / "classes.txt"), **options[1]).names == names
+    expected = coco_label(2) if kind == "labelme" else grey(tmp_path / "expected.png", 1)
+    assert np.array_equal(read_label(out / "val" / "labels" / "val.png"), expected)
+
+
 COCO_FAULTS = {
     # a change of the file, and what the error says
     "no image_id": (lambda c: c["annotations"][0].pop("image_id"), "has no image_id"),

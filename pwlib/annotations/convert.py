@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from pwlib.annotations.check import FLIPS, classes_error, image_orientation, read_classes_of
-from pwlib.annotations.classes import LabelReader, parse_classes, parse_values, read_text
+from pwlib.annotations.classes import LabelReader, parse_classes, parse_values, read_classes, read_text
 from pwlib.data.files import list_files
 from pwlib.data.images import IMAGE_SUFFIXES, LABEL_SUFFIXES, VOID, image_size
 from pwlib.data.palettes import voc_palette
@@ -86,13 +86,14 @@ def convert(
             "_mask" may follow, and the images may be in the same folder), or a folder in VOC's layout, as CVAT exports
             "segmentation masks".
         images: folder of the images; None: the places that the annotations name. A folder of masks needs it.
-        classes: class names, separated by commas or in a file (see `read_classes`); None: those in the annotations, by
-            COCO's ids or in alphabetical order.
+        classes: class names, separated by commas or in a file (see `read_classes`); None: all categories of a COCO file
+            by their ids, the labels in LabelMe files in alphabetical order, the numbers in masks.
         palette, values, void: the meaning of masks, see `LabelReader`; palette: a file with lines `name r g b`.
         rest: the class of pixels without annotation, or "void".
 
     Raises:
-        FileNotFoundError, ValueError: an input is missing or damaged, or a label is not in `classes`.
+        FileNotFoundError, ValueError: an input is missing or damaged, a label is not in `classes`, or `out/classes.txt`
+            has other classes; nothing is written then.
     """
     source, base = Path(source), Path(out) / split if split else Path(out)
     for part in ("images", "labels"):
@@ -106,19 +107,22 @@ def convert(
     if kind == "masks":
         return _convert_masks(content, base, Path(out), images, classes, palette, values, void, summary)
     reader = {"coco": _read_coco, "labelme": _read_labelme}[kind]
-    annotated, found = reader(content, source, Path(images) if images else None, summary)
+    annotated, declared, used = reader(content, source, Path(images) if images else None, summary)
     names, colours = parse_classes(classes) if classes else (None, None)
     if names is None:
         ignored = (*VOID_NAMES, *BACKGROUND_NAMES)
-        names = tuple(name for name in found if name not in ignored)
+        names = tuple(name for name in dict.fromkeys(declared) if name not in ignored)
+        if unused := [name for name in names if name not in used]:
+            summary.notes["categories have no pixels; to leave them out, list the others with --classes"] = len(unused)
         names = names if rest == "void" else (rest, *(name for name in names if name != rest))
     elif rest not in ("void", *names):
         raise ValueError(f"--rest {rest} is not in --classes {', '.join(names)}; expected one of them, or void")
-    if unknown := [name for name in found if name not in (*names, *VOID_NAMES, *BACKGROUND_NAMES)]:
+    if unknown := [name for name in used if name not in (*names, *VOID_NAMES, *BACKGROUND_NAMES)]:
         raise ValueError(f"the annotations contain {', '.join(unknown)}, which --classes does not name")
     numbers = {name: k for k, name in enumerate(names)} | dict.fromkeys(VOID_NAMES, VOID)
     fill = numbers.get(rest, VOID)
     numbers |= {name: numbers.get(name, fill) for name in BACKGROUND_NAMES}
+    lines = _class_lines(Path(out), names, colours)
     for file, read in annotated.items():
         try:
             item = read()
@@ -130,7 +134,7 @@ def convert(
             summary.failed.append(f"{file}: {error}")
         except (KeyError, TypeError, IndexError) as error:
             summary.failed.append(f"{file}: its annotation is damaged ({type(error).__name__}: {error})")
-    return _finish(Path(out), names, colours, summary)
+    return _finish(Path(out), names, lines, summary)
 
 
 # ------------------------------------------------------------------------------------------------------------- sources
@@ -167,7 +171,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_coco(content: dict[str, Any], source: Path, folder: Path | None, summary: Summary):
-    """COCO: {image: function that reads its annotations}, and the names of its categories in the order of their ids."""
+    """COCO: {image: function that reads its annotations}, the names of all categories by their ids, those that occur."""
     for part in ("categories", "images", "annotations"):
         if not isinstance(content[part], list):
             raise ValueError(f"{source}: {part} is not a list; expected COCO JSON")
@@ -219,7 +223,8 @@ def _read_coco(content: dict[str, Any], source: Path, folder: Path | None, summa
 
     readers = {name: partial(read, name) for name in entries}
     ordered = sorted(categories, key=lambda k: (isinstance(k, str), k))  # numbers before texts
-    return readers, [categories[k] for k in ordered if k in used or not used]
+    # All categories, used or not, so that the files of two splits give the same classes.
+    return readers, [categories[k] for k in ordered], [categories[k] for k in ordered if k in used]
 
 
 def _coco_id(item: Any, key: str, source: Path) -> int | float | str:
@@ -253,7 +258,7 @@ def _coco_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 def _read_labelme(contents: dict[Path, dict], source: Path, folder: Path | None, summary: Summary):
-    """LabelMe: {file: function that reads it}, and the names of all labels in alphabetical order."""
+    """LabelMe: {file: function that reads it}, and twice the names of all labels in alphabetical order."""
 
     def read(path: Path, content: dict[str, Any]) -> Annotated:
         image = _find(content.get("imagePath") or path.stem, folder, path.parent, path.stem)
@@ -270,7 +275,8 @@ def _read_labelme(contents: dict[Path, dict], source: Path, folder: Path | None,
                 yield shape["label"], mask
 
     readers = {str(path): partial(read, path, content) for path, content in contents.items()}
-    return readers, sorted({shape["label"] for content in contents.values() for shape in content["shapes"]})
+    names = sorted({shape["label"] for content in contents.values() for shape in content["shapes"]})
+    return readers, names, names
 
 
 def _labelme_mask(shape: dict[str, Any], size: tuple[int, int]) -> np.ndarray | None:
@@ -345,15 +351,17 @@ def _convert_masks(
     if not Path(images).is_dir():
         raise FileNotFoundError(f"{images} is not a folder; expected the images of the masks there (--images)")
     pairs = _pair_masks(masks, Path(images), summary)
+    count = max((k for k in (values or {}).values() if k != VOID), default=0) + 1
     if colours is None and values is None and pairs:
-        _check_values([*pairs], reader, names)
+        count = _check_values([*pairs], reader, names)
+    names = names or [f"class {k}" for k in range(count)]
+    lines = _class_lines(out, names, colours) if pairs else []
     for path, image in pairs.items():
         try:
             _write_pair(image, read_classes_of(path, reader)[1], base, summary)
         except (ValueError, FileNotFoundError) as error:
             summary.failed.append(str(error))
-    largest = max((k for k in summary.pixels if k != VOID), default=0)
-    return _finish(out, names or [f"class {k}" for k in range(largest + 1)], colours, summary)
+    return _finish(out, names, lines, summary)
 
 
 def _pair_masks(masks: Sequence[Path], folder: Path, summary: Summary) -> dict[Path, Path]:
@@ -380,8 +388,8 @@ def _pair_masks(masks: Sequence[Path], folder: Path, summary: Summary) -> dict[P
     return {mask: files[paths[0]] for mask, paths in found.items() if len(paths) == 1}
 
 
-def _check_values(masks: Sequence[Path], reader: LabelReader, names: Sequence[str] | None) -> None:
-    """ValueError with a suggestion for --values if the values of the masks are not the numbers of classes."""
+def _check_values(masks: Sequence[Path], reader: LabelReader, names: Sequence[str] | None) -> int:
+    """The number of classes; ValueError, with a suggestion for --values, if the masks' values are not their numbers."""
     stored, occurring = set(), set()
     for path in masks:
         values, classes = read_classes_of(path, reader)
@@ -391,6 +399,7 @@ def _check_values(masks: Sequence[Path], reader: LabelReader, names: Sequence[st
     error = classes_error(sorted(occurring & {*range(count)}), count, stored, named=bool(names))
     if error is not None:
         raise ValueError(f"masks: {error}")
+    return count
 
 
 def _write_pair(image: Path, label: np.ndarray, base: Path, summary: Summary) -> None:
@@ -415,16 +424,27 @@ def _write_pair(image: Path, label: np.ndarray, base: Path, summary: Summary) ->
     summary.pixels.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
 
 
-def _finish(out: Path, names: Sequence[str], colours: np.ndarray | None, summary: Summary) -> Summary:
-    """Write classes.txt; ValueError if nothing was converted, or if it contains other classes already."""
+def _class_lines(out: Path, names: Sequence[str], colours: np.ndarray | None) -> list[str]:
+    """The lines of classes.txt; ValueError if there are too many, or if `out` has a classes.txt with other classes."""
+    path = out / "classes.txt"
+    if len(names) > VOID:
+        raise ValueError(f"{len(names)} classes do not fit into a label, which holds {VOID}; choose with --classes")
+    if path.is_file() and (old := read_classes(path)[0]) != tuple(names):
+        raise ValueError(
+            f"{path} has other classes ({', '.join(old)}) than {', '.join(names)}; give the same classes in both "
+            f"conversions, for example --classes {path}"
+        )
+    colours = voc_palette(len(names)) if colours is None or len(colours) != len(names) + 1 else colours
+    return [f"{name} {r} {g} {b}" for name, (r, g, b) in zip((*names, "void"), colours.tolist(), strict=True)]
+
+
+def _finish(out: Path, names: Sequence[str], lines: Sequence[str], summary: Summary) -> Summary:
+    """Write classes.txt, unless it is there already; ValueError if nothing was converted."""
     if not summary.files:
         raise ValueError(summary.failed[0] if summary.failed else "there is no image to convert")
     summary.names = tuple(names)
-    colours = voc_palette(len(names)) if colours is None or len(colours) != len(names) + 1 else colours
-    lines = [f"{name} {r} {g} {b}" for name, (r, g, b) in zip((*names, "void"), colours.tolist(), strict=True)]
-    if (out / "classes.txt").is_file() and read_text(out / "classes.txt").splitlines() != lines:
-        raise ValueError(f"{out / 'classes.txt'} has other classes than {', '.join(names)}; give the same --classes")
-    (out / "classes.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if not (out / "classes.txt").is_file():
+        (out / "classes.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return summary
 
 
