@@ -135,6 +135,64 @@ def test_labelme_options(tmp_path):
         convert(tmp_path / "json", tmp_path / "a", **options, split="test")
 
 
+SQUARE = [[10, 10], [20, 10], [20, 30], [10, 30]]  # pixels [10:30, 10:20]
+LABELS = {
+    # what is wrong with the shapes of a file: (the shapes, what the list of failed files says)
+    "null": ([shape(None, SQUARE)], "b.json: a shape is called null; expected the name of a class"),
+    "a number": ([shape(3, SQUARE)], "b.json: a shape is called 3; expected the name of a class"),
+    "spaces": ([shape("  ", SQUARE)], 'b.json: a shape is called "  "; expected the name of a class'),
+    "no label": ([{"points": SQUARE}], "b.json: a shape is called null"),
+    "no shapes": (None, "b.json: shapes is null; expected a list"),
+    "texts": (["cat"], "b.json: its annotation is damaged"),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_labelme_files_with_faulty_labels_are_listed(kind, tmp_path, capsys):
+    for name in "ab":
+        photo(tmp_path / "in" / f"{name}.jpg")
+    labelme(tmp_path / "in" / "a.json", [shape("cat", SQUARE)], "a.jpg")
+    shapes, message = LABELS[kind]
+    labelme(tmp_path / "in" / "b.json", shapes, "b.jpg")
+    assert main(["convert", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 1
+    assert f"failed: {tmp_path / 'in'}/{message}" in capsys.readouterr().out
+    assert load("folder", "all", tmp_path / "out").class_names == ("background", "cat")
+    assert [path.name for path in (tmp_path / "out" / "labels").iterdir()] == ["a.png"]
+
+
+def test_spaces_around_labels_do_not_count(tmp_path):
+    for name, label in (("a", "cat"), ("b", "cat "), ("c", " a dog")):
+        photo(tmp_path / "in" / f"{name}.jpg")
+        labelme(tmp_path / "in" / f"{name}.json", [shape(label, SQUARE)], f"{name}.jpg")
+    convert(tmp_path / "in", tmp_path / "out")
+    data = load("folder", "all", tmp_path / "out")
+    assert data.class_names == ("background", "a dog", "cat") and data.names == list("abc")
+    for (_, label), value in zip(data, (2, 2, 1), strict=True):
+        expected = np.zeros(SIZE, np.uint8)
+        expected[10:30, 10:20] = value
+        assert np.array_equal(label, expected)
+
+
+@pytest.mark.parametrize("name", ["#1", "a\nb", "a\u2028b", "Void", "a:1,2,3:", "cat,", "\ud800"])
+def test_names_that_a_class_list_cannot_hold(name, tmp_path, capsys):
+    photo(tmp_path / "in" / "a.jpg")
+    labelme(tmp_path / "in" / "a.json", [shape(name, SQUARE), shape("zebra", SQUARE)], "a.jpg")
+    assert main(["convert", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 2
+    assert f"{name!r} cannot be the name of a class in classes.txt" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_that_occur_twice_and_unusual_names(tmp_path):
+    names = ("3 4 5 cat", "a # b", "12", "a, b", "Straße", "a:b")
+    photo(tmp_path / "in" / "a.jpg")
+    labelme(tmp_path / "in" / "a.json", [shape("12", SQUARE)], "a.jpg")
+    with pytest.raises(ValueError, match=r"'12' cannot be the name of a class in classes\.txt, or occurs twice"):
+        convert(tmp_path / "in", tmp_path / "other", classes="background,12,12")
+    labelme(tmp_path / "in" / "a.json", [shape(name, SQUARE) for name in names], "a.jpg")
+    convert(tmp_path / "in", tmp_path / "out")
+    assert load("folder", "all", tmp_path / "out").class_names == ("background", *sorted(names))
+
+
 @pytest.mark.parametrize("tag", [1, 3, 6, 8])
 @pytest.mark.parametrize("raw", [True, False])
 def test_annotations_of_rotated_photos(tag, raw, tmp_path):

@@ -14,6 +14,7 @@ import json
 import math
 import re
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -171,7 +172,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_coco(content: dict[str, Any], source: Path, folder: Path | None, summary: Summary):
-    """COCO: {image: function that reads its annotations}, the names of all categories by their ids, those that occur."""
+    """COCO: {image: function that reads it}, the names of all categories by their ids, and of those used."""
     for part in ("categories", "images", "annotations"):
         if not isinstance(content[part], list):
             raise ValueError(f"{source}: {part} is not a list; expected COCO JSON")
@@ -263,19 +264,25 @@ def _read_labelme(contents: dict[Path, dict], source: Path, folder: Path | None,
     def read(path: Path, content: dict[str, Any]) -> Annotated:
         image = _find(content.get("imagePath") or path.stem, folder, path.parent, path.stem)
         size = image_size(image)
+        if not isinstance(content["shapes"], list):
+            raise ValueError(f"shapes is {json.dumps(content['shapes'])[:100]}; expected a list")
         size = (content.get("imageHeight") or size[0], content.get("imageWidth") or size[1])
         return Annotated(image, size, masks(content["shapes"], size))
 
     def masks(shapes: list, size: tuple[int, int]) -> Iterator[tuple[str, np.ndarray]]:
         for shape in shapes:
-            mask = _labelme_mask(shape, size)
+            mask, name = _labelme_mask(shape, size), _class_name(shape.get("label"), "a shape")
             if mask is None:
                 summary.notes[f"shapes of type {shape.get('shape_type')} have no area and were left out"] += 1
             else:
-                yield shape["label"], mask
+                yield name, mask
 
     readers = {str(path): partial(read, path, content) for path, content in contents.items()}
-    names = sorted({shape["label"] for content in contents.values() for shape in content["shapes"]})
+    shapes = [
+        shape for content in contents.values() if isinstance(content["shapes"], list) for shape in content["shapes"]
+    ]
+    labels = [shape.get("label") for shape in shapes if isinstance(shape, dict)]
+    names = sorted({label.strip() for label in labels if isinstance(label, str)} - {""})  # `read` refuses the others
     return readers, names, names
 
 
@@ -425,10 +432,14 @@ def _write_pair(image: Path, label: np.ndarray, base: Path, summary: Summary) ->
 
 
 def _class_lines(out: Path, names: Sequence[str], colours: np.ndarray | None) -> list[str]:
-    """The lines of classes.txt; ValueError if there are too many, or if `out` has a classes.txt with other classes."""
+    """The lines of classes.txt; ValueError if it cannot hold them, or if `out` has a classes.txt with other classes."""
     path = out / "classes.txt"
     if len(names) > VOID:
         raise ValueError(f"{len(names)} classes do not fit into a label, which holds {VOID}; choose with --classes")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            if names.count(name) > 1 or not _is_read_back(name, Path(folder) / "classes.txt"):
+                raise ValueError(f"{name!r} cannot be the name of a class in classes.txt, or occurs twice; rename it")
     if path.is_file() and (old := read_classes(path)[0]) != tuple(names):
         raise ValueError(
             f"{path} has other classes ({', '.join(old)}) than {', '.join(names)}; give the same classes in both "
@@ -436,6 +447,15 @@ def _class_lines(out: Path, names: Sequence[str], colours: np.ndarray | None) ->
         )
     colours = voc_palette(len(names)) if colours is None or len(colours) != len(names) + 1 else colours
     return [f"{name} {r} {g} {b}" for name, (r, g, b) in zip((*names, "void"), colours.tolist(), strict=True)]
+
+
+def _is_read_back(name: str, path: Path) -> bool:
+    """Whether a class list in `path` can hold the name: "#1" is a comment, "void" no class, a line break ends it."""
+    try:
+        path.write_text(f"{name} 1 2 3\n", encoding="utf-8")
+        return read_classes(path)[0] == (name,)
+    except ValueError:
+        return False
 
 
 def _finish(out: Path, names: Sequence[str], lines: Sequence[str], summary: Summary) -> Summary:
