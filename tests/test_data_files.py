@@ -200,7 +200,8 @@ def test_a_root_beside_a_test_folder_is_split(tmp_path):
     write_pairs(tmp_path / "test", "yz")
     names = [load("folder", split, tmp_path).names for split in ("train", "val", "test")]
     assert names == [list("abcd"), ["e"], list("yz")]
-    assert {split: sum(sizes.values()) for split, sizes in check_folder(tmp_path).sizes.items()} == {"all": 5, "test": 2}
+    sizes = check_folder(tmp_path).sizes
+    assert {split: sum(sizes[split].values()) for split in sizes} == {"all": 5, "test": 2}
 
 
 def test_folder_of_colours(tmp_path):
