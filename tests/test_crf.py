@@ -419,6 +419,9 @@ def test_probabilities_from_labels_leaves_room_for_doubt():
         probabilities_from_labels(np.array([[7]]), 3)
     with pytest.raises(ValueError, match="more than chance"):
         probabilities_from_labels(labels, 3, confidence=0.2)
+    for soft in (np.array([[0.2, 0.9, 0.99]]), torch.tensor([[0.2, 0.9, 0.99]])):  # would all become class 0
+        with pytest.raises(ValueError, match=r"label map has dtype torch.float\d\d; expected class indices"):
+            probabilities_from_labels(soft, 2)
 
 
 def test_pair_energies_follow_a_subclass_s_penalties():

@@ -1,5 +1,6 @@
 """`dense_crf` against float64 loops over all pairs of pixels, and its inputs."""
 
+import io
 import itertools
 import warnings
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pwlib import DenseCRF, dense_crf, probabilities_from_labels
 
@@ -177,6 +178,50 @@ FAULTS = {
     "filtering": (IMAGE, P, {"filtering": "fast"}, "filtering is 'fast'"),
     "normalization": (IMAGE, P, {"normalization": "all"}, "normalization is 'all'"),
 }
+
+
+def turned(orientation, form):
+    """The photograph as a phone stores it: other pixels, and a tag that says how a viewer must rotate them."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = {0: IMAGE, 1: IMAGE, 3: IMAGE[::-1, ::-1], 6: IMAGE.transpose(1, 0, 2)[::-1]}[orientation]
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(file, form, exif=exif)
+    return Image.open(file)
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_photograph_with_an_exif_orientation(orientation):
+    """Refused, in whatever shape the network saw it; with either remedy of the message the result is right."""
+    image = turned(orientation, "PNG")
+    for given in (P, np.rot90(P, axes=(2, 1)), {"out": torch.zeros(1, 3, 3, 4)}):
+        with pytest.raises(ValueError, match=rf"EXIF orientation {orientation}; expected ImageOps.exif_transpose"):
+            dense_crf(image, given)
+    want = brute_force(IMAGE, P)
+    np.testing.assert_allclose(dense_crf(ImageOps.exif_transpose(image), P, **SETTINGS), want, atol=1e-5)
+    turn = {3: lambda x: x[::-1, ::-1], 6: lambda x: x.swapaxes(0, 1)[::-1]}[orientation]  # as a phone stores it
+    p = turn(P.transpose(1, 2, 0)).transpose(2, 0, 1)
+    found = dense_crf(np.asarray(image), np.ascontiguousarray(p), **SETTINGS, filtering="exact")
+    np.testing.assert_allclose(found, turn(want.transpose(1, 2, 0)).transpose(2, 0, 1), atol=1e-5)
+
+
+def test_orientations_that_ask_for_no_rotation():
+    """1 is upright, 0 is written by some programs, and Pillow rotates a TIFF itself."""
+    for image in (turned(0, "PNG"), turned(1, "PNG"), turned(6, "TIFF")):
+        np.testing.assert_allclose(dense_crf(image, P, **SETTINGS), brute_force(IMAGE, P), atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F"])
+def test_pil_images_of_more_than_8_bits_are_read_as_arrays(mode):
+    """Pillow's conversion to RGB would make all pixels white, or of numbers from 0 to 1 all black."""
+    grey = IMAGE[..., 0] * (257.0 if mode != "F" else 1 / 255)
+    dtype = {"I;16": "<u2", "I;16B": ">u2", "I": "i4", "F": "f4"}[mode]
+    image = Image.frombytes(mode, (7, 6), grey.astype(dtype).tobytes())
+    with pytest.raises(ValueError, match="expected uint8, or theta_beta="):
+        dense_crf(image, P)
+    unit = grey.max() / IMAGE[..., 0].max()
+    found = dense_crf(image, P, **SETTINGS | {"theta_beta": 60 * unit}, filtering="exact")
+    np.testing.assert_allclose(found, brute_force(IMAGE[..., 0], P), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", FAULTS)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pwlib.crf import make_filters
 from pwlib.data import VOID
+from pwlib.data.images import ORIENTATION
 from pwlib.filters import GridPositions
 from pwlib.inputs import at_least, check_label
 
@@ -48,7 +49,8 @@ def dense_crf(
 
     Args:
         image: a PIL image, or numpy or torch of shape [*S] or [*S, C] (channels last): uint8, or any numbers if
-            `theta_beta` is given in their unit. Depth and other features of a pixel are further channels.
+            `theta_beta` is given in their unit. Depth and other features of a pixel are further channels. Rotate a
+            PIL image with an EXIF orientation first, by PIL.ImageOps.exif_transpose.
         probabilities: [K, *S] or [1, K, *S], summing to 1 at each pixel. One channel ([1, *S] or [H, W], a sigmoid)
             is the probability of the foreground. The dict of a torchvision network (key "out") or of transformers
             ("logits") contains logits [1, K, h, w]: they are resized to the image, and a softmax is taken.
@@ -65,7 +67,8 @@ def dense_crf(
         Marginals float32 of the probabilities' shape: numpy if they are, else a tensor on their device.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, a number is NaN, or the probabilities are no distribution.
+        ValueError: shapes or dtypes do not fit, a number is NaN, the probabilities are no distribution, or a PIL image
+            has an EXIF orientation.
     """
     pixels = _pixels(image)
     as_numpy = isinstance(probabilities, np.ndarray)
@@ -119,9 +122,18 @@ def dense_crf(
 
 
 def _pixels(image: Any) -> Tensor:
-    """The image as a tensor [*S] or [*S, C]; a PIL image as uint8 grey or RGB."""
+    """The image as a tensor [*S] or [*S, C]; a PIL image as uint8 grey or RGB, or as numbers of more than 8 bits."""
     if hasattr(image, "convert"):
-        image = np.array(image if image.mode == "L" else image.convert("RGB"))
+        image.load()  # Pillow rotates a TIFF while it decodes the pixels
+        # Whether the network saw the stored or the rotated pixels cannot be known: `np.asarray` does not rotate.
+        if (orientation := image.getexif().get(ORIENTATION)) in range(2, 9):
+            raise ValueError(
+                f"image has the EXIF orientation {orientation}; expected ImageOps.exif_transpose(image), for the "
+                "network too, or np.asarray(image) if the network saw the pixels as they are stored"
+            )
+        # `convert` would clip 16-bit and floating-point pixels.
+        image = np.array(image if image.mode == "L" or image.mode[0] in "IF" else image.convert("RGB"))
+        image = image.astype(image.dtype.newbyteorder("="))
     if not isinstance(image, (np.ndarray, Tensor)):
         raise ValueError(f"image is a {type(image).__name__}; expected a PIL image, numpy or torch [H, W, 3]")
     return torch.from_numpy(np.array(image)) if isinstance(image, np.ndarray) else image.detach()
@@ -198,9 +210,11 @@ def probabilities_from_labels(
 
     A labelled pixel gives its label the probability `confidence` (pydensecrf's gt_prob) and shares the rest among the
     other labels, so that the CRF may change it. Pixels with the value `void` start with a uniform distribution.
+
+    ValueError if labels are no integers (a sigmoid [H, W] is given to `dense_crf` itself) or no classes.
     """
     as_numpy = isinstance(labels, np.ndarray)
-    labels = torch.as_tensor(labels).long()
+    labels = check_label(torch.as_tensor(labels), name="label map")  # int64; a mask of probabilities is refused
     at_least(2, num_classes=num_classes)
     if not 1 / num_classes < confidence < 1:
         raise ValueError(f"confidence is {confidence}; expected more than chance (1/{num_classes}) and less than 1")
