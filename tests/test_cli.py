@@ -11,6 +11,7 @@ import pytest
 import torch
 from cli_fixtures import CLASSES, python
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torchvision.models import vgg
 
 import pwlib
@@ -345,6 +346,38 @@ def test_predict_agrees_with_the_model_with_and_without_crf(finished, photograph
         assert (np.asarray(Image.open(out / "rgb-label.png")) == expected.argmax(0).numpy()).all()
     one, other = (np.asarray(Image.open(tmp_path / str(crf) / "rgb-confidence.png")) for crf in (True, False))
     assert (one != other).any()
+
+
+def test_predict_replaces_only_what_it_wrote(finished, photographs, tmp_path, capsys):
+    """An annotation of the user, a corrected label and a file that is no image stay; earlier predictions do not."""
+    for name in ("a", "b"):
+        shutil.copy(photographs / "rgb.png", tmp_path / f"{name}.jpg")
+    command = ["predict", str(finished[0]), str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg"), "--out", str(tmp_path)]
+    label = tmp_path / "b-label.png"
+
+    def refuses(expected):
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        assert main(command) == 2
+        assert f"{expected} was not written by predict, or was changed since" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    Image.fromarray(np.full((31, 45), 1, np.uint8)).save(label)
+    refuses(label)
+    label.unlink()
+    assert main(command) == 0
+    written = label.read_bytes()
+    assert main([*command, "--no-crf"]) == 0 and main(command) == 0
+    assert label.read_bytes() == written
+    with Image.open(label) as picture:  # corrected by a program that keeps the texts in a PNG
+        text = PngInfo()
+        for key, value in picture.info.items():
+            text.add_text(key, str(value))
+        picture.putpixel((3, 4), (picture.getpixel((3, 4)) + 1) % len(CLASSES))
+        picture.save(label, pnginfo=text)
+    refuses(label)
+    label.write_bytes(written)
+    (tmp_path / "a-overlay.png").write_text("mine")
+    refuses(tmp_path / "a-overlay.png")
 
 
 def test_load_run_is_ready_to_predict(finished, photographs, tmp_path):

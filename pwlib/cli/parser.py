@@ -149,7 +149,8 @@ def parser(argv: list[str]) -> argparse.ArgumentParser:
     predict = command("predict", "Label images: label PNG, overlay and confidence for each.", PREDICT_EXAMPLES)
     predict.add_argument("run", metavar="RUN", help="run folder")
     predict.add_argument("images", metavar="IMAGE", nargs="+", help="images of any size, folders, or patterns")
-    predict.add_argument("--out", metavar="DIR", required=True, help="folder for the results")
+    text = "folder for the results; replaces earlier ones, but no file that predict did not write or that was changed"
+    predict.add_argument("--out", metavar="DIR", required=True, help=text)
     predict.add_argument("--no-crf", dest="crf", action="store_false", help="the network alone")
 
     for name, text in OWN_PARSERS.items():

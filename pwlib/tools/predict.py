@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import glob
+import hashlib
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from pwlib.checkpoints import write_atomically
 from pwlib.data import VOID, read_image
 from pwlib.data.files import list_files
 from pwlib.data.images import IMAGE_SUFFIXES
 from pwlib.tools.pictures import label_image, legend, overlay, stacked
 from pwlib.tools.runs import Run
 from pwlib.tools.tiling import label_image as compute_label
+
+KINDS = ("label", "overlay", "confidence")
+MARK = "pwlib predict"  # key of a PNG text: the digest of the pixels that were written
 
 
 def find_images(places: Sequence[str]) -> list[Path]:
@@ -54,11 +61,21 @@ def label_files(
 
     Yields:
         The image, the files that were written, and the reason why it could not be labelled ("" if it was).
+
+    Raises:
+        FileExistsError: one of these files exists already, and this function did not write it, or it was changed since.
     """
     out = Path(out)
+    outputs = {path: [out / f"{path.stem}-{kind}.png" for kind in KINDS] for path in images}
+    for file in (file for files in outputs.values() for file in files):
+        if file.exists() and not _replaceable(file):
+            raise FileExistsError(
+                f"{file} was not written by predict, or was changed since, and would be lost; choose another folder "
+                "for the results, or move the file"
+            )
     out.mkdir(parents=True, exist_ok=True)
     options = {"short_side": run.short_side, "apply_crf": apply_crf}
-    for path in images:
+    for path, files in outputs.items():
         try:
             image = read_image(path)
             label, confidence = (part.cpu() for part in compute_label(run.model, image, **options))  # [H, W] each
@@ -67,12 +84,29 @@ def label_files(
             continue
         picture = Image.fromarray(overlay(image, label, run.palette))
         key = legend(run.palette, run.class_names, [k for k in label.unique().tolist() if k != VOID], picture.width)
-        pictures = {
-            "label": label_image(label, run.palette),
-            "overlay": stacked(picture, key),
-            "confidence": Image.fromarray((255 * confidence).round().to(torch.uint8).numpy()),
-        }
-        files = [out / f"{path.stem}-{kind}.png" for kind in pictures]
-        for file, content in zip(files, pictures.values(), strict=True):
-            content.save(file)
+        pictures = [label_image(label, run.palette), stacked(picture, key)]
+        pictures += [Image.fromarray((255 * confidence).round().to(torch.uint8).numpy())]
+        for file, content in zip(files, pictures, strict=True):
+            _save(content, file)
         yield path, files, ""
+
+
+def _save(picture: Image.Image, file: Path) -> None:
+    """Write a PNG that `_replaceable` recognises, completely or not at all."""
+    text, data = PngInfo(), io.BytesIO()
+    text.add_text(MARK, _digest(picture))
+    picture.save(data, "PNG", pnginfo=text)
+    write_atomically(file, data.getvalue())
+
+
+def _replaceable(file: Path) -> bool:
+    """Whether `_save` wrote a file, and its pixels are still the same: a corrected label must not be lost."""
+    try:
+        with Image.open(file) as picture:
+            return MARK in picture.info and picture.info[MARK] == _digest(picture)
+    except Exception:  # Pillow raises errors of all kinds for a file that is no image, or no complete one
+        return False
+
+
+def _digest(picture: Image.Image) -> str:
+    return hashlib.sha256(picture.tobytes()).hexdigest()
