@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -356,6 +357,55 @@ def test_evaluation_with_other_classes(finished, capsys, tmp_path):
     line = fails(capsys, "evaluate", finished[0], "--root", tmp_path)
     assert "has the classes cat, dog" in line and "was trained on sky, sea" in line
     assert "unknown split" in fails(capsys, "evaluate", finished[0], "--data", "scenes", "--split", "exam")
+
+
+@pytest.mark.slow
+def test_the_classes_of_another_folder_are_those_of_its_file(finished, pictures, tmp_path, capsys):
+    """`train --classes` renames the classes of its own folder; it says nothing about the numbers in another one."""
+    trained, home, other = (tmp_path / name for name in ("trained", "home", "other"))
+    shutil.copytree(finished[0], trained)
+    for root in (home, other):
+        shutil.copytree(pictures / "val", root / "val")
+    config = json.loads((trained / "config.json").read_text())
+    names = config["classes"]
+    config["data"] |= {"root": str(home), "labels": {"class_names": names}}
+    (trained / "config.json").write_text(json.dumps(config))
+
+    def scored(*options):
+        assert main(["evaluate", str(trained), *options]) == 0
+        return json.loads(capsys.readouterr().out)["stage1"]["unary"]["per_class_iou"]
+
+    scores = scored("--root", str(other))
+    swapped = "\n".join([names[1], names[0], *names[2:]])
+    (home / "classes.txt").write_text(swapped)
+    assert scored() == scores == scored("--root", str(home)), "names given in training replace those of its own folder"
+    (other / "classes.txt").write_text("\n".join(names))
+    assert scored("--root", str(other)) == scores
+    (other / "classes.txt").write_text(swapped)
+    line = fails(capsys, "evaluate", trained, "--root", other)
+    assert "has the classes sea, sky, land" in line and "was trained on sky, sea, land" in line
+    assert "expected the same classes in the same order" in line
+
+
+def test_the_colours_of_another_folder_are_those_of_its_file(finished, tmp_path, capsys):
+    """The run learned from colour masks with --palette; in the other folder the same classes have other colours."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    names, colours = config["classes"], [[20 * k, 100, 0] for k in range(11)]  # void last
+    config["data"] |= {"root": str(tmp_path), "labels": {"class_names": names, "palette": colours}}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    for root, first in (("same", 0), ("reversed", 9)):  # all pixels are class 0, or all have class 9's colour here
+        for kind in ("images", "labels"):
+            (tmp_path / root / "val" / kind).mkdir(parents=True)
+        Image.new("RGB", (36, 24), (90, 90, 90)).save(tmp_path / root / "val" / "images" / "a.png")
+        Image.new("RGB", (36, 24), tuple(colours[first])).save(tmp_path / root / "val" / "labels" / "a.png")
+    lines = [f"{name} {20 * (9 - k)} 100 0" for k, name in enumerate(names)]
+    (tmp_path / "reversed" / "classes.txt").write_text("\n".join(lines))
+    scores = []
+    for root in ("same", "reversed"):
+        assert main(["evaluate", str(tmp_path / "run"), "--root", str(tmp_path / root)]) == 0
+        scores.append(json.loads(capsys.readouterr().out))
+    assert scores[0] == scores[1] and scores[0]["stage1"]["unary"]["per_class_iou"]["sky"] is not None
 
 
 @pytest.mark.slow

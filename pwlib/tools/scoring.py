@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from pwlib import checkpoints
+from pwlib.annotations.classes import read_classes
 from pwlib.evaluation import evaluate
 from pwlib.tools.runs import build_model, read_config, trained_stages
 from pwlib.tools.training import COLUMNS, load_split
@@ -30,22 +31,32 @@ def score_run(
     `COLUMNS`, and the IoU of each class.
 
     Args:
-        data, root: another data set or folder than the run's. Its classes must be those of the run; a folder without
-            classes.txt may contain fewer.
+        data, root: another data set or folder than the run's. Its classes must be those of the run. In another folder
+            classes.txt states them, also for a run that was given other names (`train --classes`); a folder without
+            it may contain fewer.
+
+    Raises:
+        ValueError: the data set has other classes than the run, or the same in another order.
     """
     config = read_config(run)
     stages = trained_stages(run)
     other = data is not None and data != config["data"]["name"]
+    home = Path(config["data"]["root"]).resolve()
     config["data"] |= {"name": data or config["data"]["name"], "root": root or config["data"]["root"]}
     labels = {} if other else dict(config["data"].get("labels", {}))
-    if config["data"]["name"] == "folder" and not (Path(config["data"]["root"]) / "classes.txt").is_file():
-        labels.setdefault("class_names", config["classes"])
+    if config["data"]["name"] == "folder":
+        names = Path(config["data"]["root"]) / "classes.txt"
+        if not names.is_file():
+            labels.setdefault("class_names", config["classes"])
+        elif names.parent.resolve() != home:  # `train --classes` says nothing about labels of another folder
+            class_names, colours = read_classes(names)
+            labels |= {"class_names": list(class_names)} | ({} if colours is None else {"palette": colours})
     config["data"]["labels"] = labels
     dataset = load_split(config, split, download=download)
     if list(dataset.class_names) != config["classes"]:
         raise ValueError(
             f"{config['data']['name']} has the classes {', '.join(dataset.class_names)}; "
-            f"{run} was trained on {', '.join(config['classes'])}"
+            f"{run} was trained on {', '.join(config['classes'])}; expected the same classes in the same order"
         )
     model = build_model(config["settings"], dataset.num_classes).to(device)
     batch = config["settings"]["batch"] if config["settings"]["size"] else 1
