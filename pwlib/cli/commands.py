@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import os
 import sys
@@ -90,10 +91,15 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def predict(args: argparse.Namespace) -> int:
     """Label images and print the files that are written; 1 if an image could not be labelled."""
-    from pwlib.tools.predict import find_images, label_files
+    from pwlib.tools.predict import find_images, image_in_subfolder, label_files
 
     run = load_run(args.run, device=choose_device(args.device))
-    results = label_files(run, find_images(args.images), args.out, apply_crf=args.crf)
+    images = find_images(args.images)
+    for place in filter(os.path.isdir, args.images):
+        if other := image_in_subfolder(place, {args.out, *(path.parent for path in images)}):
+            text = f"note: {other} is not labelled, because subfolders are not searched"
+            print(f"{text}; the pattern '{Path(glob.escape(place), '**', '*')}' includes them", file=sys.stderr)
+    results = label_files(run, images, args.out, apply_crf=args.crf)
     failed = []
     for path, files, reason in results:
         print(*files, sep="\n", end="\n" if files else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -40,7 +40,11 @@ def find_images(places: Sequence[str]) -> list[Path]:
             paths = [Path(match) for match in sorted(glob.glob(place, recursive=True)) if Path(match).is_file()]
             paths = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
         if not paths:
-            what = "contains no image" if path.is_dir() else "is not there; expected an image, a folder or a pattern"
+            what = (
+                "contains no image; subfolders are not searched"
+                if path.is_dir()
+                else "is not there; expected an image, a folder or a pattern"
+            )
             raise FileNotFoundError(f"{place} {what}")
         found |= dict.fromkeys(paths)
     names: dict[str, Path] = {}
@@ -52,6 +56,16 @@ def find_images(places: Sequence[str]) -> list[Path]:
             )
         names[path.stem] = path
     return list(found)
+
+
+def image_in_subfolder(folder: str | Path, searched: Iterable[str | Path]) -> Path | None:
+    """An image in a direct subfolder, which `find_images` leaves out, or None; folders in `searched` do not count."""
+    known = {Path(place).resolve() for place in searched}
+    for match in glob.iglob(str(Path(glob.escape(str(folder)), "*", "*"))):  # without hidden files
+        path = Path(match)
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.parent.resolve() not in known:
+            return path
+    return None
 
 
 def label_files(
