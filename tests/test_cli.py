@@ -1,5 +1,6 @@
 """The command line: the files it writes, its output, and its exit codes."""
 
+import io
 import json
 import os
 import shutil
@@ -378,6 +379,61 @@ def test_predict_replaces_only_what_it_wrote(finished, photographs, tmp_path, ca
     label.write_bytes(written)
     (tmp_path / "a-overlay.png").write_text("mine")
     refuses(tmp_path / "a-overlay.png")
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse names that are not UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "names"),  # {name: as it is printed}
+    [
+        ("cp1252", {"łódź": r"\u0142ód\u017a", "źle": r"\u017ale"}),
+        pytest.param("utf-8", {"caf\udce9": r"caf\udce9"}, marks=linux),
+    ],
+)
+def test_names_that_the_output_cannot_encode_are_escaped(encoding, names, finished, photographs, tmp_path, monkeypatch):
+    """On Windows, output that is redirected to a file has such an encoding; on Linux a name may be no valid UTF-8."""
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    for name in ("a", *names):
+        shutil.copy(photographs / "rgb.png", folder / f"{name}.png")
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert main(["predict", str(finished[0]), str(folder), "--out", str(out)]) == 0
+    stdout.flush()
+    printed = stdout.buffer.getvalue().decode(encoding).split()
+    kinds = ("label", "overlay", "confidence")
+    assert {path.name for path in out.iterdir()} == {f"{name}-{kind}.png" for name in ("a", *names) for kind in kinds}
+    stems = ["a", *names.values()]
+    assert sorted(printed) == sorted(str(out / f"{stem}-{kind}.png") for stem in stems for kind in kinds)
+
+
+@pytest.mark.slow
+@linux
+def test_training_on_names_that_are_no_utf8(pictures, tmp_path, capsys):
+    root = tmp_path / "data"
+    shutil.copytree(pictures, root)
+    for part in ("images", "labels"):
+        first = min((root / "train" / part).iterdir())
+        first.rename(first.with_name(f"caf\udce9{first.suffix}"))
+    command = ["train", "--data", "folder", "--root", str(root), "--size", "16x24", "--epochs", "1,0,0", "--quiet"]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    assert main(["train", "--out", str(tmp_path / "run"), "--resume", "--quiet"]) == 0
+
+
+def test_predict_says_that_subfolders_are_not_searched(finished, photographs, tmp_path, capsys):
+    folder, out = tmp_path / "photos[1]", tmp_path / "photos[1]" / "out"
+    for place in ("a.png", "sub/c.png", "sub/deeper/d.png", "notes/text.txt"):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photographs / "dot.png", folder / place)
+    command, kinds = ["predict", str(finished[0]), "--out", str(out)], ("label", "overlay", "confidence")
+    assert main([*command, str(folder)]) == 0
+    note = f"note: {folder / 'sub' / 'c.png'} is not labelled, because subfolders are not searched; the pattern "
+    assert capsys.readouterr().err == f"{note}'{tmp_path / 'photos[[]1]' / '**' / '*'}' includes them\n"
+    assert {path.name for path in out.iterdir()} == {f"a-{kind}.png" for kind in kinds}
+    assert main([*command, str(folder), str(folder / "sub")]) == 0  # `out` is a subfolder with images now, too
+    deeper = capsys.readouterr().err.splitlines()
+    assert len(deeper) == 1 and f"{folder / 'sub' / 'deeper' / 'd.png'} is not labelled" in deeper[0]
 
 
 def test_load_run_is_ready_to_predict(finished, photographs, tmp_path):

@@ -47,6 +47,7 @@ LABELS_EXAMPLES = """examples:
 PREDICT_EXAMPLES = """examples:
   python -m pwlib predict runs/camvid street.jpg --out predictions
   python -m pwlib predict runs/camvid holiday/ 'trip/*.jpg' --out predictions --no-crf
+  python -m pwlib predict runs/camvid 'holiday/**/*' --out predictions                   with subfolders
 """
 
 
@@ -148,7 +149,9 @@ def parser(argv: list[str]) -> argparse.ArgumentParser:
 
     predict = command("predict", "Label images: label PNG, overlay and confidence for each.", PREDICT_EXAMPLES)
     predict.add_argument("run", metavar="RUN", help="run folder")
-    predict.add_argument("images", metavar="IMAGE", nargs="+", help="images of any size, folders, or patterns")
+    predict.add_argument(
+        "images", metavar="IMAGE", nargs="+", help="images of any size, folders without their subfolders, or patterns"
+    )
     text = "folder for the results; replaces earlier ones, but no file that predict did not write or that was changed"
     predict.add_argument("--out", metavar="DIR", required=True, help=text)
     predict.add_argument("--no-crf", dest="crf", action="store_false", help="the network alone")
@@ -196,6 +199,8 @@ def check_outputs(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code; errors are printed in one sentence on standard error."""
+    if getattr(sys.stdout, "errors", None) == "strict":  # a file name that the output cannot encode must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does
     argv = sys.argv[1:] if argv is None else argv
     args = argparse.Namespace(command=None)
     try:

@@ -130,7 +130,8 @@ def _fitted_size(size: tuple[int, int], found: Counter, *, say: bool) -> tuple[i
 
 
 def _digest(dataset: SegmentationDataset) -> str:
-    return hashlib.sha256("\n".join(dataset.names).encode()).hexdigest()[:16]
+    names = "\n".join(dataset.names).encode(errors="backslashreplace")  # a name on Linux may be no valid text
+    return hashlib.sha256(names).hexdigest()[:16]
 
 
 def table(history: dict[str, list[dict[str, Any]]], stage1_keeps: str = "best") -> str:
