@@ -88,6 +88,7 @@ WORDS = {
 STEPS = (
     ("+ pooling", "baseline"),
     ("+ scales", "+ pooling"),
+    ("+ scales", "baseline"),
     ("+ dense CRF", "+ scales"),
     ("+ context", "+ dense CRF"),
     ("control", "+ dense CRF"),
