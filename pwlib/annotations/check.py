@@ -185,12 +185,15 @@ def _check_classes(report: Report, occurring: list[int], stored: set[int], named
         return
     if (text := classes_error(occurring, count, stored, named=named)) is not None:
         report.errors.append(("labels", text))
+    absent = []  # one line for all: most of COCO's 80 categories may be
     for k, name in enumerate(() if report.errors else report.class_names):
         splits = [split for split, images in report.images.items() if images[k]]
         if not splits:
-            report.warnings.append(("labels", f"{name} (class {k}) never occurs"))
+            absent.append(f"{name} (class {k})")
         elif first not in splits:
             report.warnings.append(("labels", f"{name} (class {k}) occurs in {splits[0]} but not in {first}"))
+    if absent:
+        report.warnings.append(("labels", f"no pixel of {', '.join(absent)}"))
 
 
 def classes_error(occurring: Sequence[int], count: int, stored: set[int], *, named: bool) -> str | None:
