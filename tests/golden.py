@@ -11,6 +11,7 @@ compares bit by bit on the machine that wrote the file.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -72,11 +73,18 @@ def training(folder: Path) -> dict:
     cli("predict", str(folder / "run"), *images, "--out", str(folder / "labels"), "--device", "cpu")
     # Label maps only: an overlay and a confidence map lie beside each.
     names = sorted(p for p in (folder / "labels").glob("*.png") if Image.open(p).mode == "P")
-    return {"history": history, "checkpoints": checkpoints, "labels": {p.name: digest_file(p) for p in names}}
+    return {"history": history, "checkpoints": checkpoints, "labels": {p.name: digest_png(p) for p in names}}
 
 
-def digest_file(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def digest_png(path: Path) -> str:
+    """Of pixels and palette, encoded again without the texts that later commits add."""
+    from PIL import Image
+
+    content = io.BytesIO()
+    with Image.open(path) as picture:
+        picture.info.clear()
+        picture.save(content, "PNG")
+    return hashlib.sha256(content.getvalue()).hexdigest()
 
 
 def marginals() -> dict[str, list]:
