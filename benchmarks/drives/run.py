@@ -23,7 +23,7 @@ and shows how much of an error is due to these statistics.
 --network quick is the command line's quick profile, at 90x120 px. --network colour is the same with "colour": 0.5 in
 place of 0.2, for stronger changes of colour in training. --network pretrained is VGG-16 at full width from the file of
 --weights (see benchmarks/backbone), at 180x240 px: blocks 1 to 3 frozen, 10 epochs, the convolutions in bfloat16 on a
-GPU and on a CPU that has instructions for it (another one is 20 to 40 times slower with it). Its scores are for 180x240
+GPU and on a CPU that has instructions for it (another one is many times slower with it). Its scores are for 180x240
 and, with marginals averaged over 2x2 px, for 90x120.
 
 With --drives none nothing is left out, as in `python -m pwlib train --data camvid`, and val is scored alone. Everything
