@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import math
 import platform
@@ -11,7 +10,8 @@ import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pwlib import checkpoints
 
 # 97.5 % quantile of Student's t with n - 1 degrees of freedom, by n
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 12: 2.201}
+T_975 |= {20: 2.093}
 
 
 def parser(description: str, out: Path | None, seeds: Sequence[int] = range(8)) -> argparse.ArgumentParser:
@@ -52,8 +53,17 @@ class Study:
     def runs(self) -> dict[str, Any]:
         return json.loads(self.path.read_text("utf-8"))["runs"] if self.path.exists() else {}
 
+    def measure(self, key: str, run: Callable[[], dict[str, Any]]) -> None:
+        """Store what `run` returns, with the minutes of CPU time that it took, unless `key` is already stored."""
+        if key not in self.runs:
+            start = time.process_time()
+            row = run()
+            self.add(key, row | {"minutes": round((time.process_time() - start) / 60, 2)}, command=command())
+
     def add(self, key: str, row: dict[str, Any], **more) -> None:
         """Store a run with the commit that it was made with; `more` is stored beside "runs"."""
+        import fcntl  # not on Windows
+
         with open(self.path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             content = {"settings": self.settings, "machine": machine(), **more, "runs": self.runs}

@@ -119,13 +119,13 @@ def sources() -> Iterator[str]:
 def tables() -> Iterator[str]:
     """Tables and figures in READMEs are those of the stored results."""
     readme = (ROOT / "README.md").read_text("utf-8")
-    if runpy.run_path(str(BENCHMARKS / "pipeline" / "table.py"))["table"]() not in readme:
-        yield "README.md: the table of results is not the output of benchmarks/pipeline/table.py"
-    for folder, key in (("ablation", "runs"), ("small_grid", "draws")):
+    if runpy.run_path(str(BENCHMARKS / "pipeline" / "run.py"))["table"]() not in readme:
+        yield "README.md: the table of results is not the output of benchmarks/pipeline/run.py --table"
+    for folder in ("ablation", "small_grid", "repeated_training"):
         text = (BENCHMARKS / folder / "README.md").read_text("utf-8")
         table = runpy.run_path(str(BENCHMARKS / folder / "run.py"))["table"]
         for path in (BENCHMARKS / folder).glob("*.json"):
-            for line in table(json.loads(path.read_text("utf-8"))[key]).splitlines():
+            for line in table(json.loads(path.read_text("utf-8"))["runs"]).splitlines():
                 if line not in text:
                     yield f"benchmarks/{folder}/README.md: lacks this line of {path.name}: {line}"
     yield from message_passing(readme, (BENCHMARKS / "crf" / "README.md").read_text("utf-8"))

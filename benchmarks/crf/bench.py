@@ -28,6 +28,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from study import commit
+
 from pwlib.crf import DenseCRF
 
 THETA = {"theta_alpha": 80.0, "theta_beta": 13.0, "theta_gamma": 3.0, "w_bilateral": 10.0, "w_spatial": 3.0}
@@ -307,6 +310,7 @@ def table(rows: list[dict]) -> str:
 
 def run(args: argparse.Namespace) -> int:
     result: dict[str, Any] = {
+        "commit": commit(),
         "machine": {
             "processor": _processor(),
             "threads": torch.get_num_threads(),

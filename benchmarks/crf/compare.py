@@ -20,6 +20,9 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from study import commit, machine
+
 HERE = Path(__file__).resolve().parents[2]
 SIZES = [(64, 96), (128, 192), (256, 384), (512, 768), (1024, 2048)]
 
@@ -135,7 +138,8 @@ def main() -> None:
         )
     print("milliseconds; import and first call in seconds: " + json.dumps(first))
     if args.json:
-        args.json.write_text(json.dumps({"threads": args.threads, "first": first, "times": times}, indent=1) + "\n")
+        result = {"commit": commit(), "machine": machine(), "threads": args.threads, "first": first, "times": times}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

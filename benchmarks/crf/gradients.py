@@ -11,11 +11,15 @@ first-order change of the error: <K q, q - truth>, with q a noisy blur of an ima
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from study import commit, machine
 
 from pwlib.data import VOID, load
 from pwlib.filters import ExactFilter, GridPositions
@@ -99,7 +103,8 @@ def main() -> None:
                     }
                 rows.append(row)
                 print(json.dumps(row))
-    result = {"size": SIZE, "theta_alpha": THETA_ALPHA, "theta_beta": THETA_BETA, "rows": rows}
+    result = {"commit": commit(), "machine": machine()}
+    result |= {"size": SIZE, "theta_alpha": THETA_ALPHA, "theta_beta": THETA_BETA, "rows": rows}
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -23,6 +23,9 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from study import command, commit, machine
 
 from pwlib.context import ContextualCRF
 from pwlib.networks import FeatMapNet
@@ -138,10 +141,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=HERE / "result.json")
     given = parser.parse_args()
+    start = time.perf_counter()
     rows = measure([tuple(int(side) for side in size.split("x")) for size in given.sizes], given.repeats)
-    torch_version = torch.__version__.split("+")[0]
     result = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch_version}",
+        "machine": machine(),
+        "commit": commit(),
+        "command": command(),
+        "minutes": round((time.perf_counter() - start) / 60, 1),
         "settings": {
             "classes": CLASSES,
             "hidden": HIDDEN,

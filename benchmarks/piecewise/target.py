@@ -11,16 +11,16 @@ with which it reaches the target first counts.
     python benchmarks/piecewise/target.py --pools 2             CPU minutes on one core: 8; maps of 8x12 cells
     python benchmarks/piecewise/target.py --pools 1 --seeds 0   likewise 10; maps of 16x24 cells
 
-target.json is written after every seed.
+target.json is written after every seed, target.svg at the end; --table prints the table of the stored results.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
-import json
+import itertools
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -30,7 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from pwlib.checkpoints import save_json
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from study import Study, parser
+
 from pwlib.context import ContextualCRF
 from pwlib.data import load
 from pwlib.metrics import ConfusionMatrix
@@ -49,6 +51,7 @@ SETTINGS = {
     "network_epochs": 8,
     "learning_rates": [3e-3, 1e-2],
     "score_every": 3,
+    "steps": 60,
 }
 CONTENDERS = {"piecewise": None, **{f"mean field, {n}": n for n in (1, 3, 5, 10)}}
 
@@ -193,19 +196,14 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--pools", type=int, nargs="+", default=[2, 1], help="2: maps of 8x12 cells; 1: of 16x24")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--out", type=Path, default=HERE / "target.json")
-    given = parser.parse_args()
-    rows = json.loads(given.out.read_text(encoding="utf-8"))["rows"] if given.out.exists() else []
-    for pool in given.pools:
-        for seed in given.seeds:
-            size = f"{16 // pool}x{24 // pool}"
-            if not any((row["seed"], row["map"]) == (seed, size) for row in rows):  # continue where it was stopped
-                rows += curves(seed, pool, given.steps)
-                save_json(given.out, {"settings": SETTINGS | {"steps": given.steps}, "rows": rows})
+    arguments = parser(__doc__, HERE / "target.json", seeds=range(3))
+    arguments.add_argument("--pools", type=int, nargs="+", default=[2, 1], help="2: maps of 8x12 cells; 1: of 16x24")
+    given = arguments.parse_args()
+    study = Study(given.out, SETTINGS)
+    for pool, seed in () if given.table else itertools.product(given.pools, given.seeds):
+        key = f"{16 // pool}x{24 // pool}, seed {seed}"
+        study.measure(key, lambda seed=seed, pool=pool: {"curves": curves(seed, pool, SETTINGS["steps"])})
+    rows = [row for run in study.runs.values() for row in run["curves"]]
     plot(rows, given.out.with_suffix(".svg"))
     print(table(rows))
 

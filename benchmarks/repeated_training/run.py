@@ -1,6 +1,6 @@
 """Repeat the training and the ablations of notebook 07 with several seeds.
 
-    python benchmarks/repeated_training/run.py --seeds 0 1 2 3 4 5 6 7 8 9      half a CPU minute a seed
+    python benchmarks/repeated_training/run.py              half a CPU minute a seed, ten seeds
     python benchmarks/repeated_training/run.py --table
 
 Executes the notebook's own cells up to the table of ablations, with another value of SEED, in the quick profile. The
@@ -11,26 +11,26 @@ stopped.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import os
 import re
 import statistics
-import time
+import sys
 from pathlib import Path
 
 import nbformat
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from study import Study, parser
+
 HERE = Path(__file__).parent
 NOTEBOOK = HERE.parents[1] / "notebooks" / "07_evaluation.ipynb"
-RESULT = HERE / "result.json"
 SKIPPED = {"exercise", "check", "nbval-skip"}
 
 
 def measure(seed: int) -> dict:
     """Train with a seed; return the scores of the learned CRF and the differences of its ablations, in points."""
-    start, variables = time.process_time(), {}
+    variables = {}
     for cell in nbformat.read(NOTEBOOK, 4).cells:
         if cell.cell_type == "code" and not SKIPPED & {*cell.metadata.get("tags", [])}:
             source, found = re.subn(r"^SEED = 0\b", f"SEED = {seed}", cell.source, flags=re.M)
@@ -48,18 +48,17 @@ def measure(seed: int) -> dict:
             title: {"difference": round(difference, 3), "paired": [round(end, 3) for end in paired]}
             for title, (difference, paired, _) in variables["results"].items()
         },
-        "cpu_seconds": round(time.process_time() - start),
     }
 
 
-def table(runs: list[dict]) -> str:
+def table(runs: dict[str, dict]) -> str:
     """Return a markdown table: over the seeds, mean and deviation of the differences, and their signs."""
     lines = [
         "| variant | mean difference | standard deviation | mean width of the paired interval | higher, lower |",
         "|---|--:|--:|--:|--:|",
     ]
-    for title in runs[0]["variants"]:
-        found = [run["variants"][title] for run in runs]
+    for title in next(iter(runs.values()))["variants"]:
+        found = [run["variants"][title] for run in runs.values()]
         values = [entry["difference"] for entry in found]
         width = statistics.mean(entry["paired"][1] - entry["paired"][0] for entry in found)
         signs = f"{sum(v > 0 for v in values)}, {sum(v < 0 for v in values)}"
@@ -70,19 +69,14 @@ def table(runs: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[*range(10)])
-    parser.add_argument("--table", action="store_true", help="only print the table")
-    options = parser.parse_args()
+    given = parser(__doc__, HERE / "result.json", seeds=range(10)).parse_args()
     os.environ["PWLIB_PROFILE"] = "quick"
-    runs = json.loads(RESULT.read_text("utf-8"))["runs"] if RESULT.exists() else []
-    for seed in () if options.table else options.seeds:
-        if seed not in {run["seed"] for run in runs}:
-            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-                runs.append(measure(seed))
-            RESULT.write_text(json.dumps({"runs": runs}, indent=1) + "\n", "utf-8")
-            print(f"seed {seed}: mIoU {runs[-1]['miou']:.1f} %", flush=True)
-    print(table(runs))
+    study = Study(given.out, {"notebook": NOTEBOOK.name, "profile": "quick"})
+    for seed in () if given.table else given.seeds:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            study.measure(f"seed {seed}", lambda seed=seed: measure(seed))
+        print(f"seed {seed}: mIoU {study.runs[f'seed {seed}']['miou']:.1f} %", flush=True)
+    print(table(study.runs))
 
 
 if __name__ == "__main__":

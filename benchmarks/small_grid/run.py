@@ -15,18 +15,20 @@ itself, and the terms are combined in three ways:
     piecewise, tree         the counting numbers of `pwlib.context`: rho = (N - 1) / E for what log P_V adds to log P_U
 
     python benchmarks/small_grid/run.py                     two minutes on one core; writes result.json
+    python benchmarks/small_grid/run.py --table
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from study import Study, cell, parser
 
 from pwlib import graph
 
@@ -40,7 +42,6 @@ LABELLINGS = graph.labellings(N, K)
 HITS = torch.nn.functional.one_hot(LABELLINGS, K).double()  # [S, N, K]
 LEARNERS = ("exact", "pseudo", "mean_field", "piecewise", "temperature", "tree")
 NAMES = {name: f"piecewise, {name}" if name in LEARNERS[4:] else name.replace("_", " ") for name in LEARNERS}
-T_975 = 2.093  # Student's, 19 degrees of freedom
 
 Parameters = dict[str, Tensor]
 
@@ -159,39 +160,28 @@ def draw(seed: int) -> dict[str, dict[str, float]]:
             for inference, q in found.items():
                 row[f"KL, {inference}"] = (p * (p.log() - q.clamp(min=1e-30).log())).sum(-1).mean().item()
                 confidence, label = q.max(-1)
-                row[f"too sure, {inference}"] = (confidence - p.gather(-1, label[..., None])[..., 0]).mean().item()
+                true = p.gather(-1, label[..., None])[..., 0]
+                row[f"overconfidence, {inference}"] = (confidence - true).mean().item()
         result[name] = row
     return result
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Return the mean and half the width of its 95 % interval."""
-    mean = sum(values) / len(values)
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    return mean, T_975 * deviation / math.sqrt(len(values))
-
-
-def table(draws: list[dict]) -> str:
-    metrics = list(draws[0]["exact"])
-    heads = [metric.replace("too sure", "overconfidence") for metric in metrics]
-    lines = ["| learner | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(metrics)]
+def table(runs: dict[str, dict]) -> str:
+    metrics = list(next(iter(runs.values()))["exact"])
+    lines = ["| learner | " + " | ".join(metrics) + " |", "|---|" + "--:|" * len(metrics)]
     for name in LEARNERS:
-        cells = ("{:.3f} ± {:.3f}".format(*interval([d[name][m] for d in draws])) for m in metrics)
+        cells = (cell([row[name][metric] for row in runs.values()], digits=3) for metric in metrics)
         lines.append(f"| {NAMES[name]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=HERE / "result.json")
-    given = parser.parse_args()
-    draws = json.loads(given.out.read_text(encoding="utf-8"))["draws"] if given.out.exists() else []
+    given = parser(__doc__, HERE / "result.json", seeds=range(20)).parse_args()
     settings = {"grid": [HEIGHT, WIDTH], "labels": K, "strength": STRENGTH, "train": TRAIN, "test": TEST}
-    for seed in tqdm(range(len(draws), given.draws), unit="draw"):  # continue where it was stopped
-        draws.append(draw(seed))
-        given.out.write_text(json.dumps({"settings": settings, "draws": draws}, indent=1) + "\n", encoding="utf-8")
-    print(table(draws))
+    study = Study(given.out, settings)
+    for seed in () if given.table else tqdm(given.seeds, unit="draw"):
+        study.measure(f"seed {seed}", lambda seed=seed: draw(seed))
+    print(table(study.runs))
 
 
 if __name__ == "__main__":
