@@ -131,6 +131,17 @@ def tables() -> Iterator[str]:
     yield from message_passing(readme, (BENCHMARKS / "crf" / "README.md").read_text("utf-8"))
 
 
+def results() -> Iterator[str]:
+    """Stored results name the machine and the commit that they were measured with."""
+    for path in sorted(BENCHMARKS.glob("*/*.json")):  # those of a GPU, in gpu/results, come from an archive without git
+        content = json.loads(path.read_text("utf-8"))
+        runs = content.get("runs")
+        for key in ("machine", "commit"):
+            stored = key in content or (isinstance(runs, dict) and runs and all(key in run for run in runs.values()))
+            if not stored:
+                yield f"{path.relative_to(ROOT)}: does not store the {key}"
+
+
 def message_passing(readme: str, details: str) -> Iterator[str]:
     """The times of message passing: ratios of five runs in benchmarks/crf/README.md, the middle one in both READMEs."""
     files = [BENCHMARKS / "crf" / f"reference-{run}.json" for run in range(1, 6)]
@@ -202,7 +213,7 @@ def exercises() -> Iterator[str]:
 
 def main() -> int:
     configuration = (environment, makefile, workflows, requirements, budgets)
-    rules = (*configuration, documents, sources, tables, notebooks, exercises)
+    rules = (*configuration, documents, sources, tables, results, notebooks, exercises)
     faults = [fault for rule in rules for fault in rule()]
     print("\n".join(faults) if faults else "Configuration, texts and stored notebooks agree.")
     return 1 if faults else 0

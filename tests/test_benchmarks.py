@@ -1,6 +1,7 @@
 """The statistics that the benchmark scripts compute from their runs."""
 
 import itertools
+import json
 import runpy
 import sys
 
@@ -76,6 +77,14 @@ def test_a_study_is_continued_and_refuses_other_settings(tmp_path, monkeypatch):
     assert {name: row["miou"] for name, row in Study(path, {"sizes": [1, 2]}).runs.items()} == {"a": 1, "b": 2}
     with pytest.raises(SystemExit, match="other settings"):
         Study(path, {"sizes": [3]})
+    monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / "some" / "run.py"), "--seeds", "0"])
+    with pytest.raises(ArithmeticError):
+        one.measure("c", lambda: {"miou": 1 / 0})
+    for score in (3, 4):  # the second one is not run
+        one.measure("c", lambda score=score: {"miou": score})
+    assert {name: row["miou"] for name, row in one.runs.items()} == {"a": 1, "b": 2, "c": 3}
+    assert one.runs["c"]["minutes"] >= 0
+    assert json.loads(path.read_text("utf-8"))["command"] == "python benchmarks/some/run.py --seeds 0"
 
 
 def test_time_to_target():

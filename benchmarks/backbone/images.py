@@ -19,15 +19,18 @@ One hour on one core; images.json is written after every run, and a stopped benc
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
+import itertools
+import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from study import Study, parser
 
 from pwlib.cli.profiles import PROFILES, pretrained
 from pwlib.data import Augment, SegmentationDataset, load
@@ -116,34 +119,20 @@ def table(runs: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", default="data")
-    parser.add_argument("--weights", default="build/backbone/vgg16.pt", help="the file that convert.py writes")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--networks", nargs="+", default=list(COUNTS), choices=list(COUNTS))
-    parser.add_argument("--out", type=Path, default=HERE / "images.json")
-    parser.add_argument("--table", action="store_true", help="print the table of the stored runs and stop")
-    given = parser.parse_args()
-    content = {"runs": []}
-    if given.out.exists():
-        content = json.loads(given.out.read_text("utf-8"))
+    arguments = parser(__doc__, HERE / "images.json", seeds=range(3))
+    arguments.add_argument("--root", default="data")
+    arguments.add_argument("--weights", default="build/backbone/vgg16.pt", help="the file that convert.py writes")
+    arguments.add_argument("--networks", nargs="+", default=list(COUNTS), choices=list(COUNTS))
+    given = arguments.parse_args()
+    study = Study(given.out, {"size": SIZE, "unseen": UNSEEN, "seen_images": SEEN_IMAGES})
     if not given.table:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-        content = {
-            "settings": {"size": SIZE, "unseen": UNSEEN, "seen_images": SEEN_IMAGES},
-            "torch": torch.__version__.split("+")[0],
-            "commit": commit.stdout.strip(),
-        } | content
         data, scored = splits(given.root)
-        for seed in given.seeds:
-            for network in given.networks:
-                for count in COUNTS[network]:
-                    if any((r["network"], r["images"], r["seed"]) == (network, count, seed) for r in content["runs"]):
-                        continue
-                    content["runs"].append(run(network, count, seed, data, scored, given.weights))
-                    given.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-                    print(table(content["runs"][-1:]).splitlines()[-1], flush=True)
-    print(table(content["runs"]))
+        for seed, network in itertools.product(given.seeds, given.networks):
+            for count in COUNTS[network]:
+                key = f"{network}, {count} images, seed {seed}"
+                study.measure(key, partial(run, network, count, seed, data, scored, given.weights))
+                print(table([study.runs[key]]).splitlines()[-1], flush=True)
+    print(table(list(study.runs.values())))
 
 
 if __name__ == "__main__":

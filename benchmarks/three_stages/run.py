@@ -29,7 +29,6 @@ import argparse
 import functools
 import hashlib
 import json
-import platform
 import statistics
 import sys
 import time
@@ -37,6 +36,9 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from study import command, commit, machine
 
 from pwlib import checkpoints
 from pwlib.crf import DenseCRF
@@ -256,8 +258,9 @@ def main() -> None:
     if result["runs"] and (result["settings"], result["scenes"]) != (SETTINGS, digest(batches)):
         parser.error(f"{given.out} was made with other settings or other scenes; move it away, or name another --out")
     result |= {
-        "command": " ".join(["python", "benchmarks/three_stages/run.py", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, one thread, torch {torch.__version__.split('+')[0]}",
+        "command": command(),
+        "commit": commit(),
+        "machine": machine(),
         "settings": SETTINGS,
         "scenes": digest(batches),
     }
