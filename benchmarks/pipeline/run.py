@@ -50,13 +50,18 @@ def run(data: str, root: str, seed: int) -> dict:
     return {"seed": seed, "scores": json.loads(scores.read_text("utf-8"))}
 
 
-def table() -> str:
+def stored() -> dict[str, dict]:
+    """{data set: its stored runs}"""
+    return {data: json.loads((HERE / f"{data}.json").read_text("utf-8"))["runs"] for data in SPLIT}
+
+
+def table(found: dict[str, dict]) -> str:
     lines = ["| | | mIoU | pixel accuracy | boundary IoU |", "|---|---|--:|--:|--:|"]
-    for data, split in SPLIT.items():
-        runs = json.loads((HERE / f"{data}.json").read_text("utf-8"))["runs"].values()
-        title = f"{NAMES[data]}, {split} (mean of {len(runs)} seeds)"
+    for data, runs in found.items():
+        title = f"{NAMES[data]}, {SPLIT[data]} (mean of {len(runs)} seeds)"
         for label, stage, part in ROWS:
-            cells = [f"{100 * mean(run['scores'][stage][part][score] for run in runs):.1f}" for score in SCORES]
+            parts = [run["scores"][stage][part] for run in runs.values()]
+            cells = [f"{100 * mean(scores[name] for scores in parts):.1f}" for name in SCORES]
             lines.append(f"| {title} | {label} | {' | '.join(cells)} |")
             title = ""
     return "\n".join(lines)
@@ -67,12 +72,14 @@ def main() -> None:
     arguments.add_argument("--data", choices=tuple(SPLIT), default="scenes")
     arguments.add_argument("--root", default="data")
     given = arguments.parse_args()
-    if not given.table:
-        settings = {"data": given.data, "scored": SPLIT[given.data], "profile": asdict(PROFILES[given.data, "quick"])}
-        study = Study(given.out or HERE / f"{given.data}.json", settings)
-        for seed in given.seeds:
-            study.measure(f"seed {seed}", lambda seed=seed: run(given.data, given.root, seed))
-    print(table())
+    if given.table:
+        print(table(stored()))
+        return
+    settings = {"data": given.data, "scored": SPLIT[given.data], "profile": asdict(PROFILES[given.data, "quick"])}
+    study = Study(given.out or HERE / f"{given.data}.json", settings)
+    for seed in given.seeds:
+        study.measure(f"seed {seed}", lambda seed=seed: run(given.data, given.root, seed))
+    print(table({given.data: study.runs}))
 
 
 if __name__ == "__main__":
