@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,12 +125,13 @@ class LabelReader:
 
     Attributes:
         palette: uint8 [K + 1, 3], void last, to decode colour images, and palette images that show one of its colours.
-        values: {value in the file: class number, or 255 for void}; other values are errors. None: values are classes.
+        values: {value in the file: class number, or 255 for void}, or a list of such pairs, as JSON stores them; other
+            values are errors. None: values are classes.
         void: value in the file that is void, if `values` does not mention it; None: no value.
     """
 
     palette: np.ndarray | None = None
-    values: Mapping[int, int] | None = None
+    values: Mapping[int, int] | Sequence[tuple[int, int]] | None = None
     void: int | None = VOID
 
     def __call__(self, path: str | Path) -> Tensor:

@@ -19,7 +19,7 @@ from pwlib.annotations.classes import label_arguments
 from pwlib.cli.profiles import PROFILES, pretrained
 from pwlib.pretrained import read_vgg
 from pwlib.tools.device import choose_device
-from pwlib.tools.runs import label_options, load_run, read_config
+from pwlib.tools.runs import load_run, read_config
 
 # The arguments that decide a run; a resumed run must not contradict them.
 DECIDING = ("data", "profile", "size", "epochs", "seed", "context", "weights", "learning_rate", "batch")
@@ -114,7 +114,7 @@ def labels(args: argparse.Namespace) -> int:
     from pwlib.annotations.check import check_folder
     from pwlib.tools.pictures import label_sheet
 
-    options = label_options({"labels": label_arguments(args.classes, args.palette, args.values, args.void)})
+    options = label_arguments(args.classes, args.palette, args.values, args.void)
     report = check_folder(args.root, decode_images=True, **options)
     print(report)
     if args.sheet:

@@ -87,14 +87,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def label_options(data: dict[str, Any]) -> dict[str, Any]:
-    """The options of `load` that say what the labels of a "folder" data set mean, from config.json."""
-    options = dict(data.get("labels", {}))
-    if options.get("values") is not None:
-        options["values"] = dict(options["values"])
-    return options
-
-
 def trained_stages(folder: Path) -> list[str]:
     """The stages that have a checkpoint in a run folder, in order; FileNotFoundError if there is none."""
     stages = [stage for stage in STAGES if (folder / f"{stage}-best.pt").is_file()]

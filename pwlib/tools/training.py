@@ -18,7 +18,7 @@ from pwlib.data import Augment, SegmentationDataset, hold_out, load
 from pwlib.evaluation import best_record
 from pwlib.losses import balanced_weights
 from pwlib.tools.pictures import predictions
-from pwlib.tools.runs import STAGES, build_model, label_options
+from pwlib.tools.runs import STAGES, build_model
 from pwlib.trainer import PiecewiseTrainer
 
 # Of the printed table; `evaluate` stores the same scores.
@@ -103,12 +103,12 @@ def train(
 def load_split(config: dict[str, Any], split: str, *, root: str | None = None, download: bool = False):
     """Load a split of the run's data set at the run's size."""
     data, size = config["data"], config["settings"]["size"]
-    options = label_options(data) | ({"cache": True} if size and size[0] * size[1] <= 128 * 192 else {})
+    options = data.get("labels", {}) | ({"cache": True} if size and size[0] * size[1] <= 128 * 192 else {})
     return load(data["name"], split, root or data["root"], download=download, size=size, **options)
 
 
 def _check_labels(data: dict[str, Any], *, say: bool) -> Report:
-    report = check_folder(data["root"], **label_options(data))
+    report = check_folder(data["root"], **data.get("labels", {}))
     report.raise_errors(data["root"])
     for place, text in report.warnings[:10] if say else ():
         print(f"warning: {place}: {text}", file=sys.stderr)
