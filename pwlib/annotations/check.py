@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pwlib.annotations.classes import LabelReader, read_classes
 from pwlib.annotations.folder import find_split, split_names
@@ -24,9 +24,6 @@ from pwlib.data.images import (
     read_label_values,
 )
 from pwlib.data.palettes import voc_palette
-
-FLIPS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE"}
-FLIPS |= {8: "ROTATE_90"}
 
 
 @dataclass
@@ -143,18 +140,17 @@ def check_folder(
 def _check_pair(image: Path, label: Path, reader: LabelReader, report: Report, split: str, decode: bool):
     """Check an image and its label; return the classes [H, W] and the set of values in the file."""
     values, classes = read_classes_of(label, reader)
-    size = image_size(image)
+    size, orientation = image_size(image), image_orientation(image)
     if classes.shape != size:
         raw = "; it is rotated as the stored pixels of the photo, whose EXIF tag the label must follow"
-        rotated = classes.shape == size[::-1] and image_orientation(image) >= 5
         raise ValueError(
             f"{label}: the label is {classes.shape[0]}x{classes.shape[1]} and its image {image.name} "
-            f"{size[0]}x{size[1]} (height x width){raw if rotated else ''}"
+            f"{size[0]}x{size[1]} (height x width){raw if orientation >= 5 and classes.shape == size[::-1] else ''}"
         )
     report.sizes[split][size] += 1
-    if decode or image_orientation(image) > 1:
+    if decode or orientation > 1:
         pixels = read_image(image)
-        if (warning := _raw_orientation(pixels, classes, image_orientation(image))) is not None:
+        if (warning := _raw_orientation(pixels, classes, orientation)) is not None:
             report.warnings.append((str(label), warning))
     return classes, set(np.flatnonzero(np.bincount(values.ravel())).tolist()) if values.ndim == 2 else set()
 
@@ -185,8 +181,9 @@ def _check_classes(report: Report, occurring: list[int], stored: set[int], named
         return
     if (text := classes_error(occurring, count, stored, named=named)) is not None:
         report.errors.append(("labels", text))
+        return
     absent = []  # one line for all: most of COCO's 80 categories may be
-    for k, name in enumerate(() if report.errors else report.class_names):
+    for k, name in enumerate(report.class_names):
         splits = [split for split, images in report.images.items() if images[k]]
         if not splits:
             absent.append(f"{name} (class {k})")
@@ -239,12 +236,17 @@ def image_orientation(image: Path) -> int:
         return picture.getexif().get(ORIENTATION, 1)
 
 
+def rotated(label: np.ndarray, orientation: int) -> np.ndarray:
+    """The label of stored pixels, uint8 [H, W], rotated as the EXIF orientation of their photo says."""
+    picture = Image.fromarray(label)
+    picture.getexif()[ORIENTATION] = orientation
+    return np.asarray(ImageOps.exif_transpose(picture))
+
+
 def _raw_orientation(pixels: torch.Tensor, classes: np.ndarray, orientation: int) -> str | None:
     """Compare the contrast at the borders of a label before and after the rotation in its photo's EXIF tag."""
-    if orientation not in FLIPS:
-        return None
-    turned = np.asarray(Image.fromarray(classes).transpose(getattr(Image.Transpose, FLIPS[orientation])))
-    if turned.shape != classes.shape:
+    turned = rotated(classes, orientation)
+    if turned.shape != classes.shape or (turned == classes).all():
         return None
     grey = pixels.mean(0).numpy()  # [H, W]
     contrast = np.zeros_like(grey)

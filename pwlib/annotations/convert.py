@@ -11,7 +11,6 @@ import argparse
 import base64
 import io
 import json
-import math
 import re
 import shutil
 import tempfile
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pwlib.annotations.check import FLIPS, classes_error, image_orientation, read_classes_of
+from pwlib.annotations.check import classes_error, image_orientation, read_classes_of, rotated
 from pwlib.annotations.classes import LabelReader, parse_classes, parse_values, read_classes, read_text
 from pwlib.data.files import list_files
 from pwlib.data.images import IMAGE_SUFFIXES, LABEL_SUFFIXES, VOID, image_size
@@ -308,18 +307,13 @@ def _labelme_mask(shape: dict[str, Any], size: tuple[int, int]) -> np.ndarray | 
 
 def draw_polygon(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Mask bool [H, W] of the pixels whose centre is in the polygon [N, 2] of (x, y), by the even-odd rule."""
-    mask = np.zeros(size, bool)
-    if len(points) < 3:
-        return mask
-    (x0, y0), (x1, y1) = points.T, np.roll(points, -1, axis=0).T  # [N] each: the ends of the edges
-    first, last = np.clip([math.floor(y0.min()), math.ceil(y0.max())], 0, size[0])
-    for row in range(first, last):
-        y = row + 0.5
-        crossed = (y0 > y) != (y1 > y)
-        x = x0[crossed] + (y - y0[crossed]) * (x1[crossed] - x0[crossed]) / (y1[crossed] - y0[crossed])
-        columns = np.clip(np.ceil(np.sort(x) - 0.5), 0, size[1]).astype(int)
-        for left, right in columns.reshape(-1, 2):
-            mask[row, left:right] = True
+    if not np.isfinite(points).all():
+        raise ValueError("a polygon has coordinates that are infinite or NaN; expected numbers in px")
+    mask, y, x = np.zeros(size, bool), np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5
+    for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0), strict=True):
+        crossed = (y0 > y) != (y1 > y)  # the rows that the edge crosses
+        crossings = x0 + (y[crossed] - y0) * (x1 - x0) / (y1 - y0)
+        mask[crossed] ^= x < crossings[:, None]
     return mask
 
 
@@ -413,7 +407,7 @@ def _write_pair(image: Path, label: np.ndarray, base: Path, summary: Summary) ->
     """Copy an image and write its label; a label of the stored pixels is rotated as the image's EXIF tag says."""
     size, orientation = image_size(image), image_orientation(image)
     if label.shape != size and label.shape == size[::-1] and orientation >= 5:
-        label = np.asarray(Image.fromarray(label).transpose(getattr(Image.Transpose, FLIPS[orientation])))
+        label = rotated(label, orientation)
         summary.notes["labels were rotated as their photos are by EXIF"] += 1
     if label.shape != size:
         raise ValueError(
@@ -427,8 +421,7 @@ def _write_pair(image: Path, label: np.ndarray, base: Path, summary: Summary) ->
     shutil.copyfile(image, base / "images" / image.name)
     Image.fromarray(label).save(target)
     summary.files += 1
-    found, counts = np.unique(label, return_counts=True)
-    summary.pixels.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
+    summary.pixels.update(dict(enumerate(np.bincount(label.ravel()).tolist())))
 
 
 def _class_lines(out: Path, names: Sequence[str], colours: np.ndarray | None) -> list[str]:
