@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +34,8 @@ from pwlib.data.palettes import voc_palette
 BACKGROUND = "background"
 VOID_NAMES = ("void", "__ignore__")
 BACKGROUND_NAMES = (BACKGROUND, "_background_")
-
-
-@dataclass
-class Annotated:
-    """An image file with its annotations.
-
-    Attributes:
-        size: (H, W) of the image according to the annotation.
-        shapes: (class name, mask bool [H, W]) in the order in which they are drawn; made on demand.
-    """
-
-    image: Path
-    size: tuple[int, int]
-    shapes: Iterator[tuple[str, np.ndarray]]
+# An image, its size (H, W) according to its annotation, and (class name, mask bool [H, W]) in the order of drawing.
+Annotated = tuple[Path, tuple[int, int], Iterator[tuple[str, np.ndarray]]]
 
 
 @dataclass
@@ -125,11 +114,11 @@ def convert(
     lines = _class_lines(Path(out), names, colours)
     for file, read in annotated.items():
         try:
-            item = read()
-            label = np.full(item.size, fill, np.uint8)
-            for name, mask in item.shapes:
+            image, size, shapes = read()
+            label = np.full(size, fill, np.uint8)
+            for name, mask in shapes:
                 label[mask] = numbers[name]
-            _write_pair(item.image, label, base, summary)
+            _write_pair(image, label, base, summary)
         except (ValueError, FileNotFoundError) as error:
             summary.failed.append(f"{file}: {error}")
         except (KeyError, TypeError, IndexError) as error:
@@ -200,18 +189,18 @@ def _read_coco(content: dict[str, Any], source: Path, folder: Path | None, summa
             used.add(_coco_id(annotation, "category_id", source))
 
     def masks(size: tuple[int, int], annotations: list) -> Iterator[tuple[str, np.ndarray]]:
+        outlined = []
         for annotation in annotations:
-            if not _has_outline(annotation):  # somewhere in its box is an object, the rest of the box is unknown
-                if not annotation.get("bbox"):
-                    raise ValueError("an annotation has neither a segmentation nor a bbox; expected one of them")
+            if _has_outline(annotation):
+                name = categories[_coco_id(annotation, "category_id", source)]
+                outlined.append((name, _coco_mask(annotation["segmentation"], size)))
+            elif annotation.get("bbox"):  # somewhere in it is an object, the rest of it is unknown
                 x, y, width, height = annotation["bbox"]
-                corners = np.array([(x, y), (x + width, y), (x + width, y + height), (x, y + height)], float)
-                yield VOID_NAMES[0], draw_polygon(corners, size)
+                yield VOID_NAMES[0], _coco_mask([[x, y, x + width, y, x + width, y + height, x, y + height]], size)
                 summary.notes["annotations are boxes without a segmentation; the pixels in the boxes are void"] += 1
-        outlined = [a for a in annotations if _has_outline(a)]
-        names = [categories[_coco_id(a, "category_id", source)] for a in outlined]
-        drawn = [(name, _coco_mask(a["segmentation"], size)) for name, a in zip(names, outlined, strict=True)]
-        yield from sorted(drawn, key=lambda pair: -pair[1].sum())
+            else:
+                raise ValueError("an annotation has neither a segmentation nor a bbox; expected one of them")
+        yield from sorted(outlined, key=lambda pair: -pair[1].sum())
 
     def read(name: str) -> Annotated:
         sizes = {(entry["height"], entry["width"]) for entry in entries[name].values()}
@@ -219,7 +208,7 @@ def _read_coco(content: dict[str, Any], source: Path, folder: Path | None, summa
             raise ValueError(f"it is listed with the sizes {' and '.join(f'{h}x{w}' for h, w in sizes)}; expected one")
         path = _find(name, folder, source.parent if source.is_file() else source)
         (size,) = sizes
-        return Annotated(path, size, masks(size, [a for k in entries[name] for a in by_image[k]]))
+        return path, size, masks(size, [a for k in entries[name] for a in by_image[k]])
 
     readers = {name: partial(read, name) for name in entries}
     ordered = sorted(categories, key=lambda k: (isinstance(k, str), k))  # numbers before texts
@@ -266,7 +255,7 @@ def _read_labelme(contents: dict[Path, dict], source: Path, folder: Path | None,
         if not isinstance(content["shapes"], list):
             raise ValueError(f"shapes is {json.dumps(content['shapes'])[:100]}; expected a list")
         size = (content.get("imageHeight") or size[0], content.get("imageWidth") or size[1])
-        return Annotated(image, size, masks(content["shapes"], size))
+        return image, size, masks(content["shapes"], size)
 
     def masks(shapes: list, size: tuple[int, int]) -> Iterator[tuple[str, np.ndarray]]:
         for shape in shapes:
@@ -326,14 +315,11 @@ def _class_name(name: Any, owner: str) -> str:
 
 def _find(name: str, folder: Path | None, beside: Path, stem: str | None = None) -> Path:
     """The image that an annotation names: in `folder`, or relative to the annotation, or with the annotation's stem."""
-    relative = Path(name.replace("\\", "/"))
-    places = [place / part for place in (folder, beside) if place for part in (relative, relative.name)]
-    if found := next((place for place in places if place.is_file()), None):
+    relative, folders = Path(name.replace("\\", "/")), [place for place in (folder, beside) if place]
+    named = (place / part for place in folders for part in (relative, relative.name))
+    same_stem = (path for place in folders if stem for path in list_files(place, IMAGE_SUFFIXES) if path.stem == stem)
+    if found := next((path for path in chain(named, same_stem) if path.is_file()), None):
         return found
-    for place in (folder, beside):
-        for path in list_files(place, IMAGE_SUFFIXES) if stem and place else ():
-            if path.stem == stem:
-                return path
     raise FileNotFoundError(f"the image {name} is neither in {folder or beside} nor in {beside}; give --images")
 
 
