@@ -68,10 +68,10 @@ def read_classes(path: str | Path) -> tuple[tuple[str, ...], np.ndarray | None]:
         return tuple(names), None
     if np.max(colours) > 255:
         raise ValueError(f"{path}: a colour has the value {np.max(colours)}; expected 0 to 255")
-    void = next((colour for name, colour in zip(names, colours, strict=True) if name.lower() == "void"), None)
-    pairs = [(name, colour) for name, colour in zip(names, colours, strict=True) if name.lower() != "void"]
-    free = next(c for c in ((224, 224, 192), (255, 255, 255), (0, 0, 0), (1, 2, 3)) if c not in colours)
-    return tuple(name for name, _ in pairs), np.array([*(c for _, c in pairs), void or free], np.uint8)
+    table = dict(zip(names, colours, strict=True))
+    void = [table.pop(name) for name in names if name.lower() == "void"]
+    void += [c for c in ((224, 224, 192), (255, 255, 255), (0, 0, 0), (1, 2, 3)) if c not in colours]
+    return tuple(table), np.array([*table.values(), void[0]], np.uint8)
 
 
 def parse_classes(text: str) -> tuple[tuple[str, ...], np.ndarray | None]:
