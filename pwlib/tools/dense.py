@@ -77,8 +77,7 @@ def dense_crf(
     channels = pixels.reshape(math.prod(size), -1)  # [N, C]
     if theta_beta is None and pixels.dtype != torch.uint8:
         raise ValueError(f"image is {pixels.dtype}; expected uint8, or theta_beta= in the unit of its values")
-    if iterations < 0:
-        raise ValueError(f"iterations is {iterations}; expected 0 or more")
+    at_least(0, iterations=iterations)
     p = _check_distribution(p)
     device = torch.device(given.device if device is None else device)
     alpha = _per("axis", "theta_alpha", theta_alpha, len(size)).to(device)
