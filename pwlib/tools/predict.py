@@ -13,7 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from pwlib.checkpoints import write_atomically
-from pwlib.data import VOID, read_image
+from pwlib.data import read_image
 from pwlib.data.files import list_files
 from pwlib.data.images import IMAGE_SUFFIXES
 from pwlib.tools.pictures import label_image, legend, overlay, stacked
@@ -88,7 +88,7 @@ def label_files(
             yield path, [], str(error).split("\n")[0] or type(error).__name__
             continue
         picture = Image.fromarray(overlay(image, label, run.palette))
-        key = legend(run.palette, run.class_names, [k for k in label.unique().tolist() if k != VOID], picture.width)
+        key = legend(run.palette, run.class_names, label.unique().tolist(), picture.width)
         pictures = [label_image(label, run.palette), stacked(picture, key)]
         pictures += [Image.fromarray((255 * confidence).round().to(torch.uint8).numpy())]
         for file, content in zip(files, pictures, strict=True):
@@ -108,7 +108,7 @@ def _replaceable(file: Path) -> bool:
     """Whether `_save` wrote a file, and its pixels are still the same: a corrected label must not be lost."""
     try:
         with Image.open(file) as picture:
-            return MARK in picture.info and picture.info[MARK] == _digest(picture)
+            return picture.info.get(MARK) == _digest(picture)
     except Exception:  # Pillow raises errors of all kinds for a file that is no image, or no complete one
         return False
 
