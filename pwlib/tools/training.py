@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from pwlib import checkpoints, loaders
 from pwlib.annotations.check import Report, check_folder
-from pwlib.data import Augment, SegmentationDataset, hold_out, load
+from pwlib.data import Augment, hold_out, load
 from pwlib.evaluation import best_record
 from pwlib.losses import balanced_weights
 from pwlib.tools.pictures import predictions
@@ -51,7 +51,9 @@ def train(
             settings["size"] = _fitted_size(settings["size"], sum(report.sizes.values(), Counter()), say=main)
     train_set = load_split(config, "train", download=download)
     val_set = load_split(config, "val")
-    content = {"classes": list(train_set.class_names), "images": f"{len(train_set)} images, {_digest(train_set)}"}
+    names = "\n".join(train_set.names).encode(errors="backslashreplace")  # a name on Linux may be no valid text
+    digest = hashlib.sha256(names).hexdigest()[:16]
+    content = {"classes": list(train_set.class_names), "images": f"{len(train_set)} images, {digest}"}
     for key, now in content.items():
         if resume and config.get(key, now) != now:
             raise ValueError(
@@ -129,17 +131,11 @@ def _fitted_size(size: tuple[int, int], found: Counter, *, say: bool) -> tuple[i
     return height, width
 
 
-def _digest(dataset: SegmentationDataset) -> str:
-    names = "\n".join(dataset.names).encode(errors="backslashreplace")  # a name on Linux may be no valid text
-    return hashlib.sha256(names).hexdigest()[:16]
-
-
 def table(history: dict[str, list[dict[str, Any]]], stage1_keeps: str = "best") -> str:
     """Format the validation scores of the epoch that each stage keeps, in percent."""
     rows = []
     for stage in STAGES:
-        records = [record for record in history.get(stage, []) if "val" in record]
-        if not records:
+        if not (records := [record for record in history.get(stage, []) if "val" in record]):
             continue
         kept = best_record(records, stage1_keeps if stage == "stage1" else "best")
         if stage == "stage2":  # epoch 0: the CRF before it has learned anything
