@@ -383,8 +383,7 @@ def _check_values(masks: Sequence[Path], reader: LabelReader, names: Sequence[st
         stored |= set(np.unique(values).tolist())
         occurring |= set(np.unique(classes).tolist()) - {VOID}
     count = len(names) if names else max(occurring, default=0) + 1
-    error = classes_error(sorted(occurring & {*range(count)}), count, stored, named=bool(names))
-    if error is not None:
+    if error := classes_error(sorted(occurring & {*range(count)}), count, stored, named=bool(names)):
         raise ValueError(f"masks: {error}")
     return count
 
