@@ -88,11 +88,11 @@ def convert(
     for part in ("images", "labels"):
         if (base / part).is_dir() and any((base / part).iterdir()):
             raise FileExistsError(f"{base / part} is not empty; choose another --out or --split")
+    if (source / "SegmentationClass").is_dir() and (source / "labelmap.txt").is_file():  # VOC's layout
+        images, palette = images or source / "JPEGImages", palette or str(source / "labelmap.txt")
+        source = source / "SegmentationClass"
     kind, content = _open_source(source)
     summary = Summary()
-    if kind == "voc":
-        images, palette = images or source / "JPEGImages", palette or str(source / "labelmap.txt")
-        kind, content = _open_source(source / "SegmentationClass")
     if kind == "masks":
         return _convert_masks(content, base, Path(out), images, classes, palette, values, void, summary)
     reader = {"coco": _read_coco, "labelme": _read_labelme}[kind]
@@ -133,8 +133,6 @@ def _open_source(source: Path) -> tuple[str, Any]:
     """The kind of a source, and its content: a COCO dictionary, {path: LabelMe dictionary}, or a list of masks."""
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder; expected COCO JSON, LabelMe JSON or masks")
-    if (source / "SegmentationClass").is_dir() and (source / "labelmap.txt").is_file():
-        return "voc", None
     paths = list_files(source, (".json",)) if source.is_dir() else [source]
     contents = {path: _read_json(path) for path in paths}
     coco = [path for path, content in contents.items() if {"images", "annotations", "categories"} <= content.keys()]
