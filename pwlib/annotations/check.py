@@ -9,24 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pwlib.annotations.classes import LabelReader, read_classes
 from pwlib.annotations.folder import find_split, split_names
+from pwlib.data import VOID, read_image
 from pwlib.data.files import by_stem
-from pwlib.data.images import (
-    IMAGE_SUFFIXES,
-    LABEL_SUFFIXES,
-    ORIENTATION,
-    VOID,
-    image_size,
-    read_image,
-    read_label_values,
-)
+from pwlib.data.images import IMAGE_SUFFIXES, LABEL_SUFFIXES, ORIENTATION, image_size, read_label_values
 from pwlib.data.palettes import voc_palette
-
-FLIPS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE"}
-FLIPS |= {8: "ROTATE_90"}
 
 
 @dataclass
@@ -95,12 +85,11 @@ def check_folder(
     Raises:
         FileNotFoundError, ValueError: the folders cannot be paired, or classes.txt cannot be read.
     """
-    root, report = Path(root), Report()
+    root = Path(root)
     if class_names is None and (root / "classes.txt").is_file():
         class_names, colours = read_classes(root / "classes.txt")
         palette = colours if palette is None else palette
-    reader, stored, found = LabelReader(palette, values, void), set(), {}
-    report.reader = reader
+    report, stored, found = Report(reader=LabelReader(palette, values, void)), set(), {}
     splits = split_names(root)
     for split in splits:
         base, _ = find_split(root, split)
@@ -112,7 +101,7 @@ def check_folder(
             report.errors.append((str(path), f"there is no {missing} of this name"))
         for image, label in ((images[stem], labels[stem]) for stem in sorted(images.keys() & labels.keys())):
             try:
-                classes, raw = _check_pair(image, label, reader, report, split, decode_images)
+                classes, raw = _check_pair(image, label, report, split, decode_images)
             except ValueError as error:
                 report.errors.append((str(label), str(error).removeprefix(f"{label}: ")))
                 continue
@@ -140,21 +129,20 @@ def check_folder(
     return report
 
 
-def _check_pair(image: Path, label: Path, reader: LabelReader, report: Report, split: str, decode: bool):
+def _check_pair(image: Path, label: Path, report: Report, split: str, decode: bool):
     """Check an image and its label; return the classes [H, W] and the set of values in the file."""
-    values, classes = read_classes_of(label, reader)
-    size = image_size(image)
+    values, classes = read_classes_of(label, report.reader)
+    size, orientation = image_size(image), image_orientation(image)
     if classes.shape != size:
         raw = "; it is rotated as the stored pixels of the photo, whose EXIF tag the label must follow"
-        rotated = classes.shape == size[::-1] and image_orientation(image) >= 5
         raise ValueError(
             f"{label}: the label is {classes.shape[0]}x{classes.shape[1]} and its image {image.name} "
-            f"{size[0]}x{size[1]} (height x width){raw if rotated else ''}"
+            f"{size[0]}x{size[1]} (height x width){raw if orientation >= 5 and classes.shape == size[::-1] else ''}"
         )
     report.sizes[split][size] += 1
-    if decode or image_orientation(image) > 1:
+    if decode or orientation > 1:
         pixels = read_image(image)
-        if (warning := _raw_orientation(pixels, classes, image_orientation(image))) is not None:
+        if (warning := _raw_orientation(pixels, classes, orientation)) is not None:
             report.warnings.append((str(label), warning))
     return classes, set(np.flatnonzero(np.bincount(values.ravel())).tolist()) if values.ndim == 2 else set()
 
@@ -171,11 +159,10 @@ def read_classes_of(label: Path, reader: LabelReader) -> tuple[np.ndarray, np.nd
     try:
         return values, reader.classes(values, label)
     except ValueError as error:
-        numbers = values if values.ndim == 2 else values[..., :3].astype(np.int64) @ (65536, 256, 1)
-        remedy = "; export the mask without smoothing (anti-aliasing)" if _looks_blended(numbers) else ""
-        if remedy and values.ndim == 2:
-            remedy += ", or map ranges of values, like 0-127=0,128-255=1"
-        raise ValueError(f"{error}{remedy}") from None
+        if not _looks_blended(values if values.ndim == 2 else values[..., :3].astype(np.int64) @ (65536, 256, 1)):
+            raise
+        ranges = ", or map ranges of values, like 0-127=0,128-255=1" if values.ndim == 2 else ""
+        raise ValueError(f"{error}; export the mask without smoothing (anti-aliasing){ranges}") from None
 
 
 def _check_classes(report: Report, occurring: list[int], stored: set[int], named: bool, first: str) -> None:
@@ -185,8 +172,9 @@ def _check_classes(report: Report, occurring: list[int], stored: set[int], named
         return
     if (text := classes_error(occurring, count, stored, named=named)) is not None:
         report.errors.append(("labels", text))
+        return
     absent = []  # one line for all: most of COCO's 80 categories may be
-    for k, name in enumerate(() if report.errors else report.class_names):
+    for k, name in enumerate(report.class_names):
         splits = [split for split, images in report.images.items() if images[k]]
         if not splits:
             absent.append(f"{name} (class {k})")
@@ -226,9 +214,9 @@ def _looks_blended(values: np.ndarray) -> bool:
         return False
     isolated = np.ones(values.shape, bool)
     for one, other in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
-        same = values[one] == values[other]
-        isolated[one] &= ~same
-        isolated[other] &= ~same
+        differ = values[one] != values[other]
+        isolated[one] &= differ
+        isolated[other] &= differ
     alone = np.bincount(values[isolated], minlength=len(counts))  # isolated pixels per value
     return (alone[rare] > 0.5 * counts[rare]).sum() >= 5 and isolated.mean() < 0.3
 
@@ -239,12 +227,17 @@ def image_orientation(image: Path) -> int:
         return picture.getexif().get(ORIENTATION, 1)
 
 
+def rotated(label: np.ndarray, orientation: int) -> np.ndarray:
+    """The label of stored pixels, uint8 [H, W], rotated as the EXIF orientation of their photo says."""
+    picture = Image.fromarray(label)
+    picture.getexif()[ORIENTATION] = orientation
+    return np.asarray(ImageOps.exif_transpose(picture))
+
+
 def _raw_orientation(pixels: torch.Tensor, classes: np.ndarray, orientation: int) -> str | None:
     """Compare the contrast at the borders of a label before and after the rotation in its photo's EXIF tag."""
-    if orientation not in FLIPS:
-        return None
-    turned = np.asarray(Image.fromarray(classes).transpose(getattr(Image.Transpose, FLIPS[orientation])))
-    if turned.shape != classes.shape:
+    turned = rotated(classes, orientation)
+    if turned.shape != classes.shape or (turned == classes).all():
         return None
     grey = pixels.mean(0).numpy()  # [H, W]
     contrast = np.zeros_like(grey)

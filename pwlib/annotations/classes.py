@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,10 +68,10 @@ def read_classes(path: str | Path) -> tuple[tuple[str, ...], np.ndarray | None]:
         return tuple(names), None
     if np.max(colours) > 255:
         raise ValueError(f"{path}: a colour has the value {np.max(colours)}; expected 0 to 255")
-    void = next((colour for name, colour in zip(names, colours, strict=True) if name.lower() == "void"), None)
-    pairs = [(name, colour) for name, colour in zip(names, colours, strict=True) if name.lower() != "void"]
-    free = next(c for c in ((224, 224, 192), (255, 255, 255), (0, 0, 0), (1, 2, 3)) if c not in colours)
-    return tuple(name for name, _ in pairs), np.array([*(c for _, c in pairs), void or free], np.uint8)
+    table = dict(zip(names, colours, strict=True))
+    void = [table.pop(name) for name in names if name.lower() == "void"]
+    void += [c for c in ((224, 224, 192), (255, 255, 255), (0, 0, 0), (1, 2, 3)) if c not in colours]
+    return tuple(table), np.array([*table.values(), void[0]], np.uint8)
 
 
 def parse_classes(text: str) -> tuple[tuple[str, ...], np.ndarray | None]:
@@ -125,12 +125,13 @@ class LabelReader:
 
     Attributes:
         palette: uint8 [K + 1, 3], void last, to decode colour images, and palette images that show one of its colours.
-        values: {value in the file: class number, or 255 for void}; other values are errors. None: values are classes.
+        values: {value in the file: class number, or 255 for void}, or a list of such pairs, as JSON stores them; other
+            values are errors. None: values are classes.
         void: value in the file that is void, if `values` does not mention it; None: no value.
     """
 
     palette: np.ndarray | None = None
-    values: Mapping[int, int] | None = None
+    values: Mapping[int, int] | Sequence[tuple[int, int]] | None = None
     void: int | None = VOID
 
     def __call__(self, path: str | Path) -> Tensor:

@@ -11,7 +11,6 @@ import argparse
 import base64
 import io
 import json
-import math
 import re
 import shutil
 import tempfile
@@ -19,13 +18,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from pwlib.annotations.check import FLIPS, classes_error, image_orientation, read_classes_of
+from pwlib.annotations.check import classes_error, image_orientation, read_classes_of, rotated
 from pwlib.annotations.classes import LabelReader, parse_classes, parse_values, read_classes, read_text
 from pwlib.data.files import list_files
 from pwlib.data.images import IMAGE_SUFFIXES, LABEL_SUFFIXES, VOID, image_size
@@ -34,20 +34,8 @@ from pwlib.data.palettes import voc_palette
 BACKGROUND = "background"
 VOID_NAMES = ("void", "__ignore__")
 BACKGROUND_NAMES = (BACKGROUND, "_background_")
-
-
-@dataclass
-class Annotated:
-    """An image file with its annotations.
-
-    Attributes:
-        size: (H, W) of the image according to the annotation.
-        shapes: (class name, mask bool [H, W]) in the order in which they are drawn; made on demand.
-    """
-
-    image: Path
-    size: tuple[int, int]
-    shapes: Iterator[tuple[str, np.ndarray]]
+# An image, its size (H, W) according to its annotation, and (class name, mask bool [H, W]) in the order of drawing.
+Annotated = tuple[Path, tuple[int, int], Iterator[tuple[str, np.ndarray]]]
 
 
 @dataclass
@@ -100,11 +88,11 @@ def convert(
     for part in ("images", "labels"):
         if (base / part).is_dir() and any((base / part).iterdir()):
             raise FileExistsError(f"{base / part} is not empty; choose another --out or --split")
+    if (source / "SegmentationClass").is_dir() and (source / "labelmap.txt").is_file():  # VOC's layout
+        images, palette = images or source / "JPEGImages", palette or str(source / "labelmap.txt")
+        source = source / "SegmentationClass"
     kind, content = _open_source(source)
     summary = Summary()
-    if kind == "voc":
-        images, palette = images or source / "JPEGImages", palette or str(source / "labelmap.txt")
-        kind, content = _open_source(source / "SegmentationClass")
     if kind == "masks":
         return _convert_masks(content, base, Path(out), images, classes, palette, values, void, summary)
     reader = {"coco": _read_coco, "labelme": _read_labelme}[kind]
@@ -126,11 +114,11 @@ def convert(
     lines = _class_lines(Path(out), names, colours)
     for file, read in annotated.items():
         try:
-            item = read()
-            label = np.full(item.size, fill, np.uint8)
-            for name, mask in item.shapes:
+            image, size, shapes = read()
+            label = np.full(size, fill, np.uint8)
+            for name, mask in shapes:
                 label[mask] = numbers[name]
-            _write_pair(item.image, label, base, summary)
+            _write_pair(image, label, base, summary)
         except (ValueError, FileNotFoundError) as error:
             summary.failed.append(f"{file}: {error}")
         except (KeyError, TypeError, IndexError) as error:
@@ -145,8 +133,6 @@ def _open_source(source: Path) -> tuple[str, Any]:
     """The kind of a source, and its content: a COCO dictionary, {path: LabelMe dictionary}, or a list of masks."""
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder; expected COCO JSON, LabelMe JSON or masks")
-    if (source / "SegmentationClass").is_dir() and (source / "labelmap.txt").is_file():
-        return "voc", None
     paths = list_files(source, (".json",)) if source.is_dir() else [source]
     contents = {path: _read_json(path) for path in paths}
     coco = [path for path, content in contents.items() if {"images", "annotations", "categories"} <= content.keys()]
@@ -201,18 +187,18 @@ def _read_coco(content: dict[str, Any], source: Path, folder: Path | None, summa
             used.add(_coco_id(annotation, "category_id", source))
 
     def masks(size: tuple[int, int], annotations: list) -> Iterator[tuple[str, np.ndarray]]:
+        outlined = []
         for annotation in annotations:
-            if not _has_outline(annotation):  # somewhere in its box is an object, the rest of the box is unknown
-                if not annotation.get("bbox"):
-                    raise ValueError("an annotation has neither a segmentation nor a bbox; expected one of them")
+            if _has_outline(annotation):
+                name = categories[_coco_id(annotation, "category_id", source)]
+                outlined.append((name, _coco_mask(annotation["segmentation"], size)))
+            elif annotation.get("bbox"):  # somewhere in it is an object, the rest of it is unknown
                 x, y, width, height = annotation["bbox"]
-                corners = np.array([(x, y), (x + width, y), (x + width, y + height), (x, y + height)], float)
-                yield VOID_NAMES[0], draw_polygon(corners, size)
+                yield VOID_NAMES[0], _coco_mask([[x, y, x + width, y, x + width, y + height, x, y + height]], size)
                 summary.notes["annotations are boxes without a segmentation; the pixels in the boxes are void"] += 1
-        outlined = [a for a in annotations if _has_outline(a)]
-        names = [categories[_coco_id(a, "category_id", source)] for a in outlined]
-        drawn = [(name, _coco_mask(a["segmentation"], size)) for name, a in zip(names, outlined, strict=True)]
-        yield from sorted(drawn, key=lambda pair: -pair[1].sum())
+            else:
+                raise ValueError("an annotation has neither a segmentation nor a bbox; expected one of them")
+        yield from sorted(outlined, key=lambda pair: -pair[1].sum())
 
     def read(name: str) -> Annotated:
         sizes = {(entry["height"], entry["width"]) for entry in entries[name].values()}
@@ -220,7 +206,7 @@ def _read_coco(content: dict[str, Any], source: Path, folder: Path | None, summa
             raise ValueError(f"it is listed with the sizes {' and '.join(f'{h}x{w}' for h, w in sizes)}; expected one")
         path = _find(name, folder, source.parent if source.is_file() else source)
         (size,) = sizes
-        return Annotated(path, size, masks(size, [a for k in entries[name] for a in by_image[k]]))
+        return path, size, masks(size, [a for k in entries[name] for a in by_image[k]])
 
     readers = {name: partial(read, name) for name in entries}
     ordered = sorted(categories, key=lambda k: (isinstance(k, str), k))  # numbers before texts
@@ -267,7 +253,7 @@ def _read_labelme(contents: dict[Path, dict], source: Path, folder: Path | None,
         if not isinstance(content["shapes"], list):
             raise ValueError(f"shapes is {json.dumps(content['shapes'])[:100]}; expected a list")
         size = (content.get("imageHeight") or size[0], content.get("imageWidth") or size[1])
-        return Annotated(image, size, masks(content["shapes"], size))
+        return image, size, masks(content["shapes"], size)
 
     def masks(shapes: list, size: tuple[int, int]) -> Iterator[tuple[str, np.ndarray]]:
         for shape in shapes:
@@ -308,18 +294,13 @@ def _labelme_mask(shape: dict[str, Any], size: tuple[int, int]) -> np.ndarray | 
 
 def draw_polygon(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Mask bool [H, W] of the pixels whose centre is in the polygon [N, 2] of (x, y), by the even-odd rule."""
-    mask = np.zeros(size, bool)
-    if len(points) < 3:
-        return mask
-    (x0, y0), (x1, y1) = points.T, np.roll(points, -1, axis=0).T  # [N] each: the ends of the edges
-    first, last = np.clip([math.floor(y0.min()), math.ceil(y0.max())], 0, size[0])
-    for row in range(first, last):
-        y = row + 0.5
-        crossed = (y0 > y) != (y1 > y)
-        x = x0[crossed] + (y - y0[crossed]) * (x1[crossed] - x0[crossed]) / (y1[crossed] - y0[crossed])
-        columns = np.clip(np.ceil(np.sort(x) - 0.5), 0, size[1]).astype(int)
-        for left, right in columns.reshape(-1, 2):
-            mask[row, left:right] = True
+    if not np.isfinite(points).all():
+        raise ValueError("a polygon has coordinates that are infinite or NaN; expected numbers in px")
+    mask, y, x = np.zeros(size, bool), np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5
+    for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0), strict=True):
+        crossed = (y0 > y) != (y1 > y)  # the rows that the edge crosses
+        crossings = x0 + (y[crossed] - y0) * (x1 - x0) / (y1 - y0)
+        mask[crossed] ^= x < crossings[:, None]
     return mask
 
 
@@ -332,14 +313,11 @@ def _class_name(name: Any, owner: str) -> str:
 
 def _find(name: str, folder: Path | None, beside: Path, stem: str | None = None) -> Path:
     """The image that an annotation names: in `folder`, or relative to the annotation, or with the annotation's stem."""
-    relative = Path(name.replace("\\", "/"))
-    places = [place / part for place in (folder, beside) if place for part in (relative, relative.name)]
-    if found := next((place for place in places if place.is_file()), None):
+    relative, folders = Path(name.replace("\\", "/")), [place for place in (folder, beside) if place]
+    named = (place / part for place in folders for part in (relative, relative.name))
+    same_stem = (path for place in folders if stem for path in list_files(place, IMAGE_SUFFIXES) if path.stem == stem)
+    if found := next((path for path in chain(named, same_stem) if path.is_file()), None):
         return found
-    for place in (folder, beside):
-        for path in list_files(place, IMAGE_SUFFIXES) if stem and place else ():
-            if path.stem == stem:
-                return path
     raise FileNotFoundError(f"the image {name} is neither in {folder or beside} nor in {beside}; give --images")
 
 
@@ -403,8 +381,7 @@ def _check_values(masks: Sequence[Path], reader: LabelReader, names: Sequence[st
         stored |= set(np.unique(values).tolist())
         occurring |= set(np.unique(classes).tolist()) - {VOID}
     count = len(names) if names else max(occurring, default=0) + 1
-    error = classes_error(sorted(occurring & {*range(count)}), count, stored, named=bool(names))
-    if error is not None:
+    if error := classes_error(sorted(occurring & {*range(count)}), count, stored, named=bool(names)):
         raise ValueError(f"masks: {error}")
     return count
 
@@ -413,7 +390,7 @@ def _write_pair(image: Path, label: np.ndarray, base: Path, summary: Summary) ->
     """Copy an image and write its label; a label of the stored pixels is rotated as the image's EXIF tag says."""
     size, orientation = image_size(image), image_orientation(image)
     if label.shape != size and label.shape == size[::-1] and orientation >= 5:
-        label = np.asarray(Image.fromarray(label).transpose(getattr(Image.Transpose, FLIPS[orientation])))
+        label = rotated(label, orientation)
         summary.notes["labels were rotated as their photos are by EXIF"] += 1
     if label.shape != size:
         raise ValueError(
@@ -427,8 +404,7 @@ def _write_pair(image: Path, label: np.ndarray, base: Path, summary: Summary) ->
     shutil.copyfile(image, base / "images" / image.name)
     Image.fromarray(label).save(target)
     summary.files += 1
-    found, counts = np.unique(label, return_counts=True)
-    summary.pixels.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
+    summary.pixels.update(dict(enumerate(np.bincount(label.ravel()).tolist())))
 
 
 def _class_lines(out: Path, names: Sequence[str], colours: np.ndarray | None) -> list[str]:

@@ -46,8 +46,8 @@ def load(
     """
     root = Path(root)
     base, items = find_split(root, split)
-    images, labels = pair_files(base / "images", base / "labels", "folder")
-    check_sizes(images, labels)
+    pairs = pair_files(base / "images", base / "labels", "folder")
+    check_sizes(pairs)
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"folder: num_classes={num_classes}; expected at least one")
     if class_names is None and num_classes is None and (root / "classes.txt").is_file():
@@ -62,15 +62,15 @@ def load(
     elif num_classes not in (None, len(class_names)):
         raise ValueError(f"folder: {len(class_names)} class names for num_classes={num_classes}; expected as many")
     dataset = SegmentationDataset(
-        LabelledFiles(images, labels, reader),
+        LabelledFiles(pairs, reader),
         name="folder",
         split=split,
-        names=[path.stem for path in images],
+        names=[image.stem for image, _ in pairs],
         class_names=class_names,
         palette=voc_palette(len(class_names)) if palette is None else palette,
         **options,
     )
-    return dataset.subset(range(len(images))[items])
+    return dataset.subset(range(len(pairs))[items])
 
 
 def find_split(root: Path, split: str) -> tuple[Path, slice]:
@@ -89,7 +89,7 @@ def find_split(root: Path, split: str) -> tuple[Path, slice]:
         raise FileNotFoundError(f"folder: {root} has no folder {split!r}; it has {', '.join(found)}")
     if split == "all" or (root / {"train": "val", "val": "train"}[split]).is_dir():
         return root, slice(None)
-    count = len(pair_files(root / "images", root / "labels", "folder")[0])
+    count = len(pair_files(root / "images", root / "labels", "folder"))
     if count < 2:
         raise ValueError(f"folder: {root / 'images'} contains one image; train and val need at least two")
     cut = min(max(1, round(0.8 * count)), count - 1)
@@ -105,9 +105,9 @@ def split_names(root: Path) -> list[str]:
     return sorted(folders, key=("all", *SPLITS).index)
 
 
-def check_sizes(images: Sequence[Path], labels: Sequence[Path]) -> None:
+def check_sizes(pairs: Sequence[tuple[Path, Path]]) -> None:
     """ValueError for the first label whose size differs from its image's, from the headers of the files."""
-    for image, label in zip(images, labels, strict=True):
+    for image, label in pairs:
         (height, width), found = image_size(image), image_size(label)
         if found != (height, width):
             raw = found == (width, height)

@@ -18,8 +18,7 @@ from pwlib import checkpoints
 from pwlib.annotations.classes import label_arguments
 from pwlib.cli.profiles import PROFILES, pretrained
 from pwlib.pretrained import read_vgg
-from pwlib.tools.device import choose_device
-from pwlib.tools.runs import label_options, load_run, read_config
+from pwlib.tools.runs import choose_device, load_run, read_config
 
 # The arguments that decide a run; a resumed run must not contradict them.
 DECIDING = ("data", "profile", "size", "epochs", "seed", "context", "weights", "learning_rate", "batch")
@@ -61,13 +60,12 @@ def new_configuration(given: dict[str, Any], root: str) -> dict[str, Any]:
     given = given | {"profile": given["profile"] or "quick", "seed": given["seed"] or 0}
     settings = asdict(PROFILES[given["data"], given["profile"]])
     settings |= {"size": given["size"], "crop": None} if given["size"] else {}
-    settings |= {key: given[key] for key in ("epochs", "batch") if given.get(key)}
     settings |= {} if given["context"] else {"context": None}
     if weights := given.get("weights"):
         weights = weights if weights == "imagenet" else str(Path(weights).resolve())
         norm = weights != "imagenet" and any(name.endswith("running_mean") for name in read_vgg(weights))
         settings |= pretrained(settings, weights, batch_norm=norm)
-    settings |= {"learning_rate": given["learning_rate"]} if given.get("learning_rate") else {}
+    settings |= {key: given[key] for key in ("epochs", "batch", "learning_rate") if given.get(key)}
     data = {"name": given["data"], "root": root}
     if labels := label_arguments(**{key: given.get(key) for key in LABELS}):
         if given["data"] != "folder":
@@ -99,9 +97,8 @@ def predict(args: argparse.Namespace) -> int:
         if other := image_in_subfolder(place, {args.out, *(path.parent for path in images)}):
             text = f"note: {other} is not labelled, because subfolders are not searched"
             print(f"{text}; the pattern '{Path(glob.escape(place), '**', '*')}' includes them", file=sys.stderr)
-    results = label_files(run, images, args.out, apply_crf=args.crf)
     failed = []
-    for path, files, reason in results:
+    for path, files, reason in label_files(run, images, args.out, apply_crf=args.crf):
         print(*files, sep="\n", end="\n" if files else "")
         failed += [reason if str(path) in reason else f"{path}: {reason}"] if reason else []
     for reason in failed:
@@ -114,7 +111,7 @@ def labels(args: argparse.Namespace) -> int:
     from pwlib.annotations.check import check_folder
     from pwlib.tools.pictures import label_sheet
 
-    options = label_options({"labels": label_arguments(args.classes, args.palette, args.values, args.void)})
+    options = label_arguments(args.classes, args.palette, args.values, args.void)
     report = check_folder(args.root, decode_images=True, **options)
     print(report)
     if args.sheet:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pwlib.annotations.classes import parse_values
 from pwlib.cli.profiles import PROFILES, summary
 
 OWN_PARSERS = {  # commands whose module defines their arguments
@@ -73,20 +74,16 @@ def integers(pattern: str, text: str, least: int = 0) -> tuple[int, ...] | None:
     return numbers if numbers and min(numbers) >= least else None
 
 
-def values(text: str) -> list[tuple[int, int]]:
-    """Parse `--values`: pairs of label value and class."""
-    from pwlib.annotations.classes import parse_values
-
-    return sorted(parse_values(text).items())
-
-
 size = argument("a size; expected height x width in pixels, like 90x120", lambda t: integers(r"(\d+)x(\d+)", t, 1))
 epochs = argument("three numbers of epochs, like 20,5,10", lambda t: integers(r"(\d+),(\d+),(\d+)", t))
 natural = argument("a whole number of at least 0", lambda t: int(t) if t.isdecimal() else None)
 positive = argument("a whole number of at least 1", lambda t: int(t) if t.isdecimal() and int(t) else None)
 rate = argument("a positive number", lambda t: float(t) if 0 < float(t) < math.inf else None)
 void = argument("a label value or none", lambda t: t if t == "none" or t.isdecimal() else None)
-mapping = argument("a mapping of label values to classes; expected, for example, 0=0,255=1,128=void", values)
+mapping = argument(
+    "a mapping of label values to classes; expected, for example, 0=0,255=1,128=void",
+    lambda t: sorted(parse_values(t).items()),  # pairs, which JSON can store
+)
 place = argument("a path", lambda t: str(Path(t).resolve()) if Path(t).is_file() else t)
 
 
@@ -111,12 +108,8 @@ def parser(argv: list[str]) -> argparse.ArgumentParser:
     train.add_argument("--out", metavar="RUN", required=True, help="run folder, new or empty")
     train.add_argument("--resume", action="store_true", help="continue the run in RUN")
     train.add_argument("--seed", type=natural, metavar="N", help="of weights, order and augmentation (default: 0)")
-    train.add_argument(
-        "--size",
-        type=size,
-        metavar="HxW",
-        help="resize images to this (default: the profile's; folder: in their shape)",
-    )
+    text = "resize images to this (default: the profile's; folder: in their shape)"
+    train.add_argument("--size", type=size, metavar="HxW", help=text)
     text = "the paper's model: FeatMap-Net and a contextual CRF before the dense one"
     train.add_argument("--context", action="store_const", const=True, help=text)
     train.add_argument("--epochs", type=epochs, metavar="A,B,C", help="of stages 1, 2, 3 (default: the profile's)")
@@ -149,9 +142,8 @@ def parser(argv: list[str]) -> argparse.ArgumentParser:
 
     predict = command("predict", "Label images: label PNG, overlay and confidence for each.", PREDICT_EXAMPLES)
     predict.add_argument("run", metavar="RUN", help="run folder")
-    predict.add_argument(
-        "images", metavar="IMAGE", nargs="+", help="images of any size, folders without their subfolders, or patterns"
-    )
+    text = "images of any size, folders without their subfolders, or patterns"
+    predict.add_argument("images", metavar="IMAGE", nargs="+", help=text)
     text = "folder for the results; replaces earlier ones, but no file that predict did not write or that was changed"
     predict.add_argument("--out", metavar="DIR", required=True, help=text)
     predict.add_argument("--no-crf", dest="crf", action="store_false", help="the network alone")

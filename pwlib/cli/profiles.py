@@ -88,14 +88,9 @@ def pretrained(settings: dict, weights: str, *, batch_norm: bool) -> dict:
 
 def summary() -> str:
     """A table of what each profile sets, for `train --help`."""
-    lines = [
-        f"  {'data':8} {'profile':8} {'image (crop)':13} {'epochs':10} {'batch':5} {'width':5} {'weights':9} {'rate':6}"
-    ]
+    rows = [("data", "profile", "image (crop)", "epochs", "batch", "width", "weights", "rate", "")]
     for (data, name), p in PROFILES.items():
         size = "x".join(map(str, p.size)) if p.size else "({}x{})".format(*p.crop)
-        stages = ",".join(map(str, p.epochs))
-        lines.append(
-            f"  {data:8} {name:8} {size:13} {stages:10} {p.batch:<5} {p.width:<5} {p.weights or 'random':9} "
-            f"{p.learning_rate:<6g} {p.optimizer}"
-        )
-    return "\n".join(lines)
+        epochs, rate = ",".join(map(str, p.epochs)), f"{p.learning_rate:g}"
+        rows.append((data, name, size, epochs, p.batch, p.width, p.weights or "random", rate, p.optimizer))
+    return "\n".join("  {:8} {:8} {:13} {:10} {:<5} {:<5} {:9} {:6} {}".format(*row) for row in rows)

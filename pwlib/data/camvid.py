@@ -57,10 +57,10 @@ def load(root, split: str, *, download: bool = False, **options) -> Segmentation
             "give root= the folder that contains train/ and trainannot/, "
             "or download=True (--download) to fetch it (about 200 MB)"
         )
-    images, labels = pair_files(found / split, found / f"{split}annot", "camvid")
-    names = [path.stem for path in images]
+    pairs = pair_files(found / split, found / f"{split}annot", "camvid")
+    names = [image.stem for image, _ in pairs]
     return SegmentationDataset(
-        LabelledFiles(images, labels, read),
+        LabelledFiles(pairs, read),
         name="camvid",
         split=split,
         names=names,

@@ -36,7 +36,7 @@ class SegmentationDataset(Dataset):
             raise ValueError(f"{self.name}: the palette has shape {list(self.palette.shape)}; expected {expected}")
         self.size = None if self.size is None else check_size(self.size, self.name)
         self._indices = range(len(self.names))
-        self._cache: dict | None = {} if self.cache else None
+        self._cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def num_classes(self) -> int:
@@ -51,20 +51,19 @@ class SegmentationDataset(Dataset):
     def _load(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Read an item, check it and resize it; uint8."""
         source = self._indices[index]
-        if self._cache is not None and source in self._cache:
+        if source in self._cache:
             return self._cache[source]
         image, label = self.read(source)
         where = f"{self.name} {self.split}, item {self.names[index]!r}"
         if image.shape[-2:] != label.shape:
             sizes = "{}x{} but its label is {}x{}".format(*image.shape[-2:], *label.shape)
             raise ValueError(f"{where}: the image is {sizes} (height x width)")
-        wrong = label[(label >= self.num_classes) & (label != VOID)]
-        if len(wrong):
+        if len(wrong := label[(label >= self.num_classes) & (label != VOID)]):
             expected = f"the {self.num_classes} classes (expected 0..{self.num_classes - 1}, or {VOID} for void)"
             raise ValueError(f"{where}: label value {int(wrong[0])} is outside {expected}")
         if self.size not in (None, tuple(label.shape)):
             image, label = resize_image(image, self.size), resize_label(label, self.size)
-        if self._cache is not None:
+        if self.cache:
             self._cache[source] = image, label
         return image, label
 
@@ -86,11 +85,10 @@ class SegmentationDataset(Dataset):
 
     def pixel_counts(self) -> torch.Tensor:
         """Count the pixels of each class over all labels, before any transform: int64 [K + 1], void last."""
-        counts = torch.zeros(self.num_classes + 1, dtype=torch.int64)
+        counts = torch.zeros(256, dtype=torch.int64)
         for index in range(len(self)):
-            label = self._load(index)[1].long()
-            counts += label.masked_fill(label == VOID, self.num_classes).flatten().bincount(minlength=len(counts))
-        return counts
+            counts += self._load(index)[1].flatten().bincount(minlength=256)
+        return counts[[*range(self.num_classes), VOID]]
 
     def with_transform(self, transform: Callable | None) -> "SegmentationDataset":
         """The same items with another transform, or None."""

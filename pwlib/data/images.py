@@ -152,12 +152,10 @@ def _shows_colours(picture: Image.Image, palette, is_gif: bool) -> bool:
 
 
 def read_label(path, palette=None) -> torch.Tensor:
-    """Read a label map: uint8 [H, W].
+    """Read a label map: uint8 [H, W], the values of `read_label_values`.
 
-    The values of grey and palette images are returned as stored; greys in another order than from black to white count.
-    A colour image is decoded with `palette`, uint8 [K + 1, 3] with void last, and so is a palette image that shows one
-    of these colours. ValueError if the file is broken, has values above 255, is a colour image without a palette, or
-    contains a colour that is not in the palette.
+    Colours are decoded with `palette`, uint8 [K + 1, 3] with void last. ValueError if the file is broken, has values
+    above 255, is a colour image without a palette, or contains a colour that is not in the palette.
     """
     values = read_label_values(path, palette)
     if values.ndim == 3:

@@ -11,12 +11,8 @@ def voc_palette(num_classes: int) -> np.ndarray:
 
     The bits of the index are distributed over R, G, B in turn, to the highest bits first.
     """
-    palette = np.zeros((num_classes + 1, 3), np.uint8)
-    for row, index in enumerate([*range(num_classes), VOID]):
-        for bit in range(8):
-            for channel in range(3):
-                palette[row, channel] |= (index >> (3 * bit + channel) & 1) << (7 - bit)
-    return palette
+    index = np.array([*range(num_classes), VOID])[:, None]  # [K + 1, 1]
+    return sum((index >> (3 * bit + np.arange(3)) & 1) << (7 - bit) for bit in range(8)).astype(np.uint8)
 
 
 def colorize(label, palette) -> np.ndarray:
@@ -29,7 +25,6 @@ def colorize(label, palette) -> np.ndarray:
     classes = len(palette) - 1
     if label.ndim != 2:
         raise ValueError(f"label has shape {list(label.shape)}; expected one label map [H, W]")
-    row = np.where(label == VOID, classes, label)
-    if label.size and (row.min() < 0 or row.max() > classes or np.any((label == classes) & (label != VOID))):
+    if not ((label == VOID) | (label >= 0) & (label < classes)).all():
         raise ValueError(f"labels are {np.unique(label).tolist()}; expected 0..{classes - 1}, or {VOID} for void")
-    return palette[row]
+    return palette[np.where(label == VOID, classes, label)]

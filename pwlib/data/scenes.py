@@ -11,6 +11,7 @@ The images have five properties that make every part of a CNN + CRF segmenter us
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -76,9 +77,6 @@ class _Canvas:
                 inside ^= crosses & (self.x < x0 + (self.y - y0) * ((x1 - x0) / (y1 - y0)))
         return inside
 
-    def disc(self, x: float, y: float, radius: float) -> np.ndarray:
-        return (self.x - x) ** 2 + (self.y - y) ** 2 < radius**2
-
 
 def _interpolation(count: int, grain: float) -> np.ndarray:
     """Weights [count, cells + 1] that interpolate a grid with a cell every `grain` px linearly."""
@@ -104,11 +102,8 @@ def _pick(rng, palette, against=(), contrast=0.0) -> np.ndarray:
     """
     colours = np.asarray(palette, np.float32)
     colours = colours[rng.permutation(len(colours))] + rng.normal(0, 6, (1, 3)).astype(np.float32)
-    if len(against) == 0:
-        return colours[0]
-    gaps = np.sqrt(((colours[:, None] - np.asarray(against)[None]) ** 2).mean(-1)).min(1)
-    far = np.flatnonzero(gaps >= contrast)
-    return colours[far[0]] if len(far) else colours[gaps.argmax()]
+    gaps = np.sqrt(((colours[:, None] - np.reshape(against, (-1, 3))) ** 2).mean(-1)).min(1, initial=np.inf)
+    return colours[np.minimum(gaps, contrast).argmax()]  # the first that is far enough, else the most distant
 
 
 def _craft(canvas: _Canvas, x: float, y: float, label: int, behind) -> None:
@@ -157,7 +152,8 @@ def _tree(canvas: _Canvas, x: float, base: float, behind) -> None:
     crown = np.zeros_like(stem)
     for angle in np.arange(4) * (math.pi / 2) + rng.uniform(0, 1.5):
         dx, dy = 0.55 * radius * math.cos(angle), 0.55 * radius * math.sin(angle)
-        crown |= canvas.disc(x + dx, base - trunk - radius + dy, 0.72 * radius)
+        across, down = canvas.x - (x + dx), canvas.y - (base - trunk - radius + dy)
+        crown |= across**2 + down**2 < (0.72 * radius) ** 2
     leaf = _pick(rng, EARTH_AND_LEAF, behind, 36)
     canvas.fill(stem | crown, WOOD[2], TREE)
     canvas.image[crown] = leaf + 8 * canvas.clouds(2, 2)[crown][:, None]
@@ -244,15 +240,10 @@ def draw(size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, n
     return image.round().clip(0, 255).astype(np.uint8), canvas.label
 
 
-class _Scenes:
-    """Reads scene i of a split, drawn from the random stream (seed, split, i)."""
-
-    def __init__(self, seed: int, split: str, size: tuple[int, int]):
-        self.entropy, self.size = (seed, list(LENGTHS).index(split)), size
-
-    def __call__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        image, label = draw(self.size, np.random.default_rng([*self.entropy, index]))
-        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(label)
+def _read(seed: int, split: str, size: tuple[int, int], index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw scene `index` of a split from the random stream (seed, split, index)."""
+    image, label = draw(size, np.random.default_rng([seed, list(LENGTHS).index(split), index]))
+    return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(label)
 
 
 def load(split: str, *, size=None, length: int | None = None, seed: int = 0, cache: bool = True, **options):
@@ -267,7 +258,7 @@ def load(split: str, *, size=None, length: int | None = None, seed: int = 0, cac
         raise ValueError(f"scenes: length {length}, seed {seed}; expected at least one scene and a seed of at least 0")
     size = SIZE if size is None else check_size(size, "scenes")
     return SegmentationDataset(
-        _Scenes(seed, split, size),
+        partial(_read, seed, split, size),
         name="scenes",
         split=split,
         names=[f"{split}_{index:05d}" for index in range(length)],

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .images import VOID, check_size, resize_image, resize_label
 
@@ -47,7 +48,8 @@ class Augment:
         image, label = resize_image(image, scaled), resize_label(label, scaled)
         if self._uniform(0, 1) < self.flip:
             image, label = image.flip(-1), label.flip(-1)
-        image, label = (_window(x, top, left, height, width, fill) for x, fill in ((image, 0.5), (label, VOID)))
+        margins = [-left, left + width - scaled[1], -top, top + height - scaled[0]]  # negative: cut off
+        image, label = pad(image, margins, value=0.5), pad(label, margins, value=VOID)
         brightness, contrast, saturation = (self._uniform(1 - self.colour, 1 + self.colour) for _ in range(3))
         hue = self._uniform(-self.colour, self.colour) / 4
         if self.colour:
@@ -63,12 +65,3 @@ class Augment:
             self.generator.manual_seed(self.seed + worker.seed)
             self._worker = worker.seed
         return low + (high - low) * float(torch.rand((), generator=self.generator))
-
-
-def _window(inpt: Tensor, top: int, left: int, height: int, width: int, fill: float) -> Tensor:
-    """Crop a box that may exceed the input [..., H, W]; `fill` is the value outside."""
-    below, right = top + height - inpt.shape[-2], left + width - inpt.shape[-1]
-    margins = [max(0, -left), max(0, right), max(0, -top), max(0, below)]
-    inpt = torch.nn.functional.pad(inpt, margins, value=fill)
-    top, left = max(0, top), max(0, left)
-    return inpt[..., top : top + height, left : left + width]

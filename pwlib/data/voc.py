@@ -52,12 +52,11 @@ def load(root, split: str, *, download: bool = False, sbd: bool = False, **optio
         pairs = pairs[:count] + [pair for pair in pairs[count:] if pair[0].stem not in taken]
     if missing := [path for pair in pairs for path in pair if not path.is_file()]:
         raise FileNotFoundError(f"voc2012: {missing[0]} is listed in the split but is missing")
-    images, labels = (list(paths) for paths in zip(*pairs, strict=True))
     return SegmentationDataset(
-        LabelledFiles(images, labels, read),
+        LabelledFiles(pairs, read),
         name="voc2012",
         split=split,
-        names=[path.stem for path in images],
+        names=[image.stem for image, _ in pairs],
         class_names=CLASS_NAMES,
         palette=voc_palette(len(CLASS_NAMES)),
         **options,

@@ -77,32 +77,28 @@ def dense_crf(
     channels = pixels.reshape(math.prod(size), -1)  # [N, C]
     if theta_beta is None and pixels.dtype != torch.uint8:
         raise ValueError(f"image is {pixels.dtype}; expected uint8, or theta_beta= in the unit of its values")
-    if iterations < 0:
-        raise ValueError(f"iterations is {iterations}; expected 0 or more")
+    at_least(0, iterations=iterations)
     p = _check_distribution(p)
     device = torch.device(given.device if device is None else device)
-    alpha, gamma, step = (
-        _per("axis", name, value, len(size)).to(device)
-        for name, value in (("theta_alpha", theta_alpha), ("theta_gamma", theta_gamma), ("spacing", spacing))
-    )
+    alpha = _per("axis", "theta_alpha", theta_alpha, len(size)).to(device)
+    gamma = _per("axis", "theta_gamma", theta_gamma, len(size)).to(device)
+    step = _per("axis", "spacing", spacing, len(size)).to(device)
     beta = _per("channel", "theta_beta", THETA_BETA if theta_beta is None else theta_beta, channels.shape[1]).to(device)
     channels = channels.to(device).float()
     colours = 255 * (channels / 255) / beta  # rounded as in `DenseCRF`, whose images are in [0, 1]
     if not colours.isfinite().all():
         raise ValueError("image contains NaN or infinity; expected finite numbers")
-    weights, features = [], []
     for name, weight in (("w_spatial", w_spatial), ("w_bilateral", w_bilateral)):
         if not 0 <= weight < math.inf:
             raise ValueError(f"{name} is {weight}; expected a number of at least 0")
-        if weight == 0:
-            continue
-        weights.append(weight)
-        if name == "w_bilateral":
-            features.append(torch.cat([_positions(size, alpha / step), colours], 1)[None])  # [1, N, D + C]
-        elif len(size) == 2 and len({*(gamma / step).tolist()}) == 1:
-            features.append(GridPositions(*size, (gamma / step)[0]))
-        else:
-            features.append(_positions(size, gamma / step)[None])
+    weights = [weight for weight in (w_spatial, w_bilateral) if weight]
+    features = []
+    if w_spatial:
+        theta = gamma / step
+        square = len(size) == 2 and theta[0] == theta[1]
+        features.append(GridPositions(*size, theta[0]) if square else _positions(size, theta)[None])
+    if w_bilateral:
+        features.append(torch.cat([_positions(size, alpha / step), colours], 1)[None])  # [1, N, D + C]
     logits = p.to(device).flatten(1).clamp_min(SMALLEST_PROBABILITY).log()  # [K, N]
     unary = -torch.log_softmax(logits, 0).mT[None]  # [1, N, K]
     if features:
@@ -115,9 +111,8 @@ def dense_crf(
     else:
         q = (-unary).softmax(-1)
     q = q[0].mT.contiguous()  # [K, N]
-    q = q[1:] if len(p) == 2 and math.prod(given.shape) == math.prod(size) else q  # of a sigmoid: the foreground
-    shape = given.shape if given.numel() == q.numel() else (1, *p.shape)
-    q = q.reshape(shape).to(given.device)
+    q = q[1:] if given.numel() == len(channels) else q  # of a sigmoid: the foreground
+    q = q.reshape(given.shape).to(given.device)
     return q.numpy() if as_numpy else q
 
 
@@ -153,13 +148,13 @@ def _softmax(output: Mapping[str, Tensor], pixels: Tensor) -> Tensor:
 
 def _labelled(given: Tensor, image: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
     """The probabilities [K, *S], with the background of a sigmoid, and S, from the shape of the image."""
-    options = [(given, given.shape[1:])] + ([(given[None], given.shape)] if given.ndim <= 2 else [])
-    options += [(given[0], given.shape[2:])] if given.ndim > 2 and len(given) == 1 else []
-    for p, size in options:
-        if len(size) and tuple(image[: len(size)]) == tuple(size) and len(image) - len(size) <= 1:
+    options = [given] + ([given[None]] if given.ndim <= 2 else [given[0]] if len(given) == 1 else [])
+    for p in options:
+        size = tuple(p.shape[1:])
+        if size and tuple(image[: len(size)]) == size and len(image) - len(size) <= 1:
             if p.ndim == given.ndim + 1 and not given.is_floating_point():
                 raise ValueError("probabilities are labels; expected floats: probabilities_from_labels makes them")
-            return (torch.cat([1 - p, p]) if len(p) == 1 else p), tuple(size)
+            return (torch.cat([1 - p, p]) if len(p) == 1 else p), size
     size = ", ".join(map(str, image[:2]))
     remedy = f"; resize the network's logits to ({size}) before the softmax"
     if len(image) == 3 and image[0] == 3 and tuple(given.shape[-2:]) == tuple(image[1:]):

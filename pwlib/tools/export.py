@@ -57,21 +57,17 @@ def export_unary(run: Run, path: str | Path) -> Path:
         program = torch.export.export(network, (torch.rand(EXAMPLE),), dynamic_shapes=shapes)
     about = {"classes": list(run.class_names), "palette": run.palette.tolist(), "short_side": run.short_side}
     if path.suffix == ".pt2":
-        _check_other_sizes(program)
+        try:
+            program.module()(torch.rand(1, 3, 64, 98))
+        except AssertionError as error:  # a guard on the sizes
+            raise ValueError(
+                f"torch {torch.__version__} exports this network for images of {EXAMPLE[2]}x{EXAMPLE[3]} px only; "
+                "expected the suffix .onnx, or a later version of torch"
+            ) from error
         torch.export.save(program, path, extra_files={"about.json": json.dumps(about)})
     else:
         _save_onnx(program, path, about)
     return path
-
-
-def _check_other_sizes(program: torch.export.ExportedProgram) -> None:
-    try:
-        program.module()(torch.rand(1, 3, 64, 98))
-    except AssertionError as error:  # a guard on the sizes
-        raise ValueError(
-            f"torch {torch.__version__} exports this network for images of {EXAMPLE[2]}x{EXAMPLE[3]} px only; expected "
-            "the suffix .onnx, or a later version of torch"
-        ) from error
 
 
 def _save_onnx(program: torch.export.ExportedProgram, path: Path, about: dict) -> None:
@@ -80,10 +76,8 @@ def _save_onnx(program: torch.export.ExportedProgram, path: Path, about: dict) -
     except ImportError as error:
         raise ValueError("ONNX export needs onnx and onnxscript: pip install onnx onnxscript") from error
 
-    def maximum(a, b):
-        return op.Max(op.Cast(a, to=7), op.Cast(b, to=7))  # 7: int64
-
-    table = {torch.sym_max: maximum}  # torch has no translation for it
+    # torch has no translation for this function; 7 is int64.
+    table = {torch.sym_max: lambda a, b: op.Max(op.Cast(a, to=7), op.Cast(b, to=7))}
     options = {"input_names": ["image"], "output_names": ["logits"], "custom_translation_table": table}
     result = torch.onnx.export(program, dynamo=True, verbose=False, **options)
     result.model.metadata_props["pwlib"] = json.dumps(about)

@@ -86,26 +86,21 @@ def sheet(
         overlays: show label maps over the image instead of alone.
     """
     titles = ["image", *rows[0][1]]
-    lines = []
+    left = [GAP + column * (side + GAP) for column in range(len(titles))]
+    header = Image.new("RGB", (left[-1] + side + GAP, 22), "white")
+    for x, title in zip(left, titles, strict=True):
+        ImageDraw.Draw(header).text((x, 4), title, fill="black", font=ImageFont.load_default(12))
+    lines = [header]
     for image, labels in rows:
-        pictures = [to_uint8(image)]
-        pictures += [
-            overlay(image, label, palette) if overlays else colorize(label, palette) for label in labels.values()
-        ]
-        height = max(1, round(side * image.shape[-2] / image.shape[-1]))
-        filters = [Image.Resampling.BILINEAR] + [Image.Resampling.NEAREST] * len(labels)
-        lines.append([Image.fromarray(p).resize((side, height), f) for p, f in zip(pictures, filters, strict=True)])
-    width = len(titles) * (side + GAP) + GAP
+        size = (side, max(1, round(side * image.shape[-2] / image.shape[-1])))
+        line = Image.new("RGB", (header.width, size[1] + GAP), "white")
+        line.paste(Image.fromarray(to_uint8(image)).resize(size, Image.Resampling.BILINEAR), (left[0], 0))
+        for x, label in zip(left[1:], labels.values(), strict=True):
+            pixels = overlay(image, label, palette) if overlays else colorize(label, palette)
+            line.paste(Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST), (x, 0))
+        lines.append(line)
     present = {int(k) for _, labels in rows for label in labels.values() for k in label.unique()}
-    page = Image.new("RGB", (width, 22 + sum(line[0].height + GAP for line in lines)), "white")
-    pen, top = ImageDraw.Draw(page), 22
-    for column, title in enumerate(titles):
-        pen.text((GAP + column * (side + GAP), 4), title, fill="black", font=ImageFont.load_default(12))
-    for line in lines:
-        for column, picture in enumerate(line):
-            page.paste(picture, (GAP + column * (side + GAP), top))
-        top += line[0].height + GAP
-    return stacked(page, legend(palette, class_names, present, width))
+    return stacked(*lines, legend(palette, class_names, present, header.width))
 
 
 def label_sheet(report: Report, count: int = 8) -> Image.Image:

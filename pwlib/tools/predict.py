@@ -13,7 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from pwlib.checkpoints import write_atomically
-from pwlib.data import VOID, read_image
+from pwlib.data import read_image
 from pwlib.data.files import list_files
 from pwlib.data.images import IMAGE_SUFFIXES
 from pwlib.tools.pictures import label_image, legend, overlay, stacked
@@ -29,43 +29,34 @@ def find_images(places: Sequence[str]) -> list[Path]:
 
     FileNotFoundError if a place gives no image; ValueError if two images have the same name.
     """
-    found: dict[Path, None] = {}
+    found: dict[str, Path] = {}  # by their names without suffixes
     for place in places:
-        path = Path(place)
-        if path.is_dir():
-            paths = list_files(path, IMAGE_SUFFIXES)
-        elif path.is_file():
-            paths = [path]
+        if Path(place).is_dir():
+            paths = list_files(place, IMAGE_SUFFIXES)
+        elif Path(place).is_file():
+            paths = [Path(place)]
         else:
-            paths = [Path(match) for match in sorted(glob.glob(place, recursive=True)) if Path(match).is_file()]
-            paths = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+            matches = map(Path, sorted(glob.glob(place, recursive=True)))
+            paths = [path for path in matches if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES]
+        if not paths and Path(place).is_dir():
+            raise FileNotFoundError(f"{place} contains no image; subfolders are not searched")
         if not paths:
-            what = (
-                "contains no image; subfolders are not searched"
-                if path.is_dir()
-                else "is not there; expected an image, a folder or a pattern"
-            )
-            raise FileNotFoundError(f"{place} {what}")
-        found |= dict.fromkeys(paths)
-    names: dict[str, Path] = {}
-    for path in found:
-        if path.stem in names:
-            raise ValueError(
-                f"two images are called {path.stem}: {names[path.stem]} and {path}; their predictions would overwrite "
-                "each other"
-            )
-        names[path.stem] = path
-    return list(found)
+            raise FileNotFoundError(f"{place} is not there; expected an image, a folder or a pattern")
+        for path in paths:
+            if found.setdefault(path.stem, path) != path:
+                raise ValueError(
+                    f"two images are called {path.stem}: {found[path.stem]} and {path}; their predictions would "
+                    "overwrite each other"
+                )
+    return list(found.values())
 
 
 def image_in_subfolder(folder: str | Path, searched: Iterable[str | Path]) -> Path | None:
     """An image in a direct subfolder, which `find_images` leaves out, or None; folders in `searched` do not count."""
     known = {Path(place).resolve() for place in searched}
-    for match in glob.iglob(str(Path(glob.escape(str(folder)), "*", "*"))):  # without hidden files
-        path = Path(match)
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.parent.resolve() not in known:
-            return path
-    return None
+    visible = Path(folder).glob("[!.]*/[!.]*")
+    inside = (path for path in visible if path.parent.resolve() not in known)
+    return next((path for path in inside if path.suffix.lower() in IMAGE_SUFFIXES), None)
 
 
 def label_files(
@@ -97,7 +88,7 @@ def label_files(
             yield path, [], str(error).split("\n")[0] or type(error).__name__
             continue
         picture = Image.fromarray(overlay(image, label, run.palette))
-        key = legend(run.palette, run.class_names, [k for k in label.unique().tolist() if k != VOID], picture.width)
+        key = legend(run.palette, run.class_names, label.unique().tolist(), picture.width)
         pictures = [label_image(label, run.palette), stacked(picture, key)]
         pictures += [Image.fromarray((255 * confidence).round().to(torch.uint8).numpy())]
         for file, content in zip(files, pictures, strict=True):
@@ -117,7 +108,7 @@ def _replaceable(file: Path) -> bool:
     """Whether `_save` wrote a file, and its pixels are still the same: a corrected label must not be lost."""
     try:
         with Image.open(file) as picture:
-            return MARK in picture.info and picture.info[MARK] == _digest(picture)
+            return picture.info.get(MARK) == _digest(picture)
     except Exception:  # Pillow raises errors of all kinds for a file that is no image, or no complete one
         return False
 

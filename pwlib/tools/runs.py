@@ -7,6 +7,7 @@ data again), history.json, the checkpoints stage1-best.pt, stage1-last.pt, ..., 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,16 @@ class Run:
         return predict(self.model, image, short_side=self.short_side, apply_crf=apply_crf)
 
 
+def choose_device(name: str | None) -> torch.device:
+    """The device of `--device`, or a GPU if there is one; ValueError if it cannot be used."""
+    if name is None:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} cannot be used here; expected cpu, or cuda where there is a GPU") from error
+
+
 def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
     """Load the model of a run folder, ready to predict.
 
@@ -63,8 +74,7 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
 
 def build_model(settings: dict[str, Any], num_classes: int, *, weights: str | None = None) -> PiecewiseTrainedModel:
     """Build the model that a run's settings describe, with random weights or those of `pwlib.pretrained.read_vgg`."""
-    options = {key: settings[key] for key in ("width", "batch_norm", "dropout")}
-    options["weights"] = weights
+    options = {key: settings[key] for key in ("width", "batch_norm", "dropout")} | {"weights": weights}
     crf = DenseCRF(num_classes, **settings["crf"])
     if not settings.get("context"):
         return PiecewiseTrainedModel(num_classes, unary=DeepLabLargeFOV(num_classes, **options), crf=crf)
@@ -85,14 +95,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     if missing := {"arguments", "data", "settings", "seed", "classes", "palette"} - set(config):
         raise ValueError(f"{path} is not a run's configuration: it has no {min(missing)!r}")
     return config
-
-
-def label_options(data: dict[str, Any]) -> dict[str, Any]:
-    """The options of `load` that say what the labels of a "folder" data set mean, from config.json."""
-    options = dict(data.get("labels", {}))
-    if options.get("values") is not None:
-        options["values"] = dict(options["values"])
-    return options
 
 
 def trained_stages(folder: Path) -> list[str]:

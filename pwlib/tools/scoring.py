@@ -40,22 +40,22 @@ def score_run(
     """
     config = read_config(run)
     stages = trained_stages(run)
-    other = data is not None and data != config["data"]["name"]
-    home = Path(config["data"]["root"]).resolve()
-    config["data"] |= {"name": data or config["data"]["name"], "root": root or config["data"]["root"]}
-    labels = {} if other else dict(config["data"].get("labels", {}))
-    if config["data"]["name"] == "folder":
-        names = Path(config["data"]["root"]) / "classes.txt"
+    stored = config["data"]
+    name, root = data or stored["name"], root or stored["root"]
+    labels = dict(stored.get("labels", {})) if name == stored["name"] else {}
+    if name == "folder":
+        names = Path(root) / "classes.txt"
         if not names.is_file():
             labels.setdefault("class_names", config["classes"])
-        elif names.parent.resolve() != home:  # `train --classes` says nothing about labels of another folder
+        elif Path(root).resolve() != Path(stored["root"]).resolve():
+            # `train --classes` says nothing about labels of another folder.
             class_names, colours = read_classes(names)
-            labels |= {"class_names": list(class_names)} | ({} if colours is None else {"palette": colours})
-    config["data"]["labels"] = labels
+            labels |= {"class_names": class_names} | ({} if colours is None else {"palette": colours})
+    config["data"] = {"name": name, "root": root, "labels": labels}
     dataset = load_split(config, split, download=download)
     if list(dataset.class_names) != config["classes"]:
         raise ValueError(
-            f"{config['data']['name']} has the classes {', '.join(dataset.class_names)}; "
+            f"{name} has the classes {', '.join(dataset.class_names)}; "
             f"{run} was trained on {', '.join(config['classes'])}; expected the same classes in the same order"
         )
     model = build_model(config["settings"], dataset.num_classes).to(device)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -113,9 +112,9 @@ def _network(
     return torch.cat([resize_logits(resize_logits(c, image.shape[-2:], stride=cell), size) for c in chunks], dim=1)
 
 
-def _chunks(maps: Tensor, pixels: int, limit: int) -> Iterator[Tensor]:
+def _chunks(maps: Tensor, pixels: int, limit: int) -> tuple[Tensor, ...]:
     """Split maps [1, K, h, w] into chunks of classes that have at most `limit` values at a size of `pixels`."""
-    yield from maps.split(max(1, limit // pixels), dim=1)
+    return maps.split(max(1, limit // pixels), dim=1)
 
 
 def coarse_in_tiles(network: nn.Module, image: Tensor, tile: int = TILE) -> Tensor:
@@ -124,8 +123,6 @@ def coarse_in_tiles(network: nn.Module, image: Tensor, tile: int = TILE) -> Tens
     step = max(1, tile // cell)  # cells
     halo = -(-network.receptive_field // (2 * cell))  # cells
     cells = [-(-side // cell) for side in (height, width)]
-    if cells[0] <= step and cells[1] <= step:
-        return network.coarse(image)
     rows = []
     for top in range(0, cells[0], step):
         row = []

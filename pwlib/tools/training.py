@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader
 
 from pwlib import checkpoints, loaders
 from pwlib.annotations.check import Report, check_folder
-from pwlib.data import Augment, SegmentationDataset, hold_out, load
+from pwlib.data import Augment, hold_out, load
 from pwlib.evaluation import best_record
 from pwlib.losses import balanced_weights
 from pwlib.tools.pictures import predictions
-from pwlib.tools.runs import STAGES, build_model, label_options
+from pwlib.tools.runs import STAGES, build_model
 from pwlib.trainer import PiecewiseTrainer
 
 # Of the printed table; `evaluate` stores the same scores.
@@ -51,7 +51,9 @@ def train(
             settings["size"] = _fitted_size(settings["size"], sum(report.sizes.values(), Counter()), say=main)
     train_set = load_split(config, "train", download=download)
     val_set = load_split(config, "val")
-    content = {"classes": list(train_set.class_names), "images": f"{len(train_set)} images, {_digest(train_set)}"}
+    names = "\n".join(train_set.names).encode(errors="backslashreplace")  # a name on Linux may be no valid text
+    digest = hashlib.sha256(names).hexdigest()[:16]
+    content = {"classes": list(train_set.class_names), "images": f"{len(train_set)} images, {digest}"}
     for key, now in content.items():
         if resume and config.get(key, now) != now:
             raise ValueError(
@@ -103,12 +105,12 @@ def train(
 def load_split(config: dict[str, Any], split: str, *, root: str | None = None, download: bool = False):
     """Load a split of the run's data set at the run's size."""
     data, size = config["data"], config["settings"]["size"]
-    options = label_options(data) | ({"cache": True} if size and size[0] * size[1] <= 128 * 192 else {})
+    options = data.get("labels", {}) | ({"cache": True} if size and size[0] * size[1] <= 128 * 192 else {})
     return load(data["name"], split, root or data["root"], download=download, size=size, **options)
 
 
 def _check_labels(data: dict[str, Any], *, say: bool) -> Report:
-    report = check_folder(data["root"], **label_options(data))
+    report = check_folder(data["root"], **data.get("labels", {}))
     report.raise_errors(data["root"])
     for place, text in report.warnings[:10] if say else ():
         print(f"warning: {place}: {text}", file=sys.stderr)
@@ -129,17 +131,11 @@ def _fitted_size(size: tuple[int, int], found: Counter, *, say: bool) -> tuple[i
     return height, width
 
 
-def _digest(dataset: SegmentationDataset) -> str:
-    names = "\n".join(dataset.names).encode(errors="backslashreplace")  # a name on Linux may be no valid text
-    return hashlib.sha256(names).hexdigest()[:16]
-
-
 def table(history: dict[str, list[dict[str, Any]]], stage1_keeps: str = "best") -> str:
     """Format the validation scores of the epoch that each stage keeps, in percent."""
     rows = []
     for stage in STAGES:
-        records = [record for record in history.get(stage, []) if "val" in record]
-        if not records:
+        if not (records := [record for record in history.get(stage, []) if "val" in record]):
             continue
         kept = best_record(records, stage1_keeps if stage == "stage1" else "best")
         if stage == "stage2":  # epoch 0: the CRF before it has learned anything
