@@ -136,10 +136,10 @@ def results() -> Iterator[str]:
     """Stored results name the machine and the commit that they were measured with."""
     for path in sorted(BENCHMARKS.glob("*/*.json")):  # those of a GPU, in gpu/results, come from an archive without git
         content = json.loads(path.read_text("utf-8"))
-        runs = content.get("runs")
+        runs = content.get("runs", [])
+        runs = list(runs.values()) if isinstance(runs, dict) else runs
         for key in ("machine", "commit"):
-            stored = key in content or (isinstance(runs, dict) and runs and all(key in run for run in runs.values()))
-            if not stored:
+            if key not in content and not (runs and all(key in run for run in runs)):
                 yield f"{path.relative_to(ROOT)}: does not store the {key}"
 
 

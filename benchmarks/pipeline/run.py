@@ -1,7 +1,7 @@
 """Train and evaluate with the command line: the scores of each stage in the quick profile.
 
-    python benchmarks/pipeline/run.py --data scenes                      3 to 5 CPU minutes a seed
-    python benchmarks/pipeline/run.py --data camvid --root data/camvid   8 to 15 CPU minutes a seed
+    python benchmarks/pipeline/run.py --data scenes                      3 CPU minutes a seed
+    python benchmarks/pipeline/run.py --data camvid --root data/camvid   6 to 12 minutes a seed
     python benchmarks/pipeline/run.py --table                            the table of the repository's README
 
 Each seed is `python -m pwlib train` and `evaluate` with the options that main() below gives them. Writes DATA.json in
@@ -19,7 +19,7 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from study import Study, parser
 
-from pwlib.cli.parser import main as pwlib
+from pwlib.cli.parser import main as command_line
 from pwlib.cli.profiles import PROFILES
 
 HERE = Path(__file__).parent
@@ -45,7 +45,7 @@ def run(data: str, root: str, seed: int) -> dict:
         ["train", "--out", str(folder), "--resume"] if begun else ["train", *options],
         ["evaluate", str(folder), "--split", SPLIT[data], "--json", str(scores)],
     ):
-        if code := pwlib([*command, "--device", "cpu"]):
+        if code := command_line([*command, "--device", "cpu"]):
             raise SystemExit(code)
     return {"seed": seed, "scores": json.loads(scores.read_text("utf-8"))}
 

@@ -252,6 +252,7 @@ def main() -> None:
     torch.set_num_threads(1)
     given.work.mkdir(parents=True, exist_ok=True)
     given.out.parent.mkdir(parents=True, exist_ok=True)
+    code = commit()
     budgets, rates = ([float(x) for x in text.split(",")] for text in (given.budgets, given.rates))
     batches = test_batches()
     result = json.loads(given.out.read_text()) if given.out.exists() else {"runs": []}
@@ -259,7 +260,6 @@ def main() -> None:
         parser.error(f"{given.out} was made with other settings or other scenes; move it away, or name another --out")
     result |= {
         "command": command(),
-        "commit": commit(),
         "machine": machine(),
         "settings": SETTINGS,
         "scenes": digest(batches),
@@ -298,7 +298,7 @@ def main() -> None:
                 outcome = train(method, job["seed"], steps, job["rate"], batches, keep)
             except FloatingPointError as error:  # a run that diverges is a result
                 outcome = {"seconds": None, "after": {}, "failed": str(error)}
-            result["runs"].append({**job, "steps": steps, **outcome})
+            result["runs"].append({**job, "steps": steps, **outcome, "commit": code})
             checkpoints.save_json(given.out, result)
     seeds = list(range(given.seeds))
     if len(seeds) > 1 and given.swaps_at in budgets and len(result.get("swaps", [])) != 3 * len(seeds) ** 2:
