@@ -23,8 +23,8 @@ and shows how much of an error is due to these statistics.
 --network quick is the command line's quick profile, at 90x120 px. --network colour is the same with "colour": 0.5 in
 place of 0.2, for stronger changes of colour in training. --network pretrained is VGG-16 at full width from the file of
 --weights (see benchmarks/backbone), at 180x240 px: blocks 1 to 3 frozen, 10 epochs, the convolutions in bfloat16 on a
-GPU and on a CPU that has instructions for it (another one is many times slower with it). Its scores are for 180x240
-and, with marginals averaged over 2x2 px, for 90x120.
+GPU and on a CPU that has instructions for it (another one is many times slower with it). --network pretrained-240 is
+the same at 240x320 px. Their scores are for their own size and, with marginals averaged over the pixels, for 90x120.
 
 With --drives none nothing is left out, as in `python -m pwlib train --data camvid`, and val is scored alone. Everything
 is also scored on val, whose frames lie in a gap of drive 0016E5. Every stage keeps its last epoch: nothing is selected
@@ -36,7 +36,9 @@ on a scored frame. A seed decides initial weights, order and augmentation.
 
 A run of a drive and seed takes 4 to 7 minutes of one core with the quick profile, and 31 to 73 pretrained;
 `--device cuda` uses a GPU, on which several commands with different seeds or drives can run side by side. result.json
-is written after every run; a command that was stopped continues where it was. Checkpoints are kept in runs/drives.
+is written after every run; a command that was stopped continues where it was. Checkpoints are kept in runs/drives. If
+0001TP or 0006R0 is left out and held-out frames are whole drives, stage 1 sees the same frames of 0016E5. The second
+of these runs then continues from the first one's stage 1, and its minutes are those of the later stages alone.
 """
 
 from __future__ import annotations
@@ -96,18 +98,20 @@ COLUMNS = {
     },
 }
 QUICK = asdict(PROFILES["camvid", "quick"]) | {"context": None}
-LARGER = {
-    "size": (180, 240),
-    "epochs": (10, 3, 1),
-    "batch": 4,
-    "scale": (0.6, 1.6),
-    "learning_rate": 2e-4,
-    "crf": QUICK["crf"] | {"theta_alpha": 40.0, "theta_gamma": 3.0},
-}
+PRETRAINED = QUICK | pretrained(QUICK, "", batch_norm=False)
+PRETRAINED |= {"epochs": (10, 3, 1), "batch": 4, "scale": (0.6, 1.6), "learning_rate": 2e-4}
+
+
+def resized(crf: dict, scale: float) -> dict:
+    """A CRF's parameters for images whose sides are `scale` times as long."""
+    return {k: v * scale if k in ("theta_alpha", "theta_gamma") else v for k, v in crf.items()}
+
+
 NETWORKS = {
     "quick": QUICK,
     "colour": QUICK | {"colour": 0.5},
-    "pretrained": QUICK | pretrained(QUICK, "", batch_norm=False) | LARGER,
+    "pretrained": PRETRAINED | {"size": (180, 240), "crf": resized(QUICK["crf"], 2)},
+    "pretrained-240": PRETRAINED | {"size": (240, 320), "crf": resized(QUICK["crf"], 8 / 3)},
 }
 SETTINGS = {
     "networks": NETWORKS,
@@ -193,7 +197,7 @@ def build_trainer(model: PiecewiseTrainedModel, kind: str, fit: SegmentationData
         num_classes=model.num_classes,
         class_weights=balanced_weights(fit.pixel_counts()[:-1], power=profile["class_balance"]),
         seed=seed,
-        amp=kind == "pretrained" and has_bfloat16(device_of(model)),
+        amp=kind.startswith("pretrained") and has_bfloat16(device_of(model)),
         progress=False,
         device=device_of(model),
         **settings | options,
@@ -201,7 +205,7 @@ def build_trainer(model: PiecewiseTrainedModel, kind: str, fit: SegmentationData
 
 
 def run(root: str, kind: str, weights: str, drive: str, hold: str, seed: int, device: str) -> dict:
-    profile, start = NETWORKS[kind], time.process_time()
+    profile, start, starts = NETWORKS[kind], time.process_time(), kind.startswith("pretrained")
 
     def load_at(size):
         whole, val = (load("camvid", name, root, size=size, cache=True) for name in ("train", "val"))
@@ -214,21 +218,19 @@ def run(root: str, kind: str, weights: str, drive: str, hold: str, seed: int, de
         return DataLoader(data.with_transform(transform), batch_size=profile["batch"], shuffle=True)
 
     train, scored = load_at(profile["size"])
-    smaller = load_at(QUICK["size"])[1] if kind == "pretrained" else {}
+    smaller = load_at(QUICK["size"])[1] if starts else {}
     fit, held = split(train, hold)
     torch.manual_seed(seed)
-    network = build_model(profile, train.num_classes, weights=weights if kind == "pretrained" else None).to(device)
-    if kind == "pretrained":
+    network = build_model(profile, train.num_classes, weights=weights if starts else None).to(device)
+    if starts:
         network.unary.blocks[:3].requires_grad_(False).eval()
-    folder = WORK / f"{kind}-{drive}-{hold}-{seed}"
+    folder = WORK / f"{kind}-{'+'.join(sorted(set(fit.groups)))}-{hold}-{seed}"  # the same for two left-out drives
     trainer = build_trainer(network, kind, fit, seed, out=folder, resume=True)
     record = trainer.train_stage1(batches(fit, True), profile["epochs"][0])
 
     scale = profile["size"][0] / QUICK["size"][0]
     options = settings_searched(QUICK["crf"], SETTINGS["searched"], SETTINGS["settings_searched"])
-    options = [
-        {k: v * scale if k in ("theta_alpha", "theta_gamma") else v for k, v in some.items()} for some in options
-    ]
+    options = [resized(some, scale) for some in options]
     every_second = held.subset(range(0, len(held), 2))
     crfs = {str(i): DenseCRF(train.num_classes, **some).to(device) for i, some in enumerate(options)}
     found = score(network.unary, crfs, every_second)[0]
