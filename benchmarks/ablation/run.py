@@ -11,8 +11,8 @@ All networks are trained on the same images (those that are not held out for sta
 same number of epochs. A seed decides initial weights, order and augmentation. Nothing is selected on the scored split:
 every stage keeps its last epoch. Differences are paired by seed.
 
-    python benchmarks/ablation/run.py --data scenes                                    13 to 25 CPU minutes a seed
-    python benchmarks/ablation/run.py --data camvid --root data/camvid --seeds 0 1 2   20 to 70 CPU minutes a seed
+    python benchmarks/ablation/run.py --data scenes                                    25 CPU minutes a seed
+    python benchmarks/ablation/run.py --data camvid --root data/camvid --seeds 0 1 2   46 CPU minutes a seed
     python benchmarks/ablation/run.py --table
 
 Writes DATA.json in this folder after every seed (DATA-full.json with --profile full, for a GPU) and keeps checkpoints

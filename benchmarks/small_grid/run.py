@@ -14,7 +14,7 @@ itself, and the terms are combined in three ways:
     piecewise, temperature  the same divided by one number T, fitted to 100 more images
     piecewise, tree         the counting numbers of `pwlib.context`: rho = (N - 1) / E for what log P_V adds to log P_U
 
-    python benchmarks/small_grid/run.py                     two minutes on one core; writes result.json
+    python benchmarks/small_grid/run.py                     one minute on one core; writes result.json
     python benchmarks/small_grid/run.py --table
 """
 

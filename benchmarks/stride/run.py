@@ -11,7 +11,7 @@
 All are upsampled bilinearly (`resize_logits`) and scored on the same 50 validation scenes of 64x96 px. The fit doubles
 its steps until mIoU gains less than 0.2 points. A seed decides initial weights, order and augmentation.
 
-    python benchmarks/stride/run.py --seeds 0 1 2 3 4 5 6 7    CPU minutes: bounds 2, a seed 3, and 12 with "longer"
+    python benchmarks/stride/run.py --seeds 0 1 2 3 4 5 6 7    CPU minutes: bounds 3, a seed 3, and 12 with "longer"
     python benchmarks/stride/run.py --table                    prints the table from result.json
 
 result.json is written after every run; a command that was stopped continues where it was.
