@@ -162,6 +162,19 @@ def test_the_drives_are_scored_at_two_sizes(drives):
     assert smaller["network"]["pixel_accuracy"] == 1 and smaller["opposite"]["pixel_accuracy"] == 0
 
 
+def test_the_drives_average_parameters_and_keep_the_first_models_statistics(drives):
+    def model(value):
+        result = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.BatchNorm1d(1))
+        for tensor in (*result.parameters(), *result.buffers()):
+            tensor.data.fill_(value)
+        return result
+
+    one, other = model(1), model(3)
+    mean = drives["averaged"](one, other)
+    assert all((p == 2).all() for p in mean.parameters()) and all((b == 1).all() for b in mean.buffers())
+    assert all((p == 1).all() for p in one.parameters()) and all((p == 3).all() for p in other.parameters())
+
+
 def test_the_table_of_the_drives(drives):
     def outputs(*values):
         names = ("network", "default", "searched", "learned", "kernels", "fit", "all", "network, adapted")
@@ -177,9 +190,9 @@ def test_the_table_of_the_drives(drives):
     half = stats.t.ppf(0.975, 1) * np.std([3, 5], ddof=1) / np.sqrt(2)
     cells = ["quick", "end", "drive 0006R0", "2", "30.0 ± 0.0", "+1.0 ± 0.0", "+2.0 ± 0.0", f"+4.0 ± {half:.1f}"]
     assert row[2:].split(" | ")[:8] == cells
-    assert row.endswith(f"+4.0 ± 0.0 | +2.0 ± {half:.1f} | -1.0 ± {half:.1f} |  |")  # "fixed" is not stored
+    assert row.endswith(f"+4.0 ± 0.0 | +2.0 ± {half:.1f} | -1.0 ± {half:.1f} |  |  |")  # "fixed" and "averaged" are not stored
     assert "| 30.0 ± 0.0 | -2.0 ± 0.0 |  |" in statistics.splitlines()[2]
-    assert others.splitlines()[2].endswith(f"| 30.0 ± 0.0 | +1.0 ± 0.0 | +3.0 ± {half:.1f} | +3.0 ± 0.0 |  |  |")
+    assert others.splitlines()[2].endswith(f"| 30.0 ± 0.0 | +1.0 ± 0.0 | +3.0 ± {half:.1f} | +3.0 ± 0.0 |  |  |  |")
 
 
 @pytest.fixture

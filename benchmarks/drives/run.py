@@ -15,6 +15,9 @@ and on each stage 1 these CRFs, all on the same network:
     fit       network and CRF after stage 3, which starts from "learned", on the images of stage 1
     all       the same on all images of the training set, those of stage 2 included
     fixed     as "all", with the batch-norm statistics of stage 1 (freeze_batch_norm): the quick profile's stage 3
+    averaged  the mean of the parameters of "learned" and "fixed" ("all" without batch norm): fine-tuning on one domain
+              changes the scores on others less if it is averaged with its start (Wortsman et al., "Robust fine-tuning
+              of zero-shot models", CVPR 2022)
 
 The networks of stage 1, "all" and "fixed" are also scored alone with the batch-norm statistics of the scored images
 ("adapted"; Li et al., "Revisiting Batch Normalization For Practical Domain Adaptation", 2016). This needs no labels,
@@ -73,7 +76,7 @@ WORK = Path("runs/drives")
 DRIVES = ("0001TP", "0006R0", "0016E5")
 HOLDS = ("drive", "end")
 CRFS = ("default", "searched", "learned", "kernels")  # behind the network of stage 1
-STAGE3 = ("fit", "all", "fixed")
+STAGE3 = ("fit", "all", "fixed", "averaged")
 ADAPTED = ("network", "all, network", "fixed, network")
 # Tables: {title: {column: (output, reference)}}; a difference to the reference, if there is one.
 COLUMNS = {
@@ -95,6 +98,7 @@ COLUMNS = {
         **{f"{name}, minus default": (name, "default") for name in CRFS[1:]},
         "fixed, minus all: network": ("fixed, network", "all, network"),
         "fixed, minus all: with the CRF": ("fixed", "all"),
+        "averaged, minus fixed: with the CRF": ("averaged", "fixed"),
     },
 }
 QUICK = asdict(PROFILES["camvid", "quick"]) | {"context": None}
@@ -185,6 +189,15 @@ def adapted(network: nn.Module, data: SegmentationDataset) -> nn.Module:
     return network
 
 
+@torch.no_grad()
+def averaged(one: nn.Module, other: nn.Module) -> nn.Module:
+    """A copy of the first model with the means of both models' parameters; its buffers are those of the first."""
+    result = copy.deepcopy(one)
+    for parameter, value in zip(result.parameters(), other.parameters(), strict=True):
+        parameter.lerp_(value, 0.5)
+    return result
+
+
 def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
 
@@ -243,10 +256,12 @@ def run(root: str, kind: str, weights: str, drive: str, hold: str, seed: int, de
         build_trainer(models[name], kind, fit, seed).train_stage2(batches(held, False), profile["epochs"][1])
     crfs = {"default": network.crf, "searched": DenseCRF(train.num_classes, **chosen).to(device)}
     crfs |= {name: model.crf for name, model in models.items()}
-    last = {name: copy.deepcopy(models["learned"]) for name in STAGE3 if name != "fixed" or profile["batch_norm"]}
+    trained = ("fit", "all", "fixed") if profile["batch_norm"] else ("fit", "all")
+    last = {name: copy.deepcopy(models["learned"]) for name in trained}
     for name, model in last.items():
         trainer = build_trainer(model, kind, fit, seed, freeze_batch_norm=name == "fixed")
         trainer.train_stage3(batches(fit if name == "fit" else train, True), profile["epochs"][2])
+    last["averaged"] = averaged(models["learned"], last[trained[-1]])
 
     scores = {}
     for name, data in scored.items():
@@ -302,9 +317,9 @@ def table(runs: dict[str, dict]) -> str:
                     lines.append(f"| {kind} | {hold} | {place} | {len(rows)} | " + " | ".join(cells) + " |")
         lines.append("")
     for (kind, hold, drive), rows in groups.items():
-        if drive == "none" and len(rows) > 1:
-            for stage in STAGE3:
-                found = values(rows, "val", "miou", stage, None)
+        for stage in STAGE3:
+            found = values(rows, "val", "miou", stage, None) if drive == "none" else []
+            if len(found) > 1:
                 spread = f"{min(found):.1f} to {max(found):.1f}, standard deviation {statistics.stdev(found):.1f}"
                 about = f"{kind}, held out by {hold}, {len(found)} seeds"
                 lines.append(f"val after stage 3 ({stage}), {about}: {spread}")
