@@ -190,7 +190,7 @@ def test_the_table_of_the_drives(drives):
     half = stats.t.ppf(0.975, 1) * np.std([3, 5], ddof=1) / np.sqrt(2)
     cells = ["quick", "end", "drive 0006R0", "2", "30.0 ± 0.0", "+1.0 ± 0.0", "+2.0 ± 0.0", f"+4.0 ± {half:.1f}"]
     assert row[2:].split(" | ")[:8] == cells
-    assert row.endswith(f"+4.0 ± 0.0 | +2.0 ± {half:.1f} | -1.0 ± {half:.1f} |  |  |")  # "fixed" and "averaged" are not stored
+    assert row.endswith(f"+4.0 ± 0.0 | +2.0 ± {half:.1f} | -1.0 ± {half:.1f} |  |  |")  # two columns are not stored
     assert "| 30.0 ± 0.0 | -2.0 ± 0.0 |  |" in statistics.splitlines()[2]
     assert others.splitlines()[2].endswith(f"| 30.0 ± 0.0 | +1.0 ± 0.0 | +3.0 ± {half:.1f} | +3.0 ± 0.0 |  |  |  |")
 
