@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
@@ -133,7 +133,11 @@ class PiecewiseTrainer:
         return self._train(1, train_loader, epochs, val_loader)
 
     def train_stage2(self, crf_loader: Batches, epochs: int = 5, val_loader: Batches | None = None) -> History:
-        """Train the CRFs alone; the network does not change, batch-norm statistics included."""
+        """Train the CRFs alone; the network does not change, batch-norm statistics included.
+
+        The weight of a context is chosen among `context_weights`: at the start if stage 1 trained its pairwise networks
+        (`joint_pairwise`), and before the last epoch otherwise. It is then learned.
+        """
         return self._train(2, crf_loader, epochs, val_loader)
 
     def train_stage3(self, train_loader: Batches, epochs: int = 10, val_loader: Batches | None = None) -> History:
@@ -221,6 +225,10 @@ class PiecewiseTrainer:
                 state |= {"scaler": scaler.state_dict(), "history": self.history, "epoch": record["epoch"]}
                 self._save(f"{name}-last.pt", {**plan, **state})
 
+        marginal = stage == 2 and options.crf_loss == "marginal"
+        choose = marginal and objective.has_pairs and options.context_weights
+        if choose and options.joint_pairwise and not records:
+            self._choose_weight(objective, loader)
         if not records and stage > 1 and val_loader is not None:
             finish_epoch({"epoch": 0, "val": self.evaluate(val_loader)})
         module = DistributedDataParallel(objective) if world_size > 1 else objective
@@ -228,8 +236,10 @@ class PiecewiseTrainer:
             waited = records[-1]["epoch"] - best_record(records)["epoch"] if records else 0
             if options.patience and waited >= options.patience:
                 break
-            if stage == 2 and options.crf_loss == "marginal":
-                objective.temperature = self._temperature(objective, loader)
+            if choose and not options.joint_pairwise and epoch == epochs:  # once stage 2 has trained the terms
+                self._choose_weight(objective, loader)
+            if marginal:
+                objective.temperature = fit_temperature(*self._marginals(objective, loader))
             seed = loaders.derive_seed(options.seed, stage, epoch)
             loaders.start_epoch(loader, seed)
             with loaders.seeded(seed + rank, self.device):
@@ -240,8 +250,8 @@ class PiecewiseTrainer:
         self.model.load_state_dict(best)
 
     @torch.no_grad()
-    def _temperature(self, objective: Objective, loader: Batches, batches: int = 4) -> float:
-        """The temperature of stage 2, fitted to the first of its batches; the same batches in every epoch."""
+    def _marginals(self, objective: Objective, loader: Batches, batches: int = 4) -> tuple[Tensor, Tensor]:
+        """Log-marginals [N, K] and labels [N] of the first batches of stage 2; the same batches in every epoch."""
         seed = loaders.derive_seed(self.options.seed, 2, 0)
         loaders.start_epoch(loader, seed)
         log_q, labels = [], []
@@ -251,7 +261,23 @@ class PiecewiseTrainer:
                 scores = objective.train()(image, label)[1].movedim(1, -1)  # [B, H, W, K]
                 log_q.append(scores[label != VOID])  # [N, K]
                 labels.append(label[label != VOID])  # [N]
-        return fit_temperature(torch.cat(log_q), torch.cat(labels))
+        return torch.cat(log_q), torch.cat(labels)
+
+    @torch.no_grad()
+    def _choose_weight(self, objective: Objective, loader: Batches) -> None:
+        """Choose the weight of `context_weights` that makes the labels of the first batches most likely, at its best
+        temperature.
+
+        Adam moves a weight by at most the learning rate in a step: from 1, short training would not reach 0.
+        """
+        weight, losses = self.model.context.weight, {}
+        for value in self.options.context_weights:
+            weight.fill_(value)
+            log_q, label = self._marginals(objective, loader)
+            log_p = torch.log_softmax(log_q / fit_temperature(log_q, label), -1)  # [N, K]
+            losses[value] = loaders.all_reduce_sum(-log_p.gather(1, label[:, None]).double().sum()).item()
+        weight.fill_(min(losses, key=losses.get))
+        self._log(f"stage 2 starts with {weight[0]:g} as the weight of the context's relations")
 
     def _epoch(self, module, optimizer, scaler, loader, stage: int, epoch: int, epochs: int) -> dict[str, Any]:
         """One epoch of training; returns its record."""

@@ -114,6 +114,32 @@ def test_stage_2_keeps_the_pairwise_networks_that_stage_1_trained(crf_loss):
     assert all(parameter.requires_grad for parameter in model.parameters()), "as they were before"
 
 
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize(("scale", "expected"), [(30, 0.0), (300, 1.0), (-300, 0.1)])
+def test_stage_2_chooses_the_weight_that_makes_the_labels_most_likely(scale, expected, joint):
+    """The oracle tries all weights of random pairwise scores, each with the best of many temperatures."""
+    model, candidates = model_of(), (1.0, 0.5, 0.25, 0.1, 0.0)
+    for network in model.context.networks.values():
+        network.scores.weight.data *= scale
+    batches = scenes()
+    image, label = (torch.cat(part) for part in zip(*batches, strict=True))
+    losses = {}
+    for weight in candidates:
+        model.context.weight.data.fill_(weight)
+        with torch.no_grad():
+            log_q = model.eval().outputs(image, iterations=2)["crf"].double()
+        temperatures = torch.logspace(-1.3, 1.3, 200, dtype=torch.float64)
+        losses[weight] = min(F.cross_entropy(log_q / t, label, ignore_index=255).item() for t in temperatures)
+    model.train().context.weight.data.fill_(0.7)
+    options = {"joint_pairwise": joint, "crf_learning_rate": 1e-9, "train_iterations": 2}
+    trainer_of(model, **options).train_stage2(batches, 1)
+    assert min(losses, key=losses.get) == expected
+    torch.testing.assert_close(model.context.weight.data, torch.full((2,), expected), atol=1e-6, rtol=0)
+    model.context.weight.data.fill_(0.7)
+    trainer_of(model, context_weights=(), **options).train_stage2(batches, 1)
+    torch.testing.assert_close(model.context.weight.data, torch.full((2,), 0.7), atol=1e-6, rtol=0)
+
+
 def test_stage_3_trains_everything():
     model = model_of()
     assert changed(model, lambda: trainer_of(model).train_stage3(scenes(), 1)) == {
