@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import platform
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from pwlib import checkpoints
+from pwlib.data import SegmentationDataset
 
 # 97.5 % quantile of Student's t with n - 1 degrees of freedom, by n
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 12: 2.201}
@@ -58,21 +60,25 @@ class Study:
         if key not in self.runs:
             start = time.process_time()
             row = run()
-            self.add(key, row | {"minutes": round((time.process_time() - start) / 60, 2)}, command=command())
+            self.add(key, row | {"minutes": round((time.process_time() - start) / 60, 2)})
 
-    def add(self, key: str, row: dict[str, Any], **more) -> None:
-        """Store a run with the commit that it was made with; `more` is stored beside "runs"."""
+    def add(self, key: str, row: dict[str, Any]) -> None:
+        """Store a run with the commit, machine and command that it was made with."""
         import fcntl  # not on Windows
 
         with open(self.path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            content = {"settings": self.settings, "machine": machine(), **more, "runs": self.runs}
-            content["runs"][key] = {**row, "commit": self.commit}
+            content = json.loads(self.path.read_text("utf-8")) if self.path.exists() else {}
+            row = {**row, "commit": self.commit, "machine": machine(), "command": command()}
+            content |= {"settings": self.settings, "runs": content.get("runs", {}) | {key: row}}
             checkpoints.save_json(self.path, content)
 
 
 def machine() -> str:
-    return f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__.split('+')[0]}"
+    """The processor's architecture and vector instructions, threads and the version of PyTorch."""
+    bfloat16 = ", bfloat16" * torch.cpu.get_capabilities().get("avx512_bf16", False)
+    vectors = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}{bfloat16}"
+    return f"{vectors}, {torch.get_num_threads()} thread(s), torch {torch.__version__.split('+')[0]}"
 
 
 def commit() -> str:
@@ -83,6 +89,12 @@ def commit() -> str:
         return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True).stdout.strip()
 
     return git("rev-parse", "--short=7", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno", "--", "*.py"))
+
+
+def split_of(data: SegmentationDataset) -> str:
+    """The number of images, and a digest of their names by which the split can be recognised."""
+    digest = hashlib.sha256("\n".join(data.names).encode()).hexdigest()[:8]
+    return f"{len(data)} images, {digest}"
 
 
 def command() -> str:

@@ -1,7 +1,6 @@
 """The statistics that the benchmark scripts compute from their runs."""
 
 import itertools
-import json
 import runpy
 import sys
 
@@ -46,14 +45,14 @@ def test_the_ablation_reports_the_differences_that_a_paired_t_test_finds(ablatio
     for row in runs.values():
         row["ensemble"]["crf"]["miou"] += 15  # all five do
     found = {}
-    for line in ablation["table"](runs).splitlines():
+    for line in ablation["table"]({"Scenes": runs}).splitlines():
         name, *cells = line.strip("| ").split(" | ")
         found[name] = cells
     rows = ablation["RUNGS"] | ablation["DETAILS"]
     decisions = []
-    for one, other in ablation["STEPS"]:
+    for (one, other), what in ablation["STEPS"].items():
         pair = [[row[network][part]["miou"] for row in runs.values()] for network, part in (rows[one], rows[other])]
-        text = found[f"{ablation['WORDS'][one]}, minus: {ablation['WORDS'][other]}"][0]
+        text = found[f"{ablation['WORDS'][one][0]} - {ablation['WORDS'][other][0]}: {what}"][0]
         none = text.startswith("no difference found (")
         assert none == (stats.ttest_rel(*pair).pvalue >= 0.05)
         assert f"{np.mean(pair[0]) - np.mean(pair[1]):+.1f} ± " in text
@@ -72,8 +71,8 @@ def test_a_study_is_continued_and_refuses_other_settings(tmp_path, monkeypatch):
     np.testing.assert_allclose(mean_and_half(values), (np.mean(values), (high - low) / 2), rtol=1e-3)
     path = tmp_path / "new" / "result.json"
     one, other = Study(path, {"sizes": (1, 2)}), Study(path, {"sizes": (1, 2)})
-    one.add("a", {"miou": 1}, command="x")
-    other.add("b", {"miou": 2}, command="x")  # a second process
+    one.add("a", {"miou": 1})
+    other.add("b", {"miou": 2})  # a second process
     assert {name: row["miou"] for name, row in Study(path, {"sizes": [1, 2]}).runs.items()} == {"a": 1, "b": 2}
     with pytest.raises(SystemExit, match="other settings"):
         Study(path, {"sizes": [3]})
@@ -84,7 +83,7 @@ def test_a_study_is_continued_and_refuses_other_settings(tmp_path, monkeypatch):
         one.measure("c", lambda score=score: {"miou": score})
     assert {name: row["miou"] for name, row in one.runs.items()} == {"a": 1, "b": 2, "c": 3}
     assert one.runs["c"]["minutes"] >= 0
-    assert json.loads(path.read_text("utf-8"))["command"] == "python benchmarks/some/run.py --seeds 0"
+    assert one.runs["c"]["command"] == "python benchmarks/some/run.py --seeds 0"
 
 
 def test_time_to_target():
@@ -102,16 +101,31 @@ def test_time_to_target():
 def test_the_table_of_the_number_of_images():
     images = runpy.run_path(str(BENCHMARKS / "backbone" / "images.py"))
     part = {"unary": {"miou": 10.0}, "crf": {"miou": 12.0}}
-    runs = [
-        {"network": "scratch", "images": 20, "seed": seed, "cpu_minutes": 1.0 + seed, "scores": {"val": part}}
-        for seed in (0, 1)
-    ]
+    about = {"network": "scratch", "images": 20, "scores": {"val": part}}
+    runs = [about | {"seed": seed, "cpu_minutes": 1.0 + seed, "loss": [2.0, 0.5 + seed]} for seed in (0, 1)]
     for run, miou in zip(runs, (20.0, 31.0), strict=True):
         run["scores"] = {"val": part, "unseen drive": {"unary": {"miou": miou}, "crf": {"miou": miou + 1}}}
-    cells = images["table"](runs).splitlines()[-1].split(" | ")
-    assert cells[1:4] == ["20", "2", "1.5"]
-    assert cells[4:] == ["10.0 (10.0 to 10.0)", "12.0 (12.0 to 12.0)", "25.5 (20.0 to 31.0)", "26.5 (21.0 to 32.0) |"]
-    assert images["table"](runs[:1]).splitlines()[-1].endswith("| 10.0 | 12.0 | 20.0 | 21.0 |")
+    cells = images["table"](runs).splitlines()[-1].strip("| ").split(" | ")
+    assert cells[1:4] == ["20", "1.5", "1.00 (0.50 to 1.50)"]
+    assert cells[4:] == ["10.0 (10.0 to 10.0)", "25.5 (20.0 to 31.0)"]
+    assert images["table"](runs, "crf").splitlines()[-1].endswith("| 12.0 (12.0 to 12.0) | 26.5 (21.0 to 32.0) |")
+    assert images["table"](runs[:1]).splitlines()[-1].endswith("| 0.50 | 10.0 | 20.0 |")
+
+
+def test_the_differences_of_the_pipeline_are_paired_by_seed():
+    pipeline = runpy.run_path(str(BENCHMARKS / "pipeline" / "run.py"))
+
+    def scores(*values):
+        result = {}
+        for (_, stage, part), value in zip(pipeline["ROWS"], values, strict=True):
+            result.setdefault(stage, {})[part] = dict.fromkeys(pipeline["SCORES"], value / 100)
+        return result
+
+    added = [1.0, 2.0, 6.0]
+    runs = {str(seed): {"scores": scores(50, 60 + seed, 60 + seed + add, 0)} for seed, add in enumerate(added)}
+    line = pipeline["differences"]({"scenes": runs}).splitlines()[3]
+    half = stats.t.ppf(0.975, 2) * np.std(added, ddof=1) / np.sqrt(3)
+    assert line == f"| Scenes | stage 2: CRF learned |{f' +3.0 ± {half:.1f} |' * 3}"
 
 
 def test_the_network_of_the_target_sees_10_pixels():
@@ -230,29 +244,39 @@ def test_the_table_of_the_four_claims(claims):
         half = stats.t.ppf(0.975, 2) * np.std(values, ddof=1) / np.sqrt(3)
         return f"{np.mean(values):{sign}.1f} ± {half:.1f}"
 
+    def interval_of_ratio(a, b):
+        ratio, factor = np.std(a) / np.std(b), np.sqrt(stats.f.ppf(0.975, len(a) - 1, len(a) - 1))
+        return f"{ratio:.2f} [{ratio / factor:.2f}, {ratio * factor:.2f}]"
+
     found = lines["independent, searched CRF"].split(" | ")
-    ratio, factor = np.std(ours) / np.std(alone), np.sqrt(stats.f.ppf(0.975, 2, 2))
-    assert found[2:5] == [plus_minus(np.subtract(ours, alone)), "3 of 3", f"{np.std(alone, ddof=1):.1f}"]
-    assert found[5] == f"{ratio:.2f} [{ratio / factor:.2f}, {ratio * factor:.2f}]"
+    assert found[2:5] == ["65.0", "3 of 3", f"{np.std(alone, ddof=1):.1f}"]
+    assert found[5] == interval_of_ratio(ours, alone)
     # Joint training has ended its second epoch, and not its third, at the compute of "piecewise".
     assert lines["joint, equal compute"].split(" | ")[1] == plus_minus(np.subtract(joint, 5), "")
     after_stage2 = lines["piecewise, after stage 2"].split(" | ")
-    assert after_stage2[1:3] == [plus_minus(np.subtract(ours, 7), ""), plus_minus([7, 7, 7])]
+    assert after_stage2[1] == plus_minus(np.subtract(ours, 7), "")
     assert after_stage2[-1].startswith("100 ± 0")  # all of stage 2, not until its best epoch
-    assert lines["points that stage2 adds"].endswith(f"| {plus_minus(np.subtract(ours, 48))} |")
-    difference = plus_minus(np.subtract(np.subtract(ours, 7), alone))
-    assert lines["piecewise, after stage 2, minus: independent, searched CRF"].endswith(f"| {difference} |")
-    difference = plus_minus(np.subtract(joint, alone))
-    assert lines["joint, until it stops improving, minus: independent, searched CRF"].endswith(f"| {difference} |")
-    for name, values in (("kernels", alone), ("searched", np.subtract(alone, range(3)))):
-        title = f"network of stage 1: CRF of stage 2 minus {name}"
-        assert lines[title].endswith(f"| {plus_minus(np.subtract(ours, values))} |")
+    expected = {
+        "piecewise - independent, searched CRF": np.subtract(ours, alone),
+        "piecewise - joint, at its own end": np.subtract(ours, joint),
+        "stage 2 - default CRF, same network": np.subtract(ours, 48),
+        "piecewise, after stage 2 - independent, searched CRF": np.subtract(np.subtract(ours, 7), alone),
+        "joint, at its own end - independent, searched CRF": np.subtract(joint, alone),
+        "stage 2 - learned kernels, Potts, same network": np.subtract(ours, alone),
+        "stage 2 - searched CRF, same network": np.subtract(ours, np.subtract(alone, range(3))),
+    }
+    for title, values in expected.items():
+        assert lines[title].endswith(f"| {plus_minus(values)} |")
+    assert lines["compute of piecewise / of independent"].endswith("| 2.0 |")
+    assert lines["joint runs that end within the compute of piecewise"].endswith("| 0 of 3 |")
+    without = lines["SD of piecewise / joint at its own end, without the seed of the lowest run"]
+    assert without.endswith(f"| {interval_of_ratio(ours[1:], joint[1:])} |")
     # Validation: 62 at the end, 60 at half of it; in stage 2 of "piecewise", 58 at a third.
     for margin, ours_at, joint_at in ((0, 200, 1), (1, 200, 1), (2, 100, 0.5), (5, 200 / 3, 0.5)):
         logs = np.log(np.multiply(spent, joint_at) / ours_at)
         half = stats.t.ppf(0.975, 2) * np.std(logs, ddof=1) / np.sqrt(3)
         low, mean, high = np.exp([logs.mean() - half, logs.mean(), logs.mean() + half])
-        title = f"compute of joint / of piecewise to {margin} points below the weaker one's best validation score"
+        title = f"compute of joint / of piecewise, to the target - {margin}"
         assert lines[title].endswith(f"| {mean:.2f} [{low:.2f}, {high:.2f}] |")
 
 

@@ -13,6 +13,7 @@ the third drive (streets that were not). Nothing is selected on them: the weight
 dense CRF has its default parameters.
 
     python benchmarks/backbone/images.py --root data/camvid --weights build/backbone/vgg16.pt
+    python benchmarks/backbone/images.py --table
 
 One hour on one core; images.json is written after every run, and a stopped benchmark continues where it was.
 """
@@ -93,28 +94,23 @@ def summary(scores: dict) -> dict:
     return {key: round(100 * scores[key], 2) for key in ("miou", "pixel_accuracy", "boundary_iou")}
 
 
-def mean(values: list[float]) -> str:
-    """Format a mean and, if there are several values, the smallest and the largest in brackets."""
-    spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):.1f}{spread}"
+def mean(values: list[float], digits: int = 1) -> str:
+    """Format a mean and, if there are several values, the smallest and the largest in parentheses."""
+    spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.{digits}f}{spread}"
 
 
-def table(runs: list[dict]) -> str:
-    """The mean over seeds and the range, in per cent, as Markdown."""
-    lines = [
-        "| network | images | seeds | CPU minutes | val: network | val: with CRF | unseen drive: network | with CRF |"
-    ]
-    lines.append("|---|--:|--:|--:|--:|--:|--:|--:|")
+def table(runs: list[dict], part: str = "unary") -> str:
+    """The mean over seeds and the range, as Markdown; mIoU of the network ("unary") or with the default CRF ("crf")."""
+    lines = ["| network | frames | CPU minutes | training loss | mIoU, val | mIoU, unseen drive |"]
+    lines.append("|---|--:|--:|--:|--:|--:|")
     for network, counts in COUNTS.items():
         for count in counts:
             if mine := [r for r in runs if (r["network"], r["images"]) == (network, count)]:
-                cells = [
-                    mean([r["scores"][name][part]["miou"] for r in mine])
-                    for name in ("val", "unseen drive")
-                    for part in ("unary", "crf")
-                ]
                 minutes = sum(r["cpu_minutes"] for r in mine) / len(mine)
-                lines.append(f"| {network} | {count} | {len(mine)} | {minutes:.1f} | " + " | ".join(cells) + " |")
+                cells = [f"{minutes:.1f}", mean([r["loss"][-1] for r in mine], digits=2)]
+                cells += [mean([r["scores"][name][part]["miou"] for r in mine]) for name in ("val", "unseen drive")]
+                lines.append(f"| {network} | {count} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -132,7 +128,8 @@ def main() -> None:
                 key = f"{network}, {count} images, seed {seed}"
                 study.measure(key, partial(run, network, count, seed, data, scored, given.weights))
                 print(table([study.runs[key]]).splitlines()[-1], flush=True)
-    print(table(list(study.runs.values())))
+    runs = list(study.runs.values())
+    print(table(runs), "With the default CRF:", table(runs, "crf"), sep="\n\n")
 
 
 if __name__ == "__main__":

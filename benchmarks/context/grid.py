@@ -1,9 +1,9 @@
-"""Measure when a contextual CRF replaces a larger receptive field, and when it counts evidence more than once.
+"""Measure when a contextual CRF replaces a larger receptive field, and when it lowers the score.
 
 One grid on Scenes: receptive field x model on the cells x dense CRF.
 
-    receptive field    10, 34 and 58 px (one family of networks, one cell per 4 px), and the whole image
-                       (DeepLab-LargeFOV at a quarter of VGG's width, one cell per 8 px)
+    receptive field    10, 34 and 58 px: one family of networks, one cell per 4 px
+                       "whole": DeepLab-LargeFOV at a quarter of VGG's width, one cell per 8 px; sees the whole image
     model              plain           the network alone
                        larger          the same network with as many more parameters as the contextual CRF has
                        tree            network and contextual CRF, trained jointly, counted as a tree
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from study import Study, cell, command, parser, settings_searched
+from study import Study, cell, mean_and_half, parser, settings_searched
 
 from pwlib.context import ContextualCRF
 from pwlib.crf import DenseCRF
@@ -56,6 +56,8 @@ MODELS = ("plain", "larger", "tree", "reparametrised")
 FIXED = tuple(f"{model}, fixed" for model in MODELS[2:])
 PARTS = ("plain", "larger", "context", "fixed")  # one training each; the last two are scored with both countings
 DENSE = ("none", "default", "searched", "learned")
+TITLES = {"10": "10 px", "34": "34 px", "58": "58 px", "whole": "LargeFOV"}  # of the receptive fields, in the tables
+SCORES = {"miou": "mIoU", "look_alikes": "IoU of the look-alikes", "pixel_accuracy": "accuracy"}
 SETTINGS = {
     "train_images": 160,
     "val_images": 40,
@@ -190,6 +192,7 @@ def train(model: PiecewiseTrainedModel, seed: int, stage: int, counts: Tensor, d
         optimizer="adamw",
         schedule="onecycle",
         joint_pairwise=True,
+        context_weights=(),
         class_weights=balanced_weights(counts),
         train_iterations=SETTINGS["iterations"],
         test_iterations=SETTINGS["iterations"],
@@ -283,22 +286,85 @@ def models_of(rows: list[dict]) -> list[str]:
     return [model for model in (*MODELS, *FIXED) if all(model in row for row in rows)]
 
 
+def changes(one: list[dict], other: list[dict], key: str = "miou") -> list[str]:
+    """What the first rows have more than the others, paired by seed, with each dense CRF.
+
+    In parentheses if the interval contains 0.
+    """
+    result = []
+    for dense in DENSE:
+        values = [a[dense][key] - b[dense][key] for a, b in zip(one, other, strict=True)]
+        mean, half = mean_and_half(values)
+        text = cell(values, sign=True)
+        result.append(f"({text})" if abs(mean) <= half else text)
+    return result
+
+
+def learned_weights(rows: list[dict]) -> str:
+    """The range of the learned weights over seeds and relations."""
+    weights = [weight for row in rows for weight in row["learned"].get("weights", [])]
+    return f"{min(weights):.2f} to {max(weights):.2f}" if weights else ""
+
+
+def summary(found: dict[str, list[dict]]) -> str:
+    """Markdown: the README's tables, the first for LargeFOV and the second for the smaller networks."""
+    of = {(field, model): [row[model] for row in rows] for field, rows in found.items() for model in models_of(rows)}
+    lines = []
+
+    def start(title: str) -> None:
+        lines.extend(["", f"| {title} | no dense CRF | default | searched | learned | learned weights |"])
+        lines.append("|---|" + "--:|" * (len(DENSE) + 1))
+
+    def plain(field: str, title: str) -> None:
+        cells = [cell([row[dense]["miou"] for row in of[field, "plain"]]) for dense in DENSE]
+        lines.append(f"| {title} | {' | '.join(cells)} |  |")
+
+    def minus(one: tuple[str, str], other: tuple[str, str], title: str) -> None:
+        if one in of and other in of and len(of[one]) == len(of[other]):
+            lines.append(f"| {title} | {' | '.join(changes(of[one], of[other]))} | {learned_weights(of[one])} |")
+
+    if "whole" in found:
+        start("DeepLab-LargeFOV, mIoU")
+        plain("whole", "plain network")
+        for model in (*MODELS[2:], *FIXED):
+            kind = "fixed features" if model in FIXED else "trained together"
+            minus(("whole", model), ("whole", "plain"), f"{kind}: {model.removesuffix(', fixed')} - plain")
+    if set(found) - {"whole"}:
+        start("smaller networks, mIoU")
+    for field in (field for field in found if field != "whole"):
+        plain(field, f"{TITLES[field]}: plain network")
+        for model in MODELS[2:]:
+            minus((field, model), (field, "plain"), f"{TITLES[field]}: {model} - plain")
+        if field == "10":
+            minus(("10", "tree"), ("10", "larger"), "10 px: tree - larger")
+            for more in ("34", "58"):
+                minus((more, "plain"), ("10", "tree"), f"plain, {TITLES[more]} - tree, 10 px")
+    return "\n".join(lines[1:])
+
+
 def table(found: dict[str, list[dict]], key: str = "miou") -> str:
     """Markdown: the scores of the grid, and what the contextual CRF adds to each of its controls."""
     lines = []
-    lines.append(f"| {key}, test scenes | model | parameters | seeds | " + " | ".join(DENSE) + " |")
+    lines.append(f"| {SCORES[key]}, test scenes | model | parameters | seeds | " + " | ".join(DENSE) + " |")
     lines.append("|---|---|--:|--:|" + "--:|" * len(DENSE))
     for field, rows in found.items():
         for model in models_of(rows):
             cells = [cell([row[model][dense][key] for row in rows]) for dense in DENSE]
             size = f"{rows[0][model]['parameters'] / 1000:.0f} k"
-            lines.append(f"| {field} | {model} | {size} | {len(rows)} | " + " | ".join(cells) + " |")
-    lines += ["", f"| {key}, difference by seed | model | control | " + " | ".join(DENSE) + " |"]
+            lines.append(f"| {TITLES[field]} | {model} | {size} | {len(rows)} | " + " | ".join(cells) + " |")
+    lines += ["", f"| {SCORES[key]}, difference by seed | model | control | " + " | ".join(DENSE) + " |"]
     lines.append("|---|---|---|" + "--:|" * len(DENSE))
+    joint = {control: [] for control in MODELS[:2]}  # differences of models trained together, 34 px or more
     for field, rows in found.items():
         for model, control in (("larger", "plain"), *itertools.product(models_of(rows)[2:], MODELS[:2])):
-            cells = [cell([row[model][d][key] - row[control][d][key] for row in rows], sign=True) for d in DENSE]
-            lines.append(f"| {field} | {model} | {control} | " + " | ".join(cells) + " |")
+            cells = changes([row[model] for row in rows], [row[control] for row in rows], key)
+            lines.append(f"| {TITLES[field]} | {model} | {control} | " + " | ".join(cells) + " |")
+            if field != "10" and model in MODELS[2:]:
+                joint[control] += cells
+    for control, cells in joint.items():
+        below, above = (sum(text.startswith(sign) for text in cells) for sign in "-+")
+        lines += ["", f"Trained together, 34 px or more, minus {control}: of {len(cells)} intervals, "]
+        lines[-1] += f"{below} lie below 0 and {above} above."
     return "\n".join(lines)
 
 
@@ -320,11 +386,8 @@ def weights_table(found: dict[str, list[dict]]) -> str:
                 cells.append(cell([sweep["1"] - sweep["0"] for sweep in sweeps], sign=True))
                 selected = ", ".join(f"{row[model][dense]['weight']:g}" for row in rows)
                 learned = ", ".join("/".join(f"{w:.2f}" for w in row[model]["learned"]["weights"]) for row in rows)
-                lines.append(f"| {field} | {model} | {dense} | {' | '.join(cells)} | {selected} | {learned} |")
-    if {"10", "34"} <= set(found) and len(found["10"]) == len(found["34"]):
-        pairs = list(zip(found["34"], found["10"], strict=True))
-        gains = [cell([a["plain"][d]["miou"] - b["tree"][d]["miou"] for a, b in pairs], sign=True) for d in DENSE]
-        lines += ["", f"34 px, plain, minus 10 px, tree ({', '.join(DENSE)}): {', '.join(gains)}"]
+                title = TITLES[field]
+                lines.append(f"| {title} | {model} | {dense} | {' | '.join(cells)} | {selected} | {learned} |")
     return "\n".join(lines)
 
 
@@ -338,9 +401,10 @@ def main() -> None:
         for seed, field, part in itertools.product(given.seeds, given.fields, given.parts):
             key = f"seed {seed}, field {field}, {part}"
             if key not in study.runs:
-                study.add(key, run(seed, field, part), command=command())
+                study.add(key, run(seed, field, part))
     found = complete(study.runs)
-    for key in ("miou", "look_alikes", "pixel_accuracy"):
+    print(summary(found), end="\n\n")
+    for key in SCORES:
         print(table(found, key), end="\n\n")
     print(weights_table(found))
 

@@ -2,7 +2,8 @@
 
 The network is DeepLab-LargeFOV of grid.py ("whole"), trained once, with and without a contextual CRF. Stage 2 learns
 the dense CRF, and with a context its weights and temperature, in 2, 5, 20 and 60 epochs of 10 steps on the validation
-scenes. Adam moves a parameter by at most its rate per step, so that few steps decide the weight, whatever the data are.
+scenes. Adam moves a parameter by about its learning rate per step, so that after few steps a weight depends more on the
+number of steps than on the data.
 
     python benchmarks/context/steps.py --seeds 0 1 2      about eight CPU minutes a seed; writes steps.json
     python benchmarks/context/steps.py --table
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 from grid import SETTINGS, Scored, build, train
-from study import Study, cell, command, parser  # grid has added its folder to the path
+from study import Study, cell, parser  # grid has added its folder to the path
 
 from pwlib.data import Augment, load
 
@@ -51,12 +52,15 @@ def run(seed: int, keep) -> None:
 
 
 def table(runs: dict[str, dict]) -> str:
-    lines = ["| model | steps | seeds | weights | mIoU without dense CRF | mIoU with it |", "|---|--:|--:|---|--:|--:|"]
+    """Markdown; a weight below 0 counts as 0."""
+    lines = ["| model | steps | seeds | weights | mIoU, no dense CRF | mIoU, learned dense CRF |"]
+    lines.append("|---|--:|--:|---|--:|--:|")
     for model in MODELS:
         for steps in sorted({row["steps"] for row in runs.values()}):
             rows = [row for row in runs.values() if (row["model"], row["steps"]) == (model, steps)]
             if rows:
-                weights = ", ".join("/".join(f"{w:.2f}" for w in row["weights"]) for row in rows if "weights" in row)
+                found = [[f"{max(0.0, w):.2f}" for w in row["weights"]] for row in rows if "weights" in row]
+                weights = ", ".join("/".join(one) for one in found)
                 scores = (cell([row[key] for row in rows]) for key in ("without", "with"))
                 lines.append(f"| {model} | {steps} | {len(rows)} | {weights} | {' | '.join(scores)} |")
     return "\n".join(lines)
@@ -67,7 +71,7 @@ def main() -> None:
     study = Study(given.out, OURS)
     for seed in () if given.table else given.seeds:
         if f"reparametrised, {OURS['stage2_epochs'][-1]} epochs, seed {seed}" not in study.runs:
-            run(seed, lambda m, e, row, s=seed: study.add(f"{m}, {e} epochs, seed {s}", row, command=command()))
+            run(seed, lambda m, e, row, s=seed: study.add(f"{m}, {e} epochs, seed {s}", row))
     print(table(study.runs))
 
 

@@ -26,8 +26,8 @@ and shows how much of an error is due to these statistics.
 --network quick is the command line's quick profile, at 90x120 px. --network colour is the same with "colour": 0.5 in
 place of 0.2, for stronger changes of colour in training. --network pretrained is VGG-16 at full width from the file of
 --weights (see benchmarks/backbone), at 180x240 px: blocks 1 to 3 frozen, 10 epochs, the convolutions in bfloat16 on a
-GPU and on a CPU that has instructions for it (another one is many times slower with it). --network pretrained-240 is
-the same at 240x320 px. Their scores are for their own size and, with marginals averaged over the pixels, for 90x120.
+GPU and on a CPU that has instructions for it (another one is many times slower with it). --network pretrained-20 is
+the same with 20 epochs. Their scores are for their own size and, with marginals averaged over the pixels, for 90x120.
 
 With --drives none nothing is left out, as in `python -m pwlib train --data camvid`, and val is scored alone. Everything
 is also scored on val, whose frames lie in a gap of drive 0016E5. Every stage keeps its last epoch: nothing is selected
@@ -59,7 +59,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from study import Study, cell, command, parser, settings_searched
+from study import Study, cell, parser, settings_searched, split_of
 
 from pwlib.cli.profiles import PROFILES, pretrained
 from pwlib.crf import DenseCRF
@@ -102,8 +102,6 @@ COLUMNS = {
     },
 }
 QUICK = asdict(PROFILES["camvid", "quick"]) | {"context": None}
-PRETRAINED = QUICK | pretrained(QUICK, "", batch_norm=False)
-PRETRAINED |= {"epochs": (10, 3, 1), "batch": 4, "scale": (0.6, 1.6), "learning_rate": 2e-4}
 
 
 def resized(crf: dict, scale: float) -> dict:
@@ -111,11 +109,14 @@ def resized(crf: dict, scale: float) -> dict:
     return {k: v * scale if k in ("theta_alpha", "theta_gamma") else v for k, v in crf.items()}
 
 
+PRETRAINED = QUICK | pretrained(QUICK, "", batch_norm=False)
+PRETRAINED |= {"size": (180, 240), "crf": resized(QUICK["crf"], 2), "epochs": (10, 3, 1), "batch": 4}
+PRETRAINED |= {"scale": (0.6, 1.6), "learning_rate": 2e-4}
 NETWORKS = {
     "quick": QUICK,
     "colour": QUICK | {"colour": 0.5},
-    "pretrained": PRETRAINED | {"size": (180, 240), "crf": resized(QUICK["crf"], 2)},
-    "pretrained-240": PRETRAINED | {"size": (240, 320), "crf": resized(QUICK["crf"], 8 / 3)},
+    "pretrained": PRETRAINED,
+    "pretrained-20": PRETRAINED | {"epochs": (20, 3, 1)},
 }
 SETTINGS = {
     "networks": NETWORKS,
@@ -282,7 +283,7 @@ def run(root: str, kind: str, weights: str, drive: str, hold: str, seed: int, de
         "hold": hold,
         "seed": seed,
         "device": device,
-        "frames": {"fit": len(fit), "held": len(held), **{name: len(data) for name, data in scored.items()}},
+        "splits": {name: split_of(data) for name, data in {"fit": fit, "held": held, **scored}.items()},
         "loss": [round(epoch["loss"], 4) for epoch in record["stage1"]],
         "searched": chosen,
         "scores": scores,
@@ -296,18 +297,41 @@ def values(rows: list[dict], name: str, key: str, output: str, reference: str | 
     return [s[output][key] - (s[reference][key] if reference else 0) for s in found if output in s]
 
 
-def table(runs: dict[str, dict]) -> str:
-    """Markdown: tables by left-out drive and way of holding out, of the stages and of batch norm's statistics."""
-    lines = []
+def grouped(runs: dict[str, dict]) -> dict[tuple[str, str, str], list[dict]]:
+    """The rows of all seeds, by network, way of holding out and left-out drive."""
     groups: dict[tuple, list[dict]] = {}
     for row in runs.values():
         groups.setdefault((row["network"], row["hold"], row["drive"]), []).append(row)
+    return dict(sorted(groups.items(), key=lambda item: [item[0][0] != "quick", item[0]]))
+
+
+def summary(runs: dict[str, dict]) -> str:
+    """Markdown: what network, CRF and the profile's stage 3 reach on left-out drives, with a whole drive held out."""
+    head = ("scored", "seeds", "network", "default CRF", "learned CRF", "stage 3")
+    lines = []
+    for key, metric in (("miou", "mIoU"), ("pixel_accuracy", "pixel accuracy")):
+        lines += [f"| {metric} of | {' | '.join(head)} |", "|---|---|--:|--:|--:|--:|--:|"]
+        for (kind, hold, drive), rows in grouped(runs).items():
+            if hold != "drive" or kind == "colour":
+                continue
+            name, place = ("val", "val") if drive == "none" else ("left out", drive)
+            last = "fixed" if NETWORKS[kind]["batch_norm"] else "all"
+            pairs = (("network", None), ("default", "network"), ("learned", "network"), (last, "learned"))
+            cells = [cell(values(rows, name, key, *pair), sign=pair[1] is not None) for pair in pairs]
+            lines.append(f"| {kind} | {place} | {len(rows)} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def table(runs: dict[str, dict]) -> str:
+    """Markdown: tables by left-out drive and way of holding out, of the stages and of batch norm's statistics."""
+    lines, groups = [summary(runs)], grouped(runs)
     for (title, columns), (key, metric) in itertools.product(
         COLUMNS.items(), (("miou", "mIoU"), ("pixel_accuracy", "pixel accuracy"))
     ):
         lines += [f"{metric}, {title}", "", "| profile | held out | scored | seeds | " + " | ".join(columns) + " |"]
         lines.append("|---|---|---|--:|" + "--:|" * len(columns))
-        for (kind, hold, drive), rows in sorted(groups.items(), key=lambda item: [item[0][0] != "quick", item[0]]):
+        for (kind, hold, drive), rows in groups.items():
             for name in rows[0]["scores"]:
                 place = name.replace("left out", f"drive {drive}")
                 place = place.replace("val", "val, nothing left out" if drive == "none" else f"val, without {drive}")
@@ -341,7 +365,7 @@ def main() -> None:
             key = f"{given.network}, {drive}, {hold}, seed {seed}"
             if key not in study.runs:
                 row = run(given.root, given.network, given.weights, drive, hold, seed, given.device)
-                study.add(key, row, command=command())
+                study.add(key, row)
                 print(key, row["minutes"], "minutes", flush=True)
     print(table(study.runs))
 

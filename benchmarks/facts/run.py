@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from study import Study, command
+from study import Study
 
 from pwlib import graph
 from pwlib.data import VOID, load
@@ -205,7 +205,7 @@ def main() -> None:
     }
     for name, found in facts.items():
         print(name, found)
-        study.add(name, found, command=command())
+        study.add(name, found)
     print(f"{time.process_time() - start:.0f} CPU seconds")
 
 

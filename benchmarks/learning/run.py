@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from study import Study, cell, command, parser
+from study import Study, cell, parser
 
 from pwlib.course.piecewise import structured
 from pwlib.crf import DenseCRF
@@ -53,8 +53,15 @@ SETTINGS = {
     "pairs": 2048,
     "crf": {"theta_alpha": 8.0, "theta_beta": 10.0, "theta_gamma": 1.0, "w_bilateral": 3.0, "w_spatial": 1.0},
 }
-# What is shown of a run: {column: (index in a curve's row, factor, digits)}
-COLUMNS = {"accuracy": (1, 100, 1), "NLL": (2, 1, 3), "ECE": (3, 100, 1), "calibrated": (4, 1, 3)}
+# Names in the tables: "new images" are the held-out ones, "training images" those that the network was trained on.
+WORDS = {
+    "held, full matrix": "new images, full matrix",
+    "held, Potts": "new images, Potts",
+    "fit, full matrix": "training images, full matrix",
+    "held, piecewise": "new images, piecewise",
+}
+# Columns of the tables and their digits; the last two are weights of kernels times the strength of the compatibility
+COLUMNS = {"accuracy": 1, "NLL": 3, "ECE": 1, "calibrated NLL": 3, "bilateral strength": 2, "spatial strength": 3}
 
 
 def prepare() -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
@@ -161,33 +168,54 @@ def learn(way: dict, seed: int, judge: Judge) -> dict:
     return {"curve": curve, "fit": quality(*judge.log_p(crf, "fit")), "held": quality(*judge.log_p(crf, "held"))}
 
 
+def shown(row: list[float]) -> list[float]:
+    """The values of COLUMNS from a row of a curve."""
+    return [100 * row[1], row[2], 100 * row[3], row[4], row[7] * row[11], row[6] * row[11]]
+
+
 def table(runs: dict[str, dict]) -> str:
-    """Markdown: test scores after 25, 100, 200 and 300 steps, and the parameters at the end."""
-    head = (*COLUMNS, "w bilateral x mu", "w spatial x mu")
-    lines = [f"| learned on | orders | steps | {' | '.join(head)} |"]
-    lines.append("|---|--:|--:|" + "--:|" * len(head))
-    for name in ("network", "default CRF"):
-        row = [0, *runs[name]["test"]] if name in runs else None
-        if row:
-            values = [f"{factor * row[i]:.{digits}f}" for i, factor, digits in COLUMNS.values()]
-            lines.append(f"| {name} | | | {' | '.join(values)} | | |")
-    for way in WAYS:
-        mine = [run for run in runs.values() if run.get("way") == way]
-        for step in (25, 100, 200, SETTINGS["steps"]) if mine else ():
-            rows = [next(row for row in run["curve"] if row[0] == step) for run in mine]
-            values = [cell([f * row[i] for row in rows], digits=d) for i, f, d in COLUMNS.values()]
-            values += [cell([row[i] * row[11] for row in rows], digits=2) for i in (7, 6)]
-            lines.append(f"| {way} | {len(mine)} | {step} | {' | '.join(values)} |")
-    lines += ["", "| difference by order, last step | " + " | ".join(COLUMNS) + " |", "|---|" + "--:|" * len(COLUMNS)]
-    for way, other in (("fit, full matrix", "held, full matrix"), ("held, Potts", "held, full matrix")):
-        pairs = [
-            (runs[f"{way}, order {s}"]["curve"][-1], runs[f"{other}, order {s}"]["curve"][-1])
-            for s in range(1, 100)
-            if f"{way}, order {s}" in runs and f"{other}, order {s}" in runs
-        ]
-        if pairs:
-            values = [cell([f * (a[i] - b[i]) for a, b in pairs], sign=True, digits=d) for i, f, d in COLUMNS.values()]
-            lines.append(f"| {way} minus {other} | {' | '.join(values)} |")
+    """Markdown: all ways after the last step; then after four numbers of steps, and differences."""
+    last, head = SETTINGS["steps"], " | ".join(COLUMNS)
+    weights = [SETTINGS["crf"][key] for key in ("w_spatial", "w_bilateral")]
+    default = shown([0, *runs["default CRF"]["test"], *weights, 0, 0, 0, 1])
+    curves: dict[str, dict] = {way: {} for way in WAYS}  # {way: {order: {step: values}}}
+    for run in runs.values():
+        if "way" in run:
+            curves[run["way"]][run["seed"]] = {row[0]: shown(row) for row in run["curve"]}
+
+    def line(name: str, rows: list[list[float]], sign: bool = False) -> str:
+        columns = zip(map(list, zip(*rows, strict=True)), COLUMNS.values(), strict=False)  # a network has no kernels
+        values = [cell(values, sign=sign, digits=d if max(map(abs, values)) < 100 else 0) for values, d in columns]
+        return f"| {name} | {' | '.join(values + [''] * (len(COLUMNS) - len(values)))} |"
+
+    lines = [f"| learned on | {head} |", "|---|" + "--:|" * len(COLUMNS)]
+    accuracy, nll, ece, calibrated, _ = runs["network"]["test"]
+    lines.append(line("network", [[100 * accuracy, nll, 100 * ece, calibrated]]))
+    lines.append(line("default CRF", [default]))
+    for way, orders in curves.items():
+        if orders:
+            lines.append(line(WORDS[way], [curve[last] for curve in orders.values()]))
+    lines += ["", f"| learned on | orders | steps | {head} |", "|---|--:|--:|" + "--:|" * len(COLUMNS)]
+    for way, orders in curves.items():
+        for step in (25, 100, 200, last) if orders else ():
+            lines.append(line(f"{WORDS[way]} | {len(orders)} | {step}", [curve[step] for curve in orders.values()]))
+    lines += ["", f"| difference by order | steps | {head} |", "|---|--:|" + "--:|" * len(COLUMNS)]
+    new, fit, potts = (curves[way] for way in ("held, full matrix", "fit, full matrix", "held, Potts"))
+    initial = {order: dict.fromkeys(SETTINGS["scored_after"], default) for order in potts}
+    pairs = {
+        "training images - new images, full matrix": (fit, new),
+        "Potts - full matrix, new images": (potts, new),
+        "new images, Potts - default CRF": (potts, initial),
+    }
+    for name, (one, other) in pairs.items():
+        for step in SETTINGS["scored_after"][1:] if one.keys() & other.keys() else ():
+            both = [(one[order][step], other[order][step]) for order in one.keys() & other.keys()]
+            rows = [[a - b for a, b in zip(*pair, strict=True)] for pair in both]
+            lines.append(line(f"{name} | {step}", rows, sign=True))
+    for way, orders in curves.items():
+        for since in (100, 200) if orders else ():
+            rows = [[a - b for a, b in zip(curve[last], curve[since], strict=True)] for curve in orders.values()]
+            lines.append(line(f"{WORDS[way]}: change | {since} to {last}", rows, sign=True))
     return "\n".join(lines)
 
 
@@ -199,7 +227,7 @@ def main() -> None:
         for name, crf in (("network", None), ("default CRF", new_crf(judge.logits["fit"].shape[1]))):
             if name not in study.runs:
                 sets = {split: quality(*judge.log_p(crf, split)) for split in ("fit", "held")}
-                study.add(name, {**sets, "test": judge(crf)}, command=command())
+                study.add(name, {**sets, "test": judge(crf)})
         for seed in given.seeds:
             for way, options in WAYS.items():
                 key = f"{way}, order {seed}"
@@ -207,7 +235,7 @@ def main() -> None:
                     start = time.process_time()
                     row = {"way": way, "seed": seed, **learn(options, seed, judge)}
                     row["minutes"] = round((time.process_time() - start) / 60, 2)
-                    study.add(key, row, command=command())
+                    study.add(key, row)
                     print(key, row["curve"][-1], row["minutes"], "minutes", flush=True)
     print(table(study.runs))
 

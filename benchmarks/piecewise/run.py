@@ -2,6 +2,7 @@
 
     python benchmarks/piecewise/run.py                                 about a minute; writes result.json and cost.svg
     python benchmarks/piecewise/run.py --sizes 8x12 --repeats 3 --out small.json
+    python benchmarks/piecewise/run.py --table                         prints the tables of the stored result
 
 A step computes the pairwise terms from given features, the loss, and its gradient with respect to the pairwise
 networks, the logits and the features. All methods use the same graph, features, labels and networks and take turns; the
@@ -106,14 +107,22 @@ def measure(sizes: list[tuple[int, int]], repeats: int) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Format one line per size: milliseconds of each step, and its multiple of the piecewise step."""
-    names = list(dict.fromkeys(row["contender"] for row in rows))
-    lines = [f"{'map':>8} {'edges':>7}" + "".join(f" {name:>20}" for name in names)]
+    """Markdown: milliseconds of a piecewise step and multiples of it, then time and memory of every method."""
+    lines = ["| map | piecewise | 1 iteration | 10 iterations | 10, with the network | memory, 10 iterations |"]
+    lines.append("|---|--:|--:|--:|--:|--:|")
     for size in dict.fromkeys((row["height"], row["width"]) for row in rows):
         here = {row["contender"]: row for row in rows if (row["height"], row["width"]) == size}
-        unit = here["piecewise"]["ms"]
-        cells = "".join(f" {here[n]['ms']:9.1f} ({here[n]['ms'] / unit:5.1f} x)" for n in names)
-        lines.append(f"{size[0]:>3} x {size[1]:<2} {here['piecewise']['edges']:>7}{cells}")
+        network, unit, one, ten = (here[n] for n in ("network", "piecewise", "mean field, 1", "mean field, 10"))
+        whole = (network["ms"] + ten["ms"]) / (network["ms"] + unit["ms"])
+        ratios = (one["ms"] / unit["ms"], ten["ms"] / unit["ms"], whole, ten["saved_mb"] / unit["saved_mb"])
+        cells = [f"{size[0]}x{size[1]}, {unit['edges']} edges", f"{unit['ms']:.0f} ms", *(f"{r:.1f} x" for r in ratios)]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| map | step | median, ms | fastest to slowest, ms | kept for backward, MB |"]
+    lines.append("|---|---|--:|--:|--:|")
+    for row in rows:
+        cells = [f"{row['height']}x{row['width']}", row["contender"], f"{row['ms']:.1f}"]
+        cells += [f"{row['fastest_ms']:.1f} to {row['slowest_ms']:.1f}", f"{row['saved_mb']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -140,7 +149,11 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["8x12", "10x14", "15x20", "20x28"], metavar="HxW")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=HERE / "result.json")
+    parser.add_argument("--table", action="store_true", help="print the tables of the stored result and stop")
     given = parser.parse_args()
+    if given.table:
+        print(table(json.loads(given.out.read_text("utf-8"))["rows"]))
+        return
     start = time.perf_counter()
     rows = measure([tuple(int(side) for side in size.split("x")) for size in given.sizes], given.repeats)
     result = {

@@ -11,7 +11,7 @@ with which it reaches the target first counts.
     python benchmarks/piecewise/target.py --pools 2             CPU minutes on one core: 8; maps of 8x12 cells
     python benchmarks/piecewise/target.py --pools 1 --seeds 0   likewise 10; maps of 16x24 cells
 
-target.json is written after every seed, target.svg at the end; --table prints the table of the stored results.
+target.json is written after every seed, target.svg at the end; --table prints the table of the stored results only.
 """
 
 from __future__ import annotations
@@ -156,23 +156,29 @@ def to_target(rows: list[dict]) -> tuple[float, dict[str, float]]:
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| map | target, start | piecewise | " + " | ".join(f"through {n}" for n in (1, 3, 5, 10)) + " |"]
-    lines.append("|---|--:|" + "--:|" * len(CONTENDERS))
-    for size in dict.fromkeys(row["map"] for row in rows):
+    """Markdown: time to the target and best score, as medians over the seeds; the ranges are in parentheses."""
+
+    def over_seeds(values: list[float], sign: str = "", end: str = "") -> str:
+        spread = f" ({min(values):{sign}.1f} to {max(values):{sign}.1f})" if len(values) > 1 else ""
+        return f"{statistics.median(values):{sign}.1f}{end}{spread}"
+
+    sizes = list(dict.fromkeys(row["map"] for row in rows))
+    cells = {name: [] for name in ("network alone", "target", *CONTENDERS)}
+    for size in sizes:
         mine = [row for row in rows if row["map"] == size]
         seeds = [[row for row in mine if row["seed"] == seed] for seed in dict.fromkeys(row["seed"] for row in mine)]
         found = [to_target(one) for one in seeds]
-        target, start = (statistics.median(v) for v in ([t for t, _ in found], [one[0]["miou"][0] for one in seeds]))
-        cells = [f"{statistics.median([times['piecewise'] for _, times in found]):.1f} s"]
+        best = [{n: max(max(r["miou"]) for r in one if r["contender"] == n) for n in CONTENDERS} for one in seeds]
+        cells["network alone"] += ["", over_seeds([one[0]["miou"][0] for one in seeds])]
+        cells["target"] += ["", over_seeds([target for target, _ in found])]
+        cells["piecewise"].append(over_seeds([times["piecewise"] for _, times in found], end=" s"))
+        cells["piecewise"].append(over_seeds([scores["piecewise"] for scores in best]))
         for name in list(CONTENDERS)[1:]:
-            ratios = [times[name] / times["piecewise"] for _, times in found]
-            spread = f" ({min(ratios):.1f} to {max(ratios):.1f})" if len(ratios) > 1 else ""
-            cells.append(f"{statistics.median(ratios):.1f} x{spread}")
-        lines.append(f"| {size} | {target:.1f}, {start:.1f} | " + " | ".join(cells) + " |")
-        best = {n: [max(max(r["miou"]) for r in one if r["contender"] == n) for one in seeds] for n in CONTENDERS}
-        cells = [f"{statistics.median(scores):.1f}" for scores in best.values()]
-        lines.append(f"| {size}, best score | | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            cells[name].append(over_seeds([times[name] / times["piecewise"] for _, times in found], end=" x"))
+            cells[name].append(over_seeds([scores[name] - scores["piecewise"] for scores in best], "+"))
+    titles = [f"{size}: {column}" for size in sizes for column in ("time to target", "best mIoU")]
+    lines = [f"| training | {' | '.join(titles)} |", "|---|" + "--:|" * len(titles)]
+    return "\n".join(lines + [f"| {name} | {' | '.join(row)} |" for name, row in cells.items()])
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -204,7 +210,8 @@ def main() -> None:
         key = f"{16 // pool}x{24 // pool}, seed {seed}"
         study.measure(key, lambda seed=seed, pool=pool: {"curves": curves(seed, pool, SETTINGS["steps"])})
     rows = [row for run in study.runs.values() for row in run["curves"]]
-    plot(rows, given.out.with_suffix(".svg"))
+    if not given.table:
+        plot(rows, given.out.with_suffix(".svg"))
     print(table(rows))
 
 

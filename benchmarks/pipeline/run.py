@@ -2,7 +2,7 @@
 
     python benchmarks/pipeline/run.py --data scenes                      3 CPU minutes a seed
     python benchmarks/pipeline/run.py --data camvid --root data/camvid   6 to 12 minutes a seed
-    python benchmarks/pipeline/run.py --table                            the table of the repository's README
+    python benchmarks/pipeline/run.py --table                            the table of the READMEs, and differences
 
 Each seed is `python -m pwlib train` and `evaluate` with the options that main() below gives them. Writes DATA.json in
 this folder after every seed and keeps the runs in runs/pipeline. A command that was stopped continues where it was.
@@ -10,6 +10,7 @@ this folder after every seed and keeps the runs in runs/pipeline. A command that
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from pathlib import Path
 from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from study import Study, parser
+from study import Study, cell, parser
 
 from pwlib.cli.parser import main as command_line
 from pwlib.cli.profiles import PROFILES
@@ -67,13 +68,24 @@ def table(found: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def differences(found: dict[str, dict]) -> str:
+    """What each row of the table adds to the row before it, paired by seed."""
+    lines = ["| data | added by | mIoU | pixel accuracy | boundary IoU |", "|---|---|--:|--:|--:|"]
+    for data, runs in found.items():
+        for (_, *before), (label, *after) in itertools.pairwise(ROWS):
+            pairs = [[run["scores"][stage][part] for stage, part in (before, after)] for run in runs.values()]
+            cells = [cell([100 * (two[name] - one[name]) for one, two in pairs], sign=True) for name in SCORES]
+            lines.append(f"| {NAMES[data]} | {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     arguments = parser(__doc__, None, seeds=range(3))
     arguments.add_argument("--data", choices=tuple(SPLIT), default="scenes")
     arguments.add_argument("--root", default="data")
     given = arguments.parse_args()
     if given.table:
-        print(table(stored()))
+        print(table(stored()), differences(stored()), sep="\n\n")
         return
     settings = {"data": given.data, "scored": SPLIT[given.data], "profile": asdict(PROFILES[given.data, "quick"])}
     study = Study(given.out or HERE / f"{given.data}.json", settings)

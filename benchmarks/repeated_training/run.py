@@ -21,7 +21,7 @@ from pathlib import Path
 import nbformat
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from study import Study, parser
+from study import Study, cell, parser
 
 HERE = Path(__file__).parent
 NOTEBOOK = HERE.parents[1] / "notebooks" / "07_evaluation.ipynb"
@@ -31,9 +31,9 @@ SKIPPED = {"exercise", "check", "nbval-skip"}
 def measure(seed: int) -> dict:
     """Train with a seed; return the scores of the learned CRF and the differences of its ablations, in points."""
     variables = {}
-    for cell in nbformat.read(NOTEBOOK, 4).cells:
-        if cell.cell_type == "code" and not SKIPPED & {*cell.metadata.get("tags", [])}:
-            source, found = re.subn(r"^SEED = 0\b", f"SEED = {seed}", cell.source, flags=re.M)
+    for part in nbformat.read(NOTEBOOK, 4).cells:
+        if part.cell_type == "code" and not SKIPPED & {*part.metadata.get("tags", [])}:
+            source, found = re.subn(r"^SEED = 0\b", f"SEED = {seed}", part.source, flags=re.M)
             variables["seeded"] = variables.get("seeded", 0) + found
             exec(source, variables)
         if "results" in variables:
@@ -52,19 +52,20 @@ def measure(seed: int) -> dict:
 
 
 def table(runs: dict[str, dict]) -> str:
-    """Return a markdown table: over the seeds, mean and deviation of the differences, and their signs."""
+    """Return a markdown table: over the seeds, mean and deviation of the differences, and signs of the intervals."""
     lines = [
-        "| variant | mean difference | standard deviation | mean width of the paired interval | higher, lower |",
-        "|---|--:|--:|--:|--:|",
+        "| variant | mean difference | standard deviation | width over images | higher, lower | above 0, below 0 |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
     for title in next(iter(runs.values()))["variants"]:
         found = [run["variants"][title] for run in runs.values()]
         values = [entry["difference"] for entry in found]
         width = statistics.mean(entry["paired"][1] - entry["paired"][0] for entry in found)
-        signs = f"{sum(v > 0 for v in values)}, {sum(v < 0 for v in values)}"
-        lines.append(
-            f"| {title} | {statistics.mean(values):+.1f} | {statistics.stdev(values):.1f} | {width:.1f} | {signs} |"
-        )
+        cells = [cell(values, sign=True), f"{statistics.stdev(values):.1f}", f"{width:.1f}"]
+        cells.append(f"{sum(v > 0 for v in values)}, {sum(v < 0 for v in values)}")
+        low, high = zip(*(entry["paired"] for entry in found), strict=True)
+        cells.append(f"{sum(end > 0 for end in low)}, {sum(end < 0 for end in high)}")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

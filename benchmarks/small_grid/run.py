@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from study import Study, cell, parser
+from study import Study, cell, mean_and_half, parser
 
 from pwlib import graph
 
@@ -41,7 +41,9 @@ RELATION = (EDGES[:, 1] - EDGES[:, 0] != 1).long()  # 0: the second end is to th
 LABELLINGS = graph.labellings(N, K)
 HITS = torch.nn.functional.one_hot(LABELLINGS, K).double()  # [S, N, K]
 LEARNERS = ("exact", "pseudo", "mean_field", "piecewise", "temperature", "tree")
-NAMES = {name: f"piecewise, {name}" if name in LEARNERS[4:] else name.replace("_", " ") for name in LEARNERS}
+NAMES = ("maximum likelihood", "pseudo-likelihood", "mean field")
+NAMES += ("piecewise, plain sum", "piecewise, temperature", "piecewise, tree")
+NAMES = dict(zip(LEARNERS, NAMES, strict=True))
 
 Parameters = dict[str, Tensor]
 
@@ -167,11 +169,27 @@ def draw(seed: int) -> dict[str, dict[str, float]]:
 
 
 def table(runs: dict[str, dict]) -> str:
+    """Markdown: the means of every learner, with 95 % intervals."""
     metrics = list(next(iter(runs.values()))["exact"])
     lines = ["| learner | " + " | ".join(metrics) + " |", "|---|" + "--:|" * len(metrics)]
     for name in LEARNERS:
         cells = (cell([row[name][metric] for row in runs.values()], digits=3) for metric in metrics)
         lines.append(f"| {NAMES[name]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def differences(runs: dict[str, dict]) -> str:
+    """Markdown: differences between learners, paired by draw; in parentheses if the interval contains 0."""
+    pairs = [(name, "exact") for name in LEARNERS[1:]] + [(name, "tree") for name in LEARNERS[3:5]]
+    metrics = list(next(iter(runs.values()))["exact"])
+    lines = ["| paired by draw | " + " | ".join(metrics) + " |", "|---|" + "--:|" * len(metrics)]
+    for one, other in pairs:
+        cells = []
+        for metric in metrics:
+            values = [row[one][metric] - row[other][metric] for row in runs.values()]
+            (mean, half), text = mean_and_half(values), cell(values, sign=True, digits=3)
+            cells.append(f"({text})" if abs(mean) <= half else text)
+        lines.append(f"| {NAMES[one]} - {NAMES[other]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -181,7 +199,7 @@ def main() -> None:
     study = Study(given.out, settings)
     for seed in () if given.table else tqdm(given.seeds, unit="draw"):
         study.measure(f"seed {seed}", lambda seed=seed: draw(seed))
-    print(table(study.runs))
+    print(table(study.runs), differences(study.runs), sep="\n\n")
 
 
 if __name__ == "__main__":

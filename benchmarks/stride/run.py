@@ -6,13 +6,13 @@
                They show what the map can represent: no less than this, since the loss is not the score.
     network    VGG's blocks at an eighth of the width, with fc6 and fc7, trained on 240 scenes. The poolings end at the
                stride; dilations replace those behind it, so that the layers and parameters are the same at all strides.
-    longer     the same network trained for 80 epochs in place of 20; seeds 0, 1 and 2 only
+    longer     the same network trained for 80 epochs instead of 20; seeds 0, 1 and 2 only
 
 All are upsampled bilinearly (`resize_logits`) and scored on the same 50 validation scenes of 64x96 px. The fit doubles
 its steps until mIoU gains less than 0.2 points. A seed decides initial weights, order and augmentation.
 
     python benchmarks/stride/run.py --seeds 0 1 2 3 4 5 6 7    CPU minutes: bounds 3, a seed 3, and 12 with "longer"
-    python benchmarks/stride/run.py --table                    prints the table from result.json
+    python benchmarks/stride/run.py --table                    prints the tables from result.json
 
 result.json is written after every run; a command that was stopped continues where it was.
 """
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from study import Study, cell, command, parser
+from study import Study, cell, parser
 
 from pwlib.data import VOID, Augment, load
 from pwlib.losses import balanced_weights
@@ -39,6 +39,13 @@ from pwlib.trainer import PiecewiseTrainer
 
 HERE = Path(__file__).parent
 STRIDES = (4, 8, 16, 32)
+# Kinds of logits in result.json and their names in the tables
+KINDS = {
+    "shares": "class shares",
+    "fitted": "fitted",
+    "network": "network, 20 epochs",
+    "longer": "network, 80 epochs",
+}
 SETTINGS = {
     "train_images": 240,
     "val_images": 50,
@@ -140,18 +147,33 @@ def trained(stride: int, seed: int, epochs: int, label: Tensor, image: Tensor, n
 
 
 def table(runs: dict[str, dict]) -> str:
-    """Markdown: mIoU, mIoU near borders and the classes between which the bounds differ most."""
+    """Markdown: what the map and the networks lose; then the scores of all kinds of logits."""
+
+    def rows_of(stride: int, kind: str) -> list[dict]:
+        return [run for run in runs.values() if (run["stride"], run["kind"]) == (stride, kind)]
+
+    head = ["fitted", "gain of the last doubling", "100 - fitted"]
+    head += [f"fitted - {KINDS[kind]}" for kind in ("network", "longer")]
+    lines = ["| stride | " + " | ".join(head) + " |", "|--:|" + "--:|" * len(head)]
+    for stride in STRIDES:
+        for fit in rows_of(stride, "fitted"):
+            gain = fit["curve"][-1][2] - fit["curve"][-2][2]
+            values = [f"{fit['miou']:.1f}", f"{gain:+.1f}", f"{100 - fit['miou']:.1f}"]
+            for kind in ("network", "longer"):
+                below = [fit["miou"] - row["miou"] for row in rows_of(stride, kind)]
+                values.append(cell(below) if below else "")
+            lines.append(f"| {stride} | {' | '.join(values)} |")
     classes = ("sky", "boat", "tree", "pole")
     head = ["mIoU", "accuracy", "mIoU within 3 px of a border", *(f"IoU {name}" for name in classes)]
-    lines = ["| stride | logits | seeds | " + " | ".join(head) + " |", "|--:|---|--:|" + "--:|" * len(head)]
+    lines += ["", "| stride | logits | seeds | " + " | ".join(head) + " |", "|--:|---|--:|" + "--:|" * len(head)]
     for stride in STRIDES:
-        for kind in ("shares", "fitted", "network", "longer"):
-            rows = [run for run in runs.values() if (run["stride"], run["kind"]) == (stride, kind)]
+        for kind, words in KINDS.items():
+            rows = rows_of(stride, kind)
             if rows:
                 values = [[row[key] for row in rows] for key in ("miou", "pixel_accuracy", "boundary_iou")]
                 values += [[row["per_class_iou"][name] for row in rows] for name in classes]
                 seeds = len(rows) if rows[0]["seed"] is not None else ""
-                lines.append(f"| {stride} | {kind} | {seeds} | {' | '.join(map(cell, values))} |")
+                lines.append(f"| {stride} | {words} | {seeds} | {' | '.join(map(cell, values))} |")
     return "\n".join(lines)
 
 
@@ -179,7 +201,7 @@ def main() -> None:
                 epochs = SETTINGS["epochs"] if kind == "network" else SETTINGS["longer"]["epochs"]
                 row = trained(stride, seed, epochs, label, image, names)
             row = {"stride": stride, "kind": kind, "seed": seed, **row}
-            study.add(key, row | {"minutes": round((time.process_time() - start) / 60, 2)}, command=command())
+            study.add(key, row | {"minutes": round((time.process_time() - start) / 60, 2)})
             print(key, row["miou"], flush=True)
     print(table(study.runs))
 

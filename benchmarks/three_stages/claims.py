@@ -15,7 +15,7 @@ with one that is learned in the same way while the Potts compatibility is kept (
 
     python benchmarks/three_stages/claims.py --network stride8     about 16 CPU minutes a seed on one core
     python benchmarks/three_stages/claims.py --network stride2     about 11
-    python benchmarks/three_stages/claims.py --table
+    python benchmarks/three_stages/claims.py --table                the README's table, and longer ones
 
 "stride8" is DeepLab-LargeFOV at an eighth of VGG's width, "stride2" the network of notebook 07. claims.json is written
 after every run; a command that was stopped continues where it was. The weights, which the exchange of CRFs between
@@ -37,7 +37,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from run import SETTINGS as COMMON
 from run import Steps, Undone
-from study import Study, cell, command, mean_and_half, parser, settings_searched
+from study import Study, cell, mean_and_half, parser, settings_searched
 
 from pwlib import checkpoints
 from pwlib.crf import DenseCRF
@@ -260,80 +260,107 @@ def interval_of_ratio(a: list[float], b: list[float]) -> str:
     return f"{ratio:.2f} [{ratio / factor:.2f}, {ratio * factor:.2f}]"
 
 
+def minus(a: list[float], b: list[float]) -> str:
+    return cell([x - y for x, y in zip(a, b, strict=True)], sign=True)
+
+
+def ratio_of_compute(ours: list[dict], joint: list[dict], margin: float) -> str:
+    """Compute of joint / of piecewise training, to `margin` points below the best validation mIoU of the weaker one."""
+    logs = []
+    for pair in zip(ours, joint, strict=True):
+        target = min(max(row[1] for curve in run["curves"].values() for row in curve) for run in pair) - margin
+        logs.append(math.log(compute_to(pair[1], target) / compute_to(pair[0], target)))
+    mean, half = mean_and_half(logs)
+    low, ratio, high = (math.exp(mean + x) for x in (-half, 0, half))
+    return f"{ratio:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def comparisons(rows: dict[str, dict[str, str]]) -> list[str]:
+    """A table of {network: {comparison: text}} with a column for each network."""
+    names = list(dict.fromkeys(name for column in rows.values() for name in column))
+    lines = [f"| comparison | {' | '.join(rows).replace('stride', 'stride ')} |", "|---|" + "--:|" * len(rows)]
+    return lines + [f"| {name} | {' | '.join(column.get(name, '') for column in rows.values())} |" for name in names]
+
+
 def table(runs: dict[str, dict]) -> str:
-    """Markdown: one table per network with what the four claims need."""
-    lines = []
+    """Markdown: the main comparisons and further ones, with a column per network; then the methods of each network."""
+    main, more, methods = {}, {}, []
     for network in ("stride8", "stride2"):
-        ran = [run for run in runs.values() if run["network"] == network and "method" in run]
-        found = {method: {run["seed"]: run for run in ran if run["method"] == method} for method in METHODS}
+        here = [run for run in runs.values() if run["network"] == network]
+        found = {method: {run["seed"]: run for run in here if run.get("method") == method} for method in METHODS}
         seeds = sorted(set.intersection(*map(set, found.values())))
         if not seeds:
             continue
         alone, ours, joint = ([found[method][seed] for seed in seeds] for method in METHODS)
-        arms = {  # {name: (test mIoU, compute)}
-            "independent, default CRF": (
-                [r["default CRF"]["crf"]["miou"] for r in alone],
-                [r["compute"] for r in alone],
-            ),
-            "independent, searched CRF": ([r["test"]["crf"]["miou"] for r in alone], [r["compute"] for r in alone]),
-            "piecewise": ([r["test"]["crf"]["miou"] for r in ours], [r["compute"] for r in ours]),
-            "piecewise, after stage 2": (
-                [max(r["curves"]["stage2"], key=lambda row: row[1])[2] for r in ours],
-                [r["curves"]["stage2"][-1][0] for r in ours],
-            ),
-            "joint, equal compute": (
-                [at_equal_compute(r, one["compute"])[0] for r, one in zip(joint, ours, strict=True)],
-                [min(r["compute"], one["compute"]) for r, one in zip(joint, ours, strict=True)],
-            ),
-            "joint, until it stops improving": (
-                [r["test"]["crf"]["miou"] for r in joint],
-                [r["compute"] for r in joint],
-            ),
+        default = [run["default CRF"]["crf"]["miou"] for run in alone]
+        searched, own, last = ([run["test"]["crf"]["miou"] for run in some] for some in (alone, ours, joint))
+        equal = [at_equal_compute(run, one["compute"])[0] for run, one in zip(joint, ours, strict=True)]
+        start, after = {}, {}  # test mIoU; the curve of stage 2 or 3 begins with the model that the stage started from
+        for stage in ("stage2", "stage3"):
+            start[stage] = [run["curves"][stage][0][2] for run in ours]
+            after[stage] = [max(run["curves"][stage], key=lambda row: row[1])[2] for run in ours]
+        of_alone, of_ours, of_joint = ([run["compute"] for run in some] for some in (alone, ours, joint))
+
+        rows = main[network] = {
+            "test mIoU of piecewise": cell(own),
+            "piecewise - independent, default CRF": minus(own, default),
+            "piecewise - independent, searched CRF": minus(own, searched),
+            "piecewise - joint, equal compute": minus(own, equal),
+            "piecewise - joint, at its own end": minus(own, last),
+            "piecewise, after stage 2 - independent, searched CRF": minus(after["stage2"], searched),
+            "stage 2 - default CRF, same network": minus(after["stage2"], start["stage2"]),
         }
-        lines += [f"{network}, {len(seeds)} seeds", ""]
-        lines.append(
-            "| method | test mIoU | piecewise minus it | above it | SD over seeds | SD of piecewise / it | compute |"
-        )
-        lines.append("|---|--:|--:|--:|--:|--:|--:|")
-        own = arms["piecewise"][0]
+        crfs = [run["CRFs of stage 2"] for run in here if "CRFs of stage 2" in run]
+        for name, words in {"searched": "searched CRF", "kernels": "learned kernels, Potts"}.items() if crfs else ():
+            rows[f"stage 2 - {words}, same network"] = minus([r["learned"] for r in crfs], [r[name] for r in crfs])
+        rows["stage 3 - stage 2"] = minus(after["stage3"], start["stage3"])
+        exchanged = runs.get(f"{network}, exchange", {}).get("own minus others", {})
+        others = more[network] = {"joint, at its own end - independent, searched CRF": minus(last, searched)}
+        for family, values in exchanged.items():
+            where, when = (others, "joint training") if "joint" in family else (rows, f"stage {family[-1]}")
+            where[f"own CRF - CRFs of other seeds, after {when}"] = cell(values, sign=True)
+        rows["compute of piecewise / of independent"] = f"{statistics.fmean(of_ours) / statistics.fmean(of_alone):.1f}"
+        for margin in (1, 0, 2, 5) if len(seeds) > 1 else ():
+            name = f"compute of joint / of piecewise, to the target - {margin}"
+            (others if margin != 1 else rows)[name] = ratio_of_compute(ours, joint, margin)
+        ended = [a < b for a, b in zip(of_joint, of_ours, strict=True)]
+        others["joint runs that end within the compute of piecewise"] = f"{sum(ended)} of {len(ended)}"
+        ends = [  # the number of epochs of each stage; stage 1 has no epoch 0
+            [len(curve) - (stage != "stage1") for run in some for stage, curve in run["curves"].items()]
+            for some in (alone, ours, joint)
+        ]
+        limited = ", ".join(str(sum(epochs == SETTINGS["epochs"] for epochs in stages)) for stages in ends)
+        others["runs that reached the limit of epochs: independent, piecewise, joint"] = limited
+        if f"{network}, costs" in runs:
+            others["steps of stage 1 that a joint step costs"] = f"{runs[f'{network}, costs']['cost']['stage3']:.1f}"
+        if len(seeds) > 2:  # does one run decide a result?
+            kept = [i for i in range(len(seeds)) if min(own[i], last[i]) > min(own + last)]
+            own_, equal_, last_ = ([values[i] for i in kept] for values in (own, equal, last))
+            without = "without the seed of the lowest run"
+            others[f"piecewise - joint, equal compute, {without}"] = minus(own_, equal_)
+            others[f"SD of piecewise / joint at its own end, {without}"] = interval_of_ratio(own_, last_)
+
+        arms = {  # {name: (test mIoU, compute)}
+            "independent, default CRF": (default, of_alone),
+            "independent, searched CRF": (searched, of_alone),
+            "piecewise": (own, of_ours),
+            "piecewise, after stage 2": (after["stage2"], [run["curves"]["stage2"][-1][0] for run in ours]),
+            "joint, equal compute": (equal, list(map(min, of_joint, of_ours))),
+            "joint, at its own end": (last, of_joint),
+        }
+        methods += ["", f"{network}, {len(seeds)} seeds", ""]
+        methods.append("| method | test mIoU | lowest run | piecewise is above | SD | SD of piecewise / it | compute |")
+        methods.append("|---|--:|--:|--:|--:|--:|--:|")
         for name, (values, compute) in arms.items():
-            gain = above = deviation = ratio = ""
+            above = deviation = ratio = ""
             if name != "piecewise":
-                gains = [p - v for p, v in zip(own, values, strict=True)]
-                gain, above = cell(gains, sign=True), f"{sum(g > 0 for g in gains)} of {len(gains)}"
+                above = f"{sum(p > v for p, v in zip(own, values, strict=True))} of {len(seeds)}"
             if len(seeds) > 1:
                 deviation = f"{statistics.stdev(values):.1f}"
                 ratio = "" if name == "piecewise" else interval_of_ratio(own, values)
-            cells = (name, cell(values), gain, above, deviation, ratio, cell(compute, digits=0))
-            lines.append(f"| {' | '.join(cells)} |")
-        lines += ["", "| question | result |", "|---|--:|"]
-        for stage in ("stage2", "stage3"):  # a curve begins with the model that the stage started from
-            gains = [max(r["curves"][stage], key=lambda row: row[1])[2] - r["curves"][stage][0][2] for r in ours]
-            lines.append(f"| points that {stage} adds | {cell(gains, sign=True)} |")
-        for name in ("piecewise, after stage 2", "joint, until it stops improving"):
-            gains = [a - b for a, b in zip(arms[name][0], arms["independent, searched CRF"][0], strict=True)]
-            lines.append(f"| {name}, minus: independent, searched CRF | {cell(gains, sign=True)} |")
-        best = [
-            [max(row[1] for curve in r["curves"].values() for row in curve) for r in some] for some in (ours, joint)
-        ]
-        for margin in (0, 1, 2, 5) if len(seeds) > 1 else ():  # points below the best score of the weaker method
-            logs = []
-            for a, b, pair in zip(ours, joint, zip(*best, strict=True), strict=True):
-                logs.append(math.log(compute_to(b, min(pair) - margin) / compute_to(a, min(pair) - margin)))
-            mean, half = mean_and_half(logs)
-            low, ratio, high = (math.exp(mean + x) for x in (-half, 0, half))
-            title = f"compute of joint / of piecewise to {margin} points below the weaker one's best validation score"
-            lines.append(f"| {title} | {ratio:.2f} [{low:.2f}, {high:.2f}] |")
-        found = [
-            run["CRFs of stage 2"] for run in runs.values() if run["network"] == network and "CRFs of stage 2" in run
-        ]
-        for name in ("kernels", "searched") if found else ():
-            gains = [row["learned"] - row[name] for row in found]
-            lines.append(f"| network of stage 1: CRF of stage 2 minus {name} | {cell(gains, sign=True)} |")
-        for family, values in runs.get(f"{network}, exchange", {}).get("own minus others", {}).items():
-            lines.append(f"| {family}: own CRF minus those of other seeds | {cell(values, sign=True)} |")
-        lines.append("")
-    return "\n".join(lines)
+            cells = (name, cell(values), f"{min(values):.1f}", above, deviation, ratio, cell(compute, digits=0))
+            methods.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*comparisons(main), "", *comparisons(more), *methods])
 
 
 def main() -> None:
@@ -346,20 +373,20 @@ def main() -> None:
         about = {"network": given.network}
         costs = f"{given.network}, costs"
         if costs not in study.runs:
-            study.add(costs, {**about, "cost": calibrate(given.network)}, command=command())
+            study.add(costs, {**about, "cost": calibrate(given.network)})
         for seed in given.seeds:
             for method in METHODS:
                 key = f"{given.network}, {method}, seed {seed}"
                 if key not in study.runs:
                     row = train(method, given.network, seed, study.runs[costs]["cost"])
-                    study.add(key, {**about, "method": method, "seed": seed, **row}, command=command())
+                    study.add(key, {**about, "method": method, "seed": seed, **row})
                     print(key, row["test"], row["compute"], row["minutes"], "minutes", flush=True)
             key = f"{given.network}, CRFs of stage 2, seed {seed}"
             if key not in study.runs:
-                study.add(key, {**about, "CRFs of stage 2": crfs_of_stage2(given.network, seed)}, command=command())
+                study.add(key, {**about, "CRFs of stage 2": crfs_of_stage2(given.network, seed)})
         if len(given.seeds) > 1 and f"{given.network}, exchange" not in study.runs:
             own = exchange(given.network, given.seeds)
-            study.add(f"{given.network}, exchange", {**about, "own minus others": own}, command=command())
+            study.add(f"{given.network}, exchange", {**about, "own minus others": own})
     print(table(study.runs))
 
 

@@ -16,6 +16,7 @@ its logits ("undone" in the results).
 
     python benchmarks/three_stages/run.py                  about 25 minutes on one idle core; continues where it was
     python benchmarks/three_stages/run.py --seeds 2 --budgets 60 --rates 1 --long 0 --out small.json
+    python benchmarks/three_stages/run.py --table          the table of the README
 
 The network is DeepLab-LargeFOV at an eighth of its width. On images of this size its stride of 8 gives a map of 6x8,
 and these budgets are too small to train it; claims.py trains until nothing improves.
@@ -38,7 +39,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from study import command, commit, machine
+from study import cell, command, commit, machine
 
 from pwlib import checkpoints
 from pwlib.crf import DenseCRF
@@ -237,6 +238,34 @@ def jobs(
     return wanted + [{"method": "joint, as many steps", "seed": s, "budget": long_at, "rate": 1.0} for s in range(long)]
 
 
+def table(result: dict) -> str:
+    """Markdown: test mIoU with the largest budget, and paired differences."""
+    budget = max(run["budget"] for run in result["runs"])
+    shown = {method: (method, "crf") for method in METHODS}
+    shown |= {
+        "independent, class weights removed": ("independent", "crf, undone"),
+        "joint, as many steps": ("joint, as many steps", "crf"),
+    }
+    lines, ours = ["| method | seeds | compute | test mIoU | piecewise - it |", "|---|--:|--:|--:|--:|"], []
+    for name, (method, part) in shown.items():
+        rows = [r for r in result["runs"] if (r["method"], r["budget"], r["rate"]) == (method, budget, 1)]
+        rows.sort(key=lambda run: run["seed"])
+        if not rows:
+            continue
+        scores = [list(r["after"].values())[-1][part]["miou"] if r["after"] else 0.0 for r in rows]  # 0: it failed
+        values = [100 * score for score in scores]
+        ours = ours or values
+        gains = [a - b for a, b in zip(ours, values, strict=False)]
+        compute = sum(count * result["costs"][stage] for stage, count in rows[0]["steps"].items())
+        if len(values) < 3:  # too few for an interval
+            cells = [", ".join(f"{x:.1f}" for x in values), ", ".join(f"{x:+.1f}" for x in gains)]
+        else:
+            cells = [cell(values), cell(gains, sign=True)]
+        gain = "" if name == "piecewise" else cells[1]
+        lines.append(f"| {name} | {len(values)} | {compute:.0f} | {cells[0]} | {gain} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="how many (default 5)")
@@ -247,8 +276,12 @@ def main() -> None:
     parser.add_argument("--long-at", type=float, default=300, help="the budget of that comparison (default 300)")
     parser.add_argument("--swaps-at", type=float, default=300, help="the budget whose CRFs are exchanged (default 300)")
     parser.add_argument("--out", type=Path, default=HERE / "result.json", help="the result, JSON (beside this script)")
+    parser.add_argument("--table", action="store_true", help="print the table of the stored results and stop")
     parser.add_argument("--work", type=Path, default=Path("runs/three_stages/largefov"), help="folder for weights")
     given = parser.parse_args()
+    if given.table:
+        print(table(json.loads(given.out.read_text())))
+        return
     torch.set_num_threads(1)
     given.work.mkdir(parents=True, exist_ok=True)
     given.out.parent.mkdir(parents=True, exist_ok=True)
