@@ -39,6 +39,7 @@ class TrainerOptions:
     held_out: float = 0.25  # share of the training set that `train_piecewise` keeps for stage 2
     stage1_keeps: Literal["best", "last"] = "best"  # by validation mIoU, or the last epoch, at the smallest rate
     freeze_batch_norm: bool = False  # in stage 3, which then normalises by the statistics of stage 1
+    average_stage3: bool = False  # stage 3 keeps the mean of its parameters and those it started from
     patience: int | None = None  # stop a stage after so many epochs without a better validation mIoU; None: never
     seed: int = 0  # of order, dropout and augmentation
 

@@ -16,10 +16,12 @@ than a network does; the pair loss of a context has them.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -141,7 +143,12 @@ class PiecewiseTrainer:
         return self._train(2, crf_loader, epochs, val_loader)
 
     def train_stage3(self, train_loader: Batches, epochs: int = 10, val_loader: Batches | None = None) -> History:
-        """Train the network and the CRFs together, with a smaller learning rate."""
+        """Train the network and the CRFs together, with a smaller learning rate.
+
+        With `average_stage3`, every epoch is scored, and kept, as the mean of its parameters and those that stage 3
+        started from. Fine-tuning on one domain then changes the scores on others less (Wortsman et al., "Robust
+        fine-tuning of zero-shot models", CVPR 2022).
+        """
         return self._train(3, train_loader, epochs, val_loader)
 
     def evaluate(self, loader: Batches, *, apply_crf: bool = True) -> dict[str, Any]:
@@ -203,11 +210,13 @@ class PiecewiseTrainer:
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
         plan = {"config": self.config, "epochs": epochs, "batches": len(loader)}
         keeps = options.stage1_keeps if stage == 1 else "best"
-        first, best = 1, {}
+        first, best, start = 1, {}, {}
+        if stage == 3 and options.average_stage3:
+            start = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         if last := self._last_checkpoint(name, plan):
             optimizer.load_state_dict(last["optimizer"])
             scaler.load_state_dict(last["scaler"])
-            self.history, first = last["history"], last["epoch"] + 1
+            self.history, first, start = last["history"], last["epoch"] + 1, last.get("start", {})
             best = checkpoints.load(self.out / f"{name}-best.pt")["model"]
         else:
             self.history[name] = []
@@ -218,11 +227,13 @@ class PiecewiseTrainer:
             records.append(record)
             self._log(f"stage {stage}  epoch {record['epoch']:3d}/{epochs}", record)
             if best_record(records, keeps) is record:
-                best = {key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()}
+                with averaged(self.model, start):
+                    best = {key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()}
                 self._save(f"{name}-best.pt", {**plan, "epoch": record["epoch"], "model": best})
             if record["epoch"] > 0:
                 state = {"model": self.model.state_dict(), "optimizer": optimizer.state_dict()}
                 state |= {"scaler": scaler.state_dict(), "history": self.history, "epoch": record["epoch"]}
+                state |= {"start": start} if start else {}
                 self._save(f"{name}-last.pt", {**plan, **state})
 
         marginal = stage == 2 and options.crf_loss == "marginal"
@@ -245,7 +256,8 @@ class PiecewiseTrainer:
             with loaders.seeded(seed + rank, self.device):
                 record = self._epoch(module, optimizer, scaler, loader, stage, epoch, epochs)
             if val_loader is not None:
-                record["val"] = self.evaluate(val_loader, apply_crf=stage > 1)
+                with averaged(self.model, start):
+                    record["val"] = self.evaluate(val_loader, apply_crf=stage > 1)
             finish_epoch(record)
         self.model.load_state_dict(best)
 
@@ -360,3 +372,17 @@ class PiecewiseTrainer:
             text += f"  val {part} mIoU {scores['miou'] or 0:.4f}"
         if self.progress is not False and rank_and_world_size()[0] == 0:
             tqdm.write(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def averaged(model: nn.Module, start: dict[str, Tensor]) -> Iterator[None]:
+    """Within the block, parameters are the means of their values and those in `start`, if it has any."""
+    now = {name: p.detach().clone() for name, p in model.named_parameters() if name in start}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in start:
+                parameter.lerp_(start[name].to(parameter), 0.5)
+        yield
+        for name, parameter in model.named_parameters():
+            if name in start:
+                parameter.copy_(now[name])

@@ -97,6 +97,16 @@ def test_a_checkpoint_holds_what_resuming_needs(tmp_path, whole_run, loss):
     assert bool(differences(whole_run.out, tmp_path)) == (loss == "optimizer")
 
 
+@pytest.mark.slow
+def test_a_run_that_averages_stage_3_is_resumed(tmp_path):
+    """Interrupted in the second epoch of stage 3, whose start is no longer the model."""
+    whole = run(tmp_path / "whole", average_stage3=True)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "resumed", average_stage3=True, stop_at=16 + 16 + 12 + 5, then=interrupt)
+    resumed = run(tmp_path / "resumed", average_stage3=True, resume=True)
+    assert not differences(whole.out, resumed.out)
+
+
 def squared(scores, label):
     return scores.square().mean()
 

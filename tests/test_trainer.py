@@ -403,6 +403,31 @@ def test_freeze_batch_norm_keeps_the_statistics_of_stage_1(freeze):
     assert names >= {name for name, _ in model.unary.named_parameters(prefix="unary") if name.endswith("weight")}
 
 
+def test_average_stage3_keeps_the_mean_of_start_and_end(monkeypatch):
+    """The control is the same stage 3 without averaging; two epochs, of which the second continues from the first."""
+    ends, scored = [], []
+    for average in (False, True):
+        model = tiny_model(dropout=0.0)
+        before = weights(model)
+        trainer_of(model, average_stage3=average).train_stage3(scenes(4), 2)
+        ends.append(weights(model))
+    parameters = {name for name, _ in model.named_parameters()}
+    for name, end in ends[0].items():
+        expected = (before[name] + end) / 2 if name in parameters else end
+        torch.testing.assert_close(ends[1][name], expected, atol=1e-7, rtol=1e-6)
+    assert changed(ends[0], model) >= {"unary.fc6.0.weight", "crf.log_w"}
+
+    def evaluate(trainer, loader, **options):
+        scored.append(weights(trainer.model))
+        return {"unary": {"miou": len(scored)}}
+
+    monkeypatch.setattr(PiecewiseTrainer, "evaluate", evaluate)
+    model = tiny_model(dropout=0.0)
+    trainer_of(model, average_stage3=True).train_stage3(scenes(4), 2, scenes(4))
+    assert all(torch.equal(scored[0][name], value) for name, value in before.items())
+    assert not changed(scored[-1], model) and not changed(ends[1], model)
+
+
 # ---------------------------------------------------------------------------------------------------- rates, precision
 
 
