@@ -14,10 +14,9 @@ and on each stage 1 these CRFs, all on the same network:
     kernels   the same, with the Potts compatibility kept: weights and bandwidths are learned
     fit       network and CRF after stage 3, which starts from "learned", on the images of stage 1
     all       the same on all images of the training set, those of stage 2 included
-    fixed     as "all", with the batch-norm statistics of stage 1 (freeze_batch_norm): the quick profile's stage 3
-    averaged  the mean of the parameters of "learned" and "fixed" ("all" without batch norm): fine-tuning on one domain
-              changes the scores on others less if it is averaged with its start (Wortsman et al., "Robust fine-tuning
-              of zero-shot models", CVPR 2022)
+    fixed     as "all", with the batch-norm statistics of stage 1 (freeze_batch_norm)
+    averaged  the mean of the parameters of "learned" and "fixed" ("all" without batch norm), as average_stage3: the
+              quick profile's stage 3
 
 The networks of stage 1, "all" and "fixed" are also scored alone with the batch-norm statistics of the scored images
 ("adapted"; Li et al., "Revisiting Batch Normalization For Practical Domain Adaptation", 2016). This needs no labels,
@@ -101,7 +100,10 @@ COLUMNS = {
         "averaged, minus fixed: with the CRF": ("averaged", "fixed"),
     },
 }
-QUICK = asdict(PROFILES["camvid", "quick"]) | {"context": None}
+QUICK = asdict(PROFILES["camvid", "quick"]) | {
+    "context": None,
+    "average_stage3": False,
+}  # averaged here, not in training
 
 
 def resized(crf: dict, scale: float) -> dict:

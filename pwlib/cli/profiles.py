@@ -29,6 +29,7 @@ class Profile:
     held_out: float = 0.25
     stage1_keeps: str = "best"
     freeze_batch_norm: bool = False  # in stage 3
+    average_stage3: bool = False
     crf: dict[str, float | str] = field(default_factory=dict)
     context: dict | None = field(default_factory=lambda: SMALL_CONTEXT)  # used by `train --context`
 
@@ -71,6 +72,7 @@ PROFILES: dict[tuple[str, str], Profile] = {
         crf=SMALL_CRF,
         stage1_keeps="last",
         freeze_batch_norm=True,
+        average_stage3=True,
     ),
     ("camvid", "full"): replace(_LARGE, size=(360, 480), crop=None, epochs=(100, 8, 20), class_balance=0.5),
     ("voc2012", "quick"): Profile(size=None, crop=(112, 112), scale=(0.25, 0.4), epochs=(15, 2, 2), crf=SMALL_CRF),

@@ -24,7 +24,7 @@ from pwlib.trainer import PiecewiseTrainer
 # Of the printed table; `evaluate` stores the same scores.
 COLUMNS = (("miou", "mIoU"), ("pixel_accuracy", "pixel acc."), ("boundary_iou", "boundary IoU"))
 TRAINER_SETTINGS = ("learning_rate", "crf_learning_rate", "stage3_factor", "optimizer", "schedule", "weight_decay")
-TRAINER_SETTINGS += ("held_out", "stage1_keeps", "freeze_batch_norm")
+TRAINER_SETTINGS += ("held_out", "stage1_keeps", "freeze_batch_norm", "average_stage3")
 
 
 def train(
