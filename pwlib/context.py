@@ -128,7 +128,7 @@ class PairwiseNet(nn.Module):
 
 
 class _NonNegative(torch.autograd.Function):
-    """max(w, 0). A weight below 0 gets the gradient only if that raises it, so that it stays near 0 and can return."""
+    """max(w, 0). A weight below 0 gets the gradient only if that raises it, so that it can return."""
 
     @staticmethod
     def forward(ctx, weight: Tensor) -> Tensor:

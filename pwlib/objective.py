@@ -31,7 +31,7 @@ class TrainerOptions:
     loss: str | Callable = "cross_entropy"  # of the network; or a function (logits, label) -> scalar
     crf_loss: str | Callable = "marginal"  # of stage 2; or a function (logits, label, image, crf) -> scalar
     joint_pairwise: bool = False  # train the context's pairwise networks with the network in stage 1, not in stage 2
-    context_weights: Sequence[float] = (1.0, 0.5, 0.25, 0.1, 0.0)  # see `PiecewiseTrainer.train_stage2`; (): as it is
+    context_weights: Sequence[float] = (1.0, 0.5, 0.25, 0.1, 0.0)  # tried at the start of stage 2
     class_weights: Tensor | Sequence[float] | None = None  # [K], of the network's loss and the context's pair loss
     clip: float | None = 5.0  # largest norm of the gradient; None: any
     train_iterations: int = 5  # of mean field, in training
@@ -55,7 +55,9 @@ class TrainerOptions:
                 raise ValueError(f"{name} is {value}; expected a positive number")
         at_least(0, weight_decay=self.weight_decay, train_iterations=self.train_iterations)
         at_least(0, test_iterations=self.test_iterations or 0)
-        at_least(0, context_weights=min(self.context_weights, default=0))
+        self.context_weights = tuple(map(float, self.context_weights))
+        if not all(0 <= weight < math.inf for weight in self.context_weights):
+            raise ValueError(f"context_weights are {self.context_weights}; expected finite numbers of at least 0")
         at_least(1, patience=1 if self.patience is None else self.patience)
         if self.class_weights is not None:
             self.class_weights = check_class_weights(self.class_weights, self.num_classes)

@@ -137,8 +137,8 @@ class PiecewiseTrainer:
     def train_stage2(self, crf_loader: Batches, epochs: int = 5, val_loader: Batches | None = None) -> History:
         """Train the CRFs alone; the network does not change, batch-norm statistics included.
 
-        The weight of a context is chosen among `context_weights`: at the start if stage 1 trained its pairwise networks
-        (`joint_pairwise`), and before the last epoch otherwise. It is then learned.
+        If stage 1 trained the pairwise networks of a context (`joint_pairwise`), the weight of its relations first
+        becomes one of `context_weights`, if the labels are then more likely than with the weights as they are.
         """
         return self._train(2, crf_loader, epochs, val_loader)
 
@@ -237,9 +237,6 @@ class PiecewiseTrainer:
                 self._save(f"{name}-last.pt", {**plan, **state})
 
         marginal = stage == 2 and options.crf_loss == "marginal"
-        choose = marginal and objective.has_pairs and options.context_weights
-        if choose and options.joint_pairwise and not records:
-            self._choose_weight(objective, loader)
         if not records and stage > 1 and val_loader is not None:
             finish_epoch({"epoch": 0, "val": self.evaluate(val_loader)})
         module = DistributedDataParallel(objective) if world_size > 1 else objective
@@ -247,7 +244,7 @@ class PiecewiseTrainer:
             waited = records[-1]["epoch"] - best_record(records)["epoch"] if records else 0
             if options.patience and waited >= options.patience:
                 break
-            if choose and not options.joint_pairwise and epoch == epochs:  # once stage 2 has trained the terms
+            if marginal and epoch == 1 and objective.has_pairs and options.joint_pairwise:
                 self._choose_weight(objective, loader)
             if marginal:
                 objective.temperature = fit_temperature(*self._marginals(objective, loader))
@@ -277,19 +274,27 @@ class PiecewiseTrainer:
 
     @torch.no_grad()
     def _choose_weight(self, objective: Objective, loader: Batches) -> None:
-        """Choose the weight of `context_weights` that makes the labels of the first batches most likely, at its best
-        temperature.
+        """Give a context's relations the weight under which the labels of some batches are most likely.
 
-        Adam moves a weight by at most the learning rate in a step: from 1, short training would not reach 0.
+        Each weight is judged at its best temperature. Adam moves a weight by about the learning rate in a step: from 1,
+        short training would not reach 0.
         """
-        weight, losses = self.model.context.weight, {}
-        for value in self.options.context_weights:
-            weight.fill_(value)
-            log_q, label = self._marginals(objective, loader)
-            log_p = torch.log_softmax(log_q / fit_temperature(log_q, label), -1)  # [N, K]
-            losses[value] = loaders.all_reduce_sum(-log_p.gather(1, label[:, None]).double().sum()).item()
-        weight.fill_(min(losses, key=losses.get))
-        self._log(f"stage 2 starts with {weight[0]:g} as the weight of the context's relations")
+        weight = self.model.context.weight
+        if not weight.requires_grad:
+            return
+        chosen, least = weight.clone(), math.inf
+        candidates = [chosen, *(torch.full_like(weight, value) for value in self.options.context_weights)]
+        try:
+            for candidate in candidates:
+                weight.copy_(candidate)
+                log_q, label = self._marginals(objective, loader)
+                log_p = torch.log_softmax(log_q / fit_temperature(log_q, label), -1)  # [N, K]
+                loss = loaders.all_reduce_sum(-log_p.gather(1, label[:, None]).double().sum()).item()
+                if loss < least:
+                    chosen, least = candidate, loss
+        finally:
+            weight.copy_(chosen)
+        self._log(f"stage 2 starts with the weights {', '.join(f'{w:g}' for w in weight.tolist())} of the context")
 
     def _epoch(self, module, optimizer, scaler, loader, stage: int, epoch: int, epochs: int) -> dict[str, Any]:
         """One epoch of training; returns its record."""

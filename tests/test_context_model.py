@@ -114,11 +114,10 @@ def test_stage_2_keeps_the_pairwise_networks_that_stage_1_trained(crf_loss):
     assert all(parameter.requires_grad for parameter in model.parameters()), "as they were before"
 
 
-@pytest.mark.parametrize("joint", [True, False])
-@pytest.mark.parametrize(("scale", "expected"), [(30, 0.0), (300, 1.0), (-300, 0.1)])
-def test_stage_2_chooses_the_weight_that_makes_the_labels_most_likely(scale, expected, joint):
+@pytest.mark.parametrize(("scale", "expected"), [(30, 0.0), (300, 1.0), (-300, 0.1), (-30, 0.7)])
+def test_stage_2_starts_with_the_weight_that_makes_the_labels_most_likely(scale, expected):
     """The oracle tries all weights of random pairwise scores, each with the best of many temperatures."""
-    model, candidates = model_of(), (1.0, 0.5, 0.25, 0.1, 0.0)
+    model, candidates = model_of(), (0.7, 1.0, 0.5, 0.25, 0.1, 0.0)  # the first is that of the model
     for network in model.context.networks.values():
         network.scores.weight.data *= scale
     batches = scenes()
@@ -130,14 +129,28 @@ def test_stage_2_chooses_the_weight_that_makes_the_labels_most_likely(scale, exp
             log_q = model.eval().outputs(image, iterations=2)["crf"].double()
         temperatures = torch.logspace(-1.3, 1.3, 200, dtype=torch.float64)
         losses[weight] = min(F.cross_entropy(log_q / t, label, ignore_index=255).item() for t in temperatures)
-    model.train().context.weight.data.fill_(0.7)
-    options = {"joint_pairwise": joint, "crf_learning_rate": 1e-9, "train_iterations": 2}
-    trainer_of(model, **options).train_stage2(batches, 1)
     assert min(losses, key=losses.get) == expected
-    torch.testing.assert_close(model.context.weight.data, torch.full((2,), expected), atol=1e-6, rtol=0)
-    model.context.weight.data.fill_(0.7)
-    trainer_of(model, context_weights=(), **options).train_stage2(batches, 1)
-    torch.testing.assert_close(model.context.weight.data, torch.full((2,), 0.7), atol=1e-6, rtol=0)
+
+    def weight_after(given=batches, frozen=False, **options):
+        model.train().context.weight.data.fill_(0.7)
+        model.context.weight.requires_grad_(not frozen)
+        options = {"joint_pairwise": True, "crf_learning_rate": 1e-9, "train_iterations": 2, **options}
+        trainer_of(model, **options).train_stage2(given, 1)
+        return model.context.weight.tolist()
+
+    assert weight_after() == pytest.approx([expected] * 2, abs=1e-6)
+    as_it_is = pytest.approx([0.7] * 2, abs=1e-6)
+    assert weight_after(context_weights=()) == as_it_is
+    assert weight_after(frozen=True) == as_it_is
+    assert weight_after(joint_pairwise=False) == as_it_is  # its terms are not trained yet
+    void = [(image[:1], torch.full_like(label[:1], 255))] * 4  # nothing to choose by
+    assert weight_after([*void, (image, label)]) == as_it_is
+
+
+@pytest.mark.parametrize("weights", [(1.0, -0.5), (float("nan"),), (float("inf"), 0.0)])
+def test_weights_that_cannot_be_tried(weights):
+    with pytest.raises(ValueError, match=r"context_weights are .*; expected finite numbers of at least 0"):
+        TrainerOptions(K, context_weights=weights)
 
 
 def test_stage_3_trains_everything():
@@ -186,19 +199,31 @@ def test_gradients_of_the_pair_loss():
     assert left["context.weight"].abs().max() > 0
 
 
-def test_a_run_is_resumed_and_loaded(tmp_path):
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_a_run_is_resumed_and_loaded(tmp_path, monkeypatch):
     def run(out, stages, **options):
         model = model_of()
+        options["context_weights"] = np.linspace(1, 0, 3)  # stored as numbers
         trainer = trainer_of(model, out=out, joint_pairwise=True, **options)
         trainer.train_stage1(scenes(), 1)
         if stages > 1:
-            trainer.train_stage2(scenes(), 1, scenes("val", 3))
+            trainer.train_stage2(scenes(), 2, scenes("val", 3))
         return model, trainer
 
     whole, trainer = run(tmp_path / "a", 2)
     assert list(trainer.history["stage2"][-1]["val"]) == ["unary", "context", "crf"]
     run(tmp_path / "b", 1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # after the first epoch of stage 2
+        epoch = PiecewiseTrainer._epoch
+        patch.setattr(PiecewiseTrainer, "_epoch", lambda *a: epoch(*a) if a[5:7] != (2, 2) else interrupt())
+        run(tmp_path / "b", 2, resume=True)
+    chosen = []
+    monkeypatch.setattr(PiecewiseTrainer, "_choose_weight", lambda *a: chosen.append(a))
     resumed, _ = run(tmp_path / "b", 2, resume=True)
+    assert not chosen, "only before the first epoch"
     other = model_of()
     checkpoints.load_model(tmp_path / "a" / "stage2-best.pt", other)
     for one in (resumed, other):
