@@ -8,6 +8,7 @@ import json
 import math
 import platform
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -46,14 +47,19 @@ class Study:
 
     def __init__(self, path: Path, settings: dict[str, Any]):
         self.path, self.settings = Path(path), json.loads(json.dumps(settings))
-        self.commit = commit()
+        self.about = {"commit": commit(), "machine": machine(), "command": command()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists() and json.loads(self.path.read_text("utf-8"))["settings"] != self.settings:
-            raise SystemExit(f"{path} was made with other settings; move it away, or name another --out")
+        self._content()
+
+    def _content(self) -> dict[str, Any]:
+        content = json.loads(self.path.read_text("utf-8")) if self.path.exists() else {"settings": self.settings}
+        if content["settings"] != self.settings:
+            raise SystemExit(f"{self.path} was made with other settings; move it away, or name another --out")
+        return {"runs": {}} | content
 
     @property
     def runs(self) -> dict[str, Any]:
-        return json.loads(self.path.read_text("utf-8"))["runs"] if self.path.exists() else {}
+        return self._content()["runs"]
 
     def measure(self, key: str, run: Callable[[], dict[str, Any]]) -> None:
         """Store what `run` returns, with the minutes of CPU time that it took, unless `key` is already stored."""
@@ -68,9 +74,8 @@ class Study:
 
         with open(self.path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            content = json.loads(self.path.read_text("utf-8")) if self.path.exists() else {}
-            row = {**row, "commit": self.commit, "machine": machine(), "command": command()}
-            content |= {"settings": self.settings, "runs": content.get("runs", {}) | {key: row}}
+            content = self._content()
+            content["runs"][key] = row | self.about
             checkpoints.save_json(self.path, content)
 
 
@@ -88,7 +93,7 @@ def commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True).stdout.strip()
 
-    return git("rev-parse", "--short=7", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno", "--", "*.py"))
+    return git("rev-parse", "--short=7", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno", "--", ":/*.py"))
 
 
 def split_of(data: SegmentationDataset) -> str:
@@ -99,8 +104,9 @@ def split_of(data: SegmentationDataset) -> str:
 
 def command() -> str:
     """The command line, as a reader would type it in the repository's root."""
-    root = Path(__file__).parents[1]
-    return " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(root)), *sys.argv[1:]])
+    root, script = Path(__file__).parents[1], Path(sys.argv[0]).resolve()
+    script = script.relative_to(root) if script.is_relative_to(root) else script.name
+    return shlex.join(["python", str(script), *sys.argv[1:]])
 
 
 def settings_searched(default: dict[str, float], ranges: dict[str, list[float]], count: int) -> list[dict[str, float]]:

@@ -70,13 +70,13 @@ def test_a_study_is_continued_and_refuses_other_settings(tmp_path, monkeypatch):
     low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
     np.testing.assert_allclose(mean_and_half(values), (np.mean(values), (high - low) / 2), rtol=1e-3)
     path = tmp_path / "new" / "result.json"
+    monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / "some" / "run.py"), "--seeds", "0"])
     one, other = Study(path, {"sizes": (1, 2)}), Study(path, {"sizes": (1, 2)})
     one.add("a", {"miou": 1})
     other.add("b", {"miou": 2})  # a second process
     assert {name: row["miou"] for name, row in Study(path, {"sizes": [1, 2]}).runs.items()} == {"a": 1, "b": 2}
     with pytest.raises(SystemExit, match="other settings"):
         Study(path, {"sizes": [3]})
-    monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / "some" / "run.py"), "--seeds", "0"])
     with pytest.raises(ArithmeticError):
         one.measure("c", lambda: {"miou": 1 / 0})
     for score in (3, 4):  # the second one is not run
@@ -84,6 +84,29 @@ def test_a_study_is_continued_and_refuses_other_settings(tmp_path, monkeypatch):
     assert {name: row["miou"] for name, row in one.runs.items()} == {"a": 1, "b": 2, "c": 3}
     assert one.runs["c"]["minutes"] >= 0
     assert one.runs["c"]["command"] == "python benchmarks/some/run.py --seeds 0"
+    monkeypatch.setattr(sys, "argv", ["/elsewhere/other.py"])
+    assert Study(path, {"sizes": [1, 2]}).about["command"] == "python other.py"
+
+
+def test_the_tables_of_stage_2_and_of_the_pretrained_context(drives):
+    """Differences of seed 0 and 1, by hand; the context takes the weight with the best score on held-out frames."""
+    score = {"network": 30.0, "default": 31.0, "learned, quick": 33.0, "learned, long": 28.0}
+    rows = [
+        {"drive": "0001TP", "scores": {"left out": {n: {"miou": v + k, "pixel_accuracy": v} for n, v in score.items()}}}
+        for k in (0, 1)
+    ]
+    stage2 = runpy.run_path(str(BENCHMARKS / "drives" / "stage2.py"))
+    line = stage2["table"](dict(enumerate(rows))).splitlines()[2]
+    assert line.startswith("| 0001TP | 2 | 30.5 ± 6.4 | +1.0 ± 0.0 | +3.0 ± 0.0 | -2.0 ± 0.0 | -5.0 ± 0.0 |  |")
+    pretrained = runpy.run_path(str(BENCHMARKS / "context" / "pretrained.py"))
+    names = ["network", *(f"{c}, {w:g}" for c in pretrained["COUNTINGS"] for w in pretrained["WEIGHTS"])]
+    held = {name: {dense: {"miou": 50.0} for dense in ("none", "default")} for name in names}
+    held["tree, 0.25"]["none"]["miou"] = 51.0
+    scored = {name: {dense: {"miou": 40.0 + i} for dense in ("none", "default")} for i, name in enumerate(names)}
+    row = {"drive": "0006R0", "scores": {"held": held, "left out": scored, "val": scored}}
+    lines = pretrained["table"]({"one": row}).splitlines()[2:]
+    assert lines[0] == "| drive 0006R0 | none | 1 | 40.0 | +4.0 | +8.0 | +2.0 | +0.0 | 0.25; 0 |"
+    assert lines[1] == "| drive 0006R0 | default | 1 | 40.0 | +4.0 | +8.0 | +0.0 | +0.0 | 0; 0 |"
 
 
 def test_time_to_target():
@@ -199,7 +222,7 @@ def test_the_table_of_the_drives(drives):
         str(seed): about | {"scores": {"left out": outputs(30, 31, 32, 33 + seed, 34, 36, 33, 28)}, "seed": seed}
         for seed in (0, 2)
     }
-    stages, _, statistics, _, others, _ = drives["table"](runs).split("\n\n|")[1:]  # each of mIoU and of accuracy
+    _, stages, _, statistics, _, others, _ = drives["table"](runs).split("\n\n|")[1:]  # each of mIoU and of accuracy
     row = stages.splitlines()[2]
     half = stats.t.ppf(0.975, 1) * np.std([3, 5], ddof=1) / np.sqrt(2)
     cells = ["quick", "end", "drive 0006R0", "2", "30.0 ± 0.0", "+1.0 ± 0.0", "+2.0 ± 0.0", f"+4.0 ± {half:.1f}"]

@@ -45,6 +45,7 @@ from pwlib.evaluation import evaluate
 from pwlib.losses import balanced_weights
 from pwlib.model import PiecewiseTrainedModel
 from pwlib.networks import FeatMapNet
+from pwlib.objective import TrainerOptions
 from pwlib.trainer import PiecewiseTrainer
 
 HERE = Path(__file__).parent
@@ -219,7 +220,9 @@ def values(runs: dict[str, dict], rung: str, key: str) -> list[float]:
 
 def differences(runs: dict[str, dict], rung: str, other: str, key: str) -> str:
     """The mean difference and its interval; "no difference found" if the interval contains 0."""
-    pairs = [a - b for a, b in zip(values(runs, rung, key), values(runs, other, key), strict=False)]
+    (one, part), (two, part_two) = (RUNGS | DETAILS)[rung], (RUNGS | DETAILS)[other]
+    both = [found for found in runs.values() if one in found and two in found]
+    pairs = [found[one][part][key] - found[two][part_two][key] for found in both]
     if not pairs:
         return ""
     (mean, half), text = mean_and_half(pairs), cell(pairs, sign=True)
@@ -266,6 +269,7 @@ def main() -> None:
     profile, quick = PROFILES[given.data, given.profile], given.profile == "quick"
     epochs = EPOCHS.get(given.data, profile.epochs[:2]) if quick else profile.epochs[:2]
     settings = {"data": given.data, "scored": SPLIT[given.data], "profile": asdict(profile), "epochs": epochs}
+    settings["context_weights"] = TrainerOptions().context_weights
     study = Study(given.out or HERE / f"{given.data}{'' if quick else '-full'}.json", settings)
     for seed in given.seeds:
         key = f"seed {seed}"

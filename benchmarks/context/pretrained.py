@@ -26,9 +26,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "drives"))
 from run import DRIVES, NETWORKS, WORK, split
+from stage2 import load_stage1
 from study import Study, cell, parser, split_of
 
-from pwlib import checkpoints
 from pwlib.context import ContextualCRF
 from pwlib.data import SegmentationDataset, load
 from pwlib.losses import balanced_weights
@@ -112,10 +112,8 @@ def run(root: str, drive: str, seed: int) -> dict:
     fit, held = split(train_set, "drive")
     torch.manual_seed(seed)
     model = build_model(PROFILE, whole.num_classes)
-    path = WORK / f"pretrained-{'+'.join(sorted(set(fit.groups)))}-drive-{seed}" / "stage1-best.pt"
-    if not path.is_file():
-        raise SystemExit(f"{path} is missing; run benchmarks/drives/run.py --network pretrained first")
-    checkpoints.load_model(path, model)
+    folder = WORK / f"pretrained-{'+'.join(sorted(set(fit.groups)))}-drive-{seed}"
+    load_stage1(folder, model, PROFILE["epochs"][0])
     model.requires_grad_(False)
     model.context = ContextualCRF(whole.num_classes, model.unary.feature_channels, **SETTINGS["context"])
     weights = balanced_weights(fit.pixel_counts()[:-1], power=PROFILE["class_balance"])
@@ -154,7 +152,7 @@ def table(runs: dict[str, dict]) -> str:
             ", ".join(name.split(", ")[-1].replace("network", "0") for name in best[c]) for c in COUNTINGS
         )
         name = f"drive {drive}" if place == "left out" else f"val, without {drive}"
-        lines.append(f"| {name} | {dense} | {len(rows)} | {network} | {' | '.join(cells)} | {', '.join(weights)} |")
+        lines.append(f"| {name} | {dense} | {len(rows)} | {network} | {' | '.join(cells)} | {weights} |")
     return "\n".join(lines)
 
 

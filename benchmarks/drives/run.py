@@ -100,10 +100,7 @@ COLUMNS = {
         "averaged, minus fixed: with the CRF": ("averaged", "fixed"),
     },
 }
-QUICK = asdict(PROFILES["camvid", "quick"]) | {
-    "context": None,
-    "average_stage3": False,
-}  # averaged here, not in training
+QUICK = asdict(PROFILES["camvid", "quick"]) | {"context": None, "average_stage3": False}  # "averaged" is computed here
 
 
 def resized(crf: dict, scale: float) -> dict:
@@ -319,7 +316,8 @@ def summary(runs: dict[str, dict]) -> str:
             name, place = ("val", "val") if drive == "none" else ("left out", drive)
             last = "fixed" if NETWORKS[kind]["batch_norm"] else "all"
             pairs = (("network", None), ("default", "network"), ("learned", "network"), (last, "learned"))
-            cells = [cell(values(rows, name, key, *pair), sign=pair[1] is not None) for pair in pairs]
+            found = [(values(rows, name, key, *pair), pair[1] is not None) for pair in pairs]
+            cells = [cell(some, sign=sign) if some else "" for some, sign in found]
             lines.append(f"| {kind} | {place} | {len(rows)} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)

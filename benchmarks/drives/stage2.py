@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from run import DRIVES, NETWORKS, WORK, build_trainer, numbers, score, split, values
 from study import Study, cell, parser, split_of
 
+from pwlib import checkpoints
 from pwlib.data import VOID, load
 from pwlib.losses import balanced_weights, cross_entropy
 from pwlib.objective import fit_temperature
@@ -54,10 +55,7 @@ def run(root: str, drive: str, seed: int) -> dict:
     torch.manual_seed(seed)
     network = build_model(QUICK, train.num_classes)
     folder = WORK / f"quick-{'+'.join(sorted(set(fit.groups)))}-drive-{seed}"
-    if not (folder / "stage1-last.pt").is_file():
-        raise SystemExit(f"{folder} has no checkpoint of stage 1; run benchmarks/drives/run.py --network quick first")
-    augmented = DataLoader(fit, batch_size=QUICK["batch"], shuffle=True)
-    build_trainer(network, "quick", fit, seed, out=folder, resume=True).train_stage1(augmented, QUICK["epochs"][0])
+    load_stage1(folder, network, QUICK["epochs"][0])
 
     loader = DataLoader(held, batch_size=QUICK["batch"], shuffle=True)
     crfs, loss = {"default": network.crf}, {}
@@ -80,6 +78,14 @@ def run(root: str, drive: str, seed: int) -> dict:
     splits = {name: split_of(data) for name, data in {"fit": fit, "held": held, "val": val, **left_out}.items()}
     found = {"splits": splits, "loss": loss, "kernels": {name: kernels(crf) for name, crf in crfs.items()}}
     return {"drive": drive, "seed": seed, **found, "scores": scores}
+
+
+def load_stage1(folder: Path, model: torch.nn.Module, epochs: int) -> None:
+    """Load the network of a finished stage 1."""
+    last = folder / "stage1-last.pt"
+    if not last.is_file() or checkpoints.load(last)["epoch"] < epochs:
+        raise SystemExit(f"{folder} has no finished stage 1; run benchmarks/drives/run.py first")
+    checkpoints.load_model(folder / "stage1-best.pt", model)
 
 
 def balanced_loss(crf: torch.nn.Module, network: torch.nn.Module, loader: DataLoader, class_weights: torch.Tensor):
@@ -128,7 +134,8 @@ def table(runs: dict[str, dict]) -> str:
             for name in sorted(rows[0]["scores"]):
                 place = drive if name == "left out" else val
                 network = [row["scores"][name]["network"][key] for row in rows]
-                cells = [cell(values(rows, name, key, *pair), sign=True) for pair in COLUMNS.values()]
+                found = [values(rows, name, key, *pair) for pair in COLUMNS.values()]
+                cells = [cell(some, sign=True) if some else "" for some in found]
                 lines.append(f"| {place} | {len(rows)} | {cell(network)} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
