@@ -305,17 +305,23 @@ def grouped(runs: dict[str, dict]) -> dict[tuple[str, str, str], list[dict]]:
 
 
 def summary(runs: dict[str, dict]) -> str:
-    """Markdown: what network, CRF and the profile's stage 3 reach on left-out drives, with a whole drive held out."""
-    head = ("scored", "seeds", "network", "default CRF", "learned CRF", "stage 3")
+    """Markdown: what network, CRF and stage 3 reach on left-out drives, with a whole drive held out."""
+    head = ("scored", "seeds", "network", "default CRF", "learned CRF", "end of stage 3", "averaged")
     lines = []
     for key, metric in (("miou", "mIoU"), ("pixel_accuracy", "pixel accuracy")):
-        lines += [f"| {metric} of | {' | '.join(head)} |", "|---|---|--:|--:|--:|--:|--:|"]
+        lines += [f"| {metric} of | {' | '.join(head)} |", "|---|---|--:|--:|--:|--:|--:|--:|"]
         for (kind, hold, drive), rows in grouped(runs).items():
             if hold != "drive" or kind == "colour":
                 continue
             name, place = ("val", "val") if drive == "none" else ("left out", drive)
             last = "fixed" if NETWORKS[kind]["batch_norm"] else "all"
-            pairs = (("network", None), ("default", "network"), ("learned", "network"), (last, "learned"))
+            pairs = (
+                ("network", None),
+                ("default", "network"),
+                ("learned", "network"),
+                (last, "learned"),
+                ("averaged", "learned"),
+            )
             found = [(values(rows, name, key, *pair), pair[1] is not None) for pair in pairs]
             cells = [cell(some, sign=sign) if some else "" for some, sign in found]
             lines.append(f"| {kind} | {place} | {len(rows)} | {' | '.join(cells)} |")
