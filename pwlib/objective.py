@@ -31,7 +31,7 @@ class TrainerOptions:
     loss: str | Callable = "cross_entropy"  # of the network; or a function (logits, label) -> scalar
     crf_loss: str | Callable = "marginal"  # of stage 2; or a function (logits, label, image, crf) -> scalar
     joint_pairwise: bool = False  # train the context's pairwise networks with the network in stage 1, not in stage 2
-    context_weights: Sequence[float] = (1.0, 0.5, 0.25, 0.1, 0.0)  # tried at the start of stage 2
+    context_weights: Sequence[float] = (1.0, 0.5, 0.25, 0.1, 0.0)  # tried at the start of stage 2, with joint_pairwise
     class_weights: Tensor | Sequence[float] | None = None  # [K], of the network's loss and the context's pair loss
     clip: float | None = 5.0  # largest norm of the gradient; None: any
     train_iterations: int = 5  # of mean field, in training

@@ -138,7 +138,8 @@ class PiecewiseTrainer:
         """Train the CRFs alone; the network does not change, batch-norm statistics included.
 
         If stage 1 trained the pairwise networks of a context (`joint_pairwise`), the weight of its relations first
-        becomes one of `context_weights`, if the labels are then more likely than with the weights as they are.
+        becomes one of `context_weights`, if the labels of the first batches are then more likely than with the weights
+        as they are (with the default `crf_loss`).
         """
         return self._train(2, crf_loader, epochs, val_loader)
 
@@ -146,8 +147,8 @@ class PiecewiseTrainer:
         """Train the network and the CRFs together, with a smaller learning rate.
 
         With `average_stage3`, every epoch is scored, and kept, as the mean of its parameters and those that stage 3
-        started from. Fine-tuning on one domain then changes the scores on others less (Wortsman et al., "Robust
-        fine-tuning of zero-shot models", CVPR 2022).
+        started from. This is meant to preserve the scores on other domains (Wortsman et al., "Robust fine-tuning of
+        zero-shot models", CVPR 2022); `benchmarks/drives` found a difference on one of three left-out drives.
         """
         return self._train(3, train_loader, epochs, val_loader)
 

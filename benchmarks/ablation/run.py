@@ -50,7 +50,7 @@ from pwlib.trainer import PiecewiseTrainer
 
 HERE = Path(__file__).parent
 SPLIT = {"scenes": "test", "camvid": "val", "voc2012": "val"}  # the scored split
-# Of stages 1 and 2 in the quick profile. On CamVid a long stage 2 adapts to the held-out drive (`benchmarks/drives`).
+# Of stages 1 and 2 in the quick profile. On CamVid a long stage 2 may adapt to the held-out drive (see drives).
 EPOCHS = {"scenes": (12, 16), "camvid": (20, 2)}
 NETWORKS = {
     "baseline": {"scales": (1.0,), "pyramid": ()},

@@ -36,7 +36,7 @@ on a scored frame. A seed decides initial weights, order and augmentation.
     python benchmarks/drives/run.py --root data/camvid --network pretrained --hold end --weights build/backbone/vgg16.pt
     python benchmarks/drives/run.py --table
 
-A run of a drive and seed takes 2 to 10 minutes of one core with the quick profile, and 31 to 93 pretrained;
+A run of a drive and seed takes 2 to 12 minutes of one core with the quick profile, and 30 to 93 pretrained;
 `--device cuda` uses a GPU, on which several commands with different seeds or drives can run side by side. result.json
 is written after every run; a command that was stopped continues where it was. Checkpoints are kept in runs/drives. If
 0001TP or 0006R0 is left out and held-out frames are whole drives, stage 1 sees the same frames of 0016E5. The second

@@ -13,7 +13,7 @@ Adam moves a logarithm by about the learning rate in a step, hence the kernels o
 All start from the networks that `run.py` trained with --network quick --hold drive: run it first, since its checkpoints
 in runs/drives are loaded. Scored as in `run.py`.
 
-    python benchmarks/drives/stage2.py --root data/camvid --seeds 0 1 2      stage2.json, 5 CPU minutes a run
+    python benchmarks/drives/stage2.py --root data/camvid --seeds 0 --drives 0001TP 0006R0 0016E5     stage2.json
     python benchmarks/drives/stage2.py --table
 """
 
