@@ -36,7 +36,7 @@ on a scored frame. A seed decides initial weights, order and augmentation.
     python benchmarks/drives/run.py --root data/camvid --network pretrained --hold end --weights build/backbone/vgg16.pt
     python benchmarks/drives/run.py --table
 
-A run of a drive and seed takes 2 to 12 minutes of one core with the quick profile, and 30 to 93 pretrained;
+A run of a drive and seed takes 2 to 12 minutes of one core with the quick profile, and 30 to 127 pretrained;
 `--device cuda` uses a GPU, on which several commands with different seeds or drives can run side by side. result.json
 is written after every run; a command that was stopped continues where it was. Checkpoints are kept in runs/drives. If
 0001TP or 0006R0 is left out and held-out frames are whole drives, stage 1 sees the same frames of 0016E5. The second
@@ -292,8 +292,8 @@ def run(root: str, kind: str, weights: str, drive: str, hold: str, seed: int, de
 
 def values(rows: list[dict], name: str, key: str, output: str, reference: str | None) -> list[float]:
     """One score of an output for each seed, or its difference to that of a reference; [] if it was not stored."""
-    found = [row["scores"][name] for row in rows]
-    return [s[output][key] - (s[reference][key] if reference else 0) for s in found if output in s]
+    found = [row["scores"][name] for row in rows if {output, reference or output} <= row["scores"][name].keys()]
+    return [scores[output][key] - (scores[reference][key] if reference else 0) for scores in found]
 
 
 def grouped(runs: dict[str, dict]) -> dict[tuple[str, str, str], list[dict]]:
