@@ -110,8 +110,7 @@ def parser(argv: list[str]) -> argparse.ArgumentParser:
     train.add_argument("--seed", type=natural, metavar="N", help="of weights, order and augmentation (default: 0)")
     text = "resize images to this (default: the profile's; folder: in their shape)"
     train.add_argument("--size", type=size, metavar="HxW", help=text)
-    text = "the paper's model: FeatMap-Net and a contextual CRF before the dense one"
-    train.add_argument("--context", action="store_const", const=True, help=text)
+    train.add_argument("--context", action="store_const", const=True, help="the paper's FeatMap-Net and contextual CRF")
     train.add_argument("--epochs", type=epochs, metavar="A,B,C", help="of stages 1, 2, 3 (default: the profile's)")
     train.add_argument("--batch", type=positive, metavar="N", help="images per step (default: the profile's)")
     train.add_argument("--learning-rate", type=rate, metavar="R", help="of the network (default: the profile's)")

@@ -42,8 +42,7 @@ LARGE_CONTEXT = {"network": {"output_stride": 16}, "crf": {"hidden": 512, "neigh
 SMALL_CRF = {"theta_alpha": 20.0, "theta_beta": 10.0, "theta_gamma": 1.5, "w_bilateral": 3.0, "w_spatial": 1.0}
 LARGE_CRF = {"theta_alpha": 80.0, "theta_beta": 13.0, "theta_gamma": 3.0, "w_bilateral": 10.0, "w_spatial": 3.0}
 
-# DeepLab's settings, with ImageNet weights.
-_LARGE = Profile(
+_LARGE = Profile(  # DeepLab's settings, with ImageNet weights
     size=None,
     epochs=(40, 5, 10),
     crop=(321, 321),
