@@ -388,7 +388,9 @@ def averaged(model: nn.Module, start: dict[str, Tensor]) -> Iterator[None]:
         for name, parameter in model.named_parameters():
             if name in start:
                 parameter.lerp_(start[name].to(parameter), 0.5)
-        yield
-        for name, parameter in model.named_parameters():
-            if name in start:
-                parameter.copy_(now[name])
+        try:
+            yield
+        finally:
+            for name, parameter in model.named_parameters():
+                if name in start:
+                    parameter.copy_(now[name])

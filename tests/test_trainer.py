@@ -14,7 +14,7 @@ from pwlib.data import Augment, hold_out, load
 from pwlib.evaluation import best_record, evaluate
 from pwlib.model import PiecewiseTrainedModel
 from pwlib.objective import Objective, fit_temperature, schedule_factor
-from pwlib.trainer import PiecewiseTrainer
+from pwlib.trainer import PiecewiseTrainer, averaged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -426,6 +426,12 @@ def test_average_stage3_keeps_the_mean_of_start_and_end(monkeypatch):
     trainer_of(model, average_stage3=True).train_stage3(scenes(4), 2, scenes(4))
     assert all(torch.equal(scored[0][name], value) for name, value in before.items())
     assert not changed(scored[-1], model) and not changed(ends[1], model)
+
+    now = weights(model)
+    with pytest.raises(KeyboardInterrupt), averaged(model, before):  # interrupted while it is scored
+        assert changed(now, model)
+        raise KeyboardInterrupt
+    assert not changed(now, model)
 
 
 # ---------------------------------------------------------------------------------------------------- rates, precision

@@ -29,8 +29,9 @@ GPU and on a CPU that has instructions for it (another one is many times slower 
 the same with 20 epochs. Their scores are for their own size and, with marginals averaged over the pixels, for 90x120.
 
 With --drives none nothing is left out, as in `python -m pwlib train --data camvid`, and val is scored alone. Everything
-is also scored on val, whose frames lie in a gap of drive 0016E5. Every stage keeps its last epoch: nothing is selected
-on a scored frame. A seed decides initial weights, order and augmentation.
+is also scored on val, whose frames lie in a gap of drive 0016E5. Every stage keeps its last epoch: no epoch is
+selected on a scored frame. freeze_batch_norm and average_stage3 were chosen from scores on these drives. A seed
+decides initial weights, order and augmentation.
 
     python benchmarks/drives/run.py --root data/camvid --network quick
     python benchmarks/drives/run.py --root data/camvid --network pretrained --hold end --weights build/backbone/vgg16.pt
